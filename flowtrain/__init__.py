@@ -11,7 +11,7 @@ Example:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# records the time at which the process started
+# this module records the time at which the process started
 import flowtrain.utils.status  # noqa: F401
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ __all__ = [
     "train",
 ]
 
-# the modules of public names; the other names in __all__ are modules
+# the module of each public name. The other names in __all__ are modules
 _HOMES = {
     "Ensemble": "flowtrain.models.ensemble",
     "Evaluation": "flowtrain.evaluation.result",

@@ -1,4 +1,4 @@
-"""`python -m flowtrain` is the `flowtrain` command."""
+"""Runs the command `flowtrain` for `python -m flowtrain`."""
 
 from flowtrain.cli.entry_points import flowtrain
 

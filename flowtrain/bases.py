@@ -21,7 +21,7 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 COVARIANCES = ("full", "diagonal")
 # the number of elements of the Jacobians that `GaussianMixture.rsample` computes at once
 PART = 2**22
-# EM in `initialize` stops below this gain, in nats per row; smaller gains did not lower the validation NLL
+# EM in `initialize` stops below this gain, in nats per row. Smaller gains did not lower the validation NLL
 INITIALIZE_TOLERANCE = 1e-3
 # the largest number of terms of the continued fraction of the incomplete beta function
 MOST_TERMS = 10_000
@@ -93,7 +93,7 @@ class Base(Recorded, nn.Module, ABC):
     def to_normal(self, z: Tensor) -> Tensor:
         """Returns the normal scores Phi^-1(u) (B, d) of u = `to_uniform(z)`.
 
-        If z ~ p0, they are independent and standard normal.
+        If z ~ p0, the scores are independent and standard normal.
         """
         y: Tensor = torch.special.ndtri(self.to_uniform(z))
         return y
@@ -120,7 +120,7 @@ class Base(Recorded, nn.Module, ABC):
 
 
 class StandardNormal(Base):
-    """The standard normal distribution N(0, I): log p0(z) = -(|z|^2 + d log 2 pi) / 2. It has no parameters.
+    """The standard normal distribution N(0, I), without parameters: log p0(z) = -(|z|^2 + d log 2 pi) / 2.
 
     Example:
         >>> round(StandardNormal((2,)).log_prob(torch.zeros(1, 2)).item(), 4)  # -log(2 pi)
@@ -142,7 +142,7 @@ class StandardNormal(Base):
         if like is None:
             z = torch.randn(shape, generator=generator)
         elif generator is None and like.shape == shape:
-            # fills memory in the order of `like`, which may be other than contiguous
+            # randn_like keeps the memory format of `like`, which need not be contiguous
             z = torch.randn_like(like)
         else:
             z = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
@@ -218,7 +218,7 @@ class StudentT(Base):
     def to_uniform(self, z: Tensor) -> Tensor:
         """Returns u = F(z) (B, d). For z_j < 0, F(z_j) = I(nu / (nu + z_j^2); nu / 2, 1 / 2) / 2.
 
-        I is the incomplete beta function. It is computed in float64, without gradients.
+        I is the incomplete beta function. The computation is in float64, without gradients.
         """
         df, z64 = self.df.double().flatten(), z.flatten(1).double()
         tail = 0.5 * incomplete_beta(df / 2, torch.full_like(df, 0.5), df / (df + z64.square()))
@@ -229,8 +229,8 @@ def incomplete_beta(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
     """Computes the regularized incomplete beta function I(x; a, b) for a, b > 0 and x in [0, 1], in float64.
 
     This evaluates the continued fraction 8.17.22 of the NIST Digital Library of Mathematical Functions with the
-    modified Lentz algorithm. It converges fast for x < (a + 1) / (a + b + 2). For larger x,
-    I(x; a, b) = 1 - I(1 - x; b, a) is used. Shapes broadcast.
+    modified Lentz algorithm. The fraction converges fast for x < (a + 1) / (a + b + 2). For larger x,
+    I(x; a, b) = 1 - I(1 - x; b, a) is used. The shapes of a, b and x broadcast.
 
     Example:
         >>> half = torch.tensor(0.5, dtype=torch.float64)
@@ -271,7 +271,7 @@ class UniformBox(Base):
     """The uniform distribution on a box: p0(z) = prod_j 1 / (high_j - low_j) for low <= z <= high, and 0 outside.
 
     log_prob is -inf outside of the box. So the inverse of the bijection must map every data point into the box. Because
-    of rounding, a sample near the edge of the box may be outside of it after a round trip.
+    of rounding, a sample near the edge of the box may be outside of the box after a round trip.
 
     Args:
         low, high: the lower and upper corners. Both have the event shape.

@@ -42,7 +42,7 @@ FIXED_STEP_METHODS = tuple(name for name, tableau in TABLEAUS.items() if tableau
 MOST_ROWS, MOST_NUMBERS = 1000, 200_000
 # largest difference between a program and the flow, in nats, or in standard deviations of an element
 TOLERANCE = 1e-4
-# the possible numbers of steps, and the root mean square of the bias, in nats, that is small enough
+# the numbers of steps that are tried, and the largest accepted root mean square of the bias in nats
 STEPS, LEAST_BIAS = (8, 16, 32, 64, 128), 1e-3
 # the reference solve for the bias, in float64
 TIGHT: dict[str, Any] = {"method": "dopri5", "rtol": 1e-7, "max_nfe": 100_000}
@@ -64,7 +64,7 @@ class Exported:
     metadata: dict[str, dict[str, Any]]
 
     def table(self) -> str:
-        """Returns a table with the files, the difference of each program to the flow, and the bias of the steps."""
+        """Returns a table with the files, the differences between programs and flow, and the bias of the steps."""
         about = self.metadata["log_prob"]
         lines = [f"{'program':10}{'largest difference on ' + format(about['rows'], ',') + ' rows':36}file"]
         for name, path in self.paths.items():
@@ -188,7 +188,7 @@ def _rows_of(flow: Flow, x: Any, label: Label, source: str) -> _Rows:
     with seeded(0, torch.device("cpu")):
         if x is None:
             label = flow.drawn_labels(most) if flow.classes is not None and label is None else label
-            # whole numbers, to which `dequantized` below adds noise, as it does to data
+            # samples are made whole numbers, so that `dequantized` below adds noise to them in the same way as to data
             x, source = flow.quantized(flow.sample(most, label=label)), "samples of the flow"
         x = torch.as_tensor(x, device="cpu")
         labels = flow.labels(label, x)
@@ -208,8 +208,8 @@ def _rows_of(flow: Flow, x: Any, label: Label, source: str) -> _Rows:
 class FixedProbes(nn.Module):
     """A `TraceRule` whose estimates use the same tangents for every row and every solve.
 
-    The first draw sets the tangents. If it is made by `Flow.log_prob` for a single row, all rows get the tangents that
-    `Flow.log_prob` uses for a batch of one row.
+    The first draw sets the tangents. If `Flow.log_prob` makes this draw for a single row, all rows get the tangents
+    that `Flow.log_prob` uses for a batch of one row.
     """
 
     tangents: Tensor | None
@@ -226,7 +226,7 @@ class FixedProbes(nn.Module):
     def draw(self, x: Tensor, training: bool) -> Probes:
         """Returns the probes for a solve that starts at x (B, *event)."""
         if self.tangents is None:
-            # these can be exact probes, if factoring out has left few elements of a sample
+            # the probes can be exact, if factoring out leaves only a few elements of a sample
             drawn = self.rule.draw(x[:1], training)
             self.tangents, self.weight, self.estimates = drawn.tangents, drawn.weight, drawn.noisy
         return Probes(self.tangents, self.weight)
@@ -243,7 +243,7 @@ def with_fixed_steps(
         x, label: rows on which the bias of log p is measured.
         solver: a method with fixed steps. None: the method of the flow if it has fixed steps, else rk4.
         steps: the number of steps from t = 0 to 1. None: the flow's number if its solver has fixed steps and `solver`
-            is None, else the first of `STEPS` with a bias of at most `LEAST_BIAS`, or the last of them.
+            is None, else the first of `STEPS` with a bias of at most `LEAST_BIAS`, or the last of `STEPS`.
 
     Raises:
         ConfigError: a setting out of range, or a setting for a flow without ODE.
@@ -270,7 +270,7 @@ def with_fixed_steps(
     d = math.prod(flow.event_shape)
     estimated = [block for block in flow.ode_blocks if not block.trace.is_exact(d, training=False)]
     for block in estimated:
-        # a module, so that the traced program contains the tangents
+        # the trace rule is a module, so that the traced program contains the tangents
         block.trace = FixedProbes(block.trace)  # type: ignore[assignment]
     checked = slice(rows_of_checks(flow.event_shape))
     x, label = x[checked], None if label is None else label[checked]
@@ -416,7 +416,7 @@ class _Task:
     def difference(self, program: Program) -> float:
         """Returns the largest difference between the program and the flow, in units of `scale`.
 
-        It is infinite if the program and the flow are not finite for the same elements.
+        The difference is infinite if an element is finite for only one of program and flow.
         """
         x, *label = self.inputs.values()
         # batches of one row, of two rows, and larger batches
@@ -433,9 +433,7 @@ class _Task:
     def difference_message(self, path: Path, difference: float, tolerance: float) -> str:
         """Returns the error message for a program that differs too much from the flow."""
         if not math.isfinite(difference):
-            return (
-                f"{path}: the program {self.name} is not finite for the same rows as the flow, so nothing was written"
-            )
+            return f"{path}: the program {self.name} and the flow are finite for different rows, so nothing was written"
         finite = self.wanted[self.wanted.isfinite()]
         rounding = float(finite.abs().max()) * torch.finfo(self.wanted.dtype).eps
         dtype = str(self.wanted.dtype).removeprefix("torch.")
@@ -492,7 +490,7 @@ def with_constants(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     for i, (node, value) in enumerate(known.items()):
         if node.op == "get_attr" or not isinstance(value, Tensor) or all(user in known for user in node.users):
             continue
-        # a copy, because the tensors that a loop uses must not share memory
+        # each value is copied, because the tensors that a loop uses must not share memory
         module.register_buffer(f"constant_{i}", value.clone())
         with module.graph.inserting_before(node):
             constant = module.graph.get_attr(f"constant_{i}")
@@ -555,7 +553,7 @@ def _about(flow: Flow, columns: Sequence[str]) -> dict[str, Any]:
 
 
 def _notes(flow: Flow) -> list[str]:
-    """Returns notes for users of the programs, for the metadata."""
+    """Returns the notes in the metadata, which explain the programs to their users."""
     notes = [
         "log_prob: x -> log p(x) in nats. inverse: x -> z. sample: z -> x; draw z from the density of base.",
         "The first dimension of every input and output is the batch, of any size of at least 1.",
@@ -640,7 +638,7 @@ class _Onnx(Format):
     def loaded(self, content: bytes) -> Program:
         options = self.runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # logs only errors
+        # severity 3 logs only errors
         options.log_severity_level = 3
         try:
             session = self.runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

@@ -114,12 +114,12 @@ class Density(Recorded, nn.Module):
     @property
     @abstractmethod
     def flows(self) -> "tuple[Flow, ...]":
-        """The members of an ensemble with nonzero weights. For a single flow, the flow itself."""
+        """The members with nonzero weights. A single flow counts as an ensemble of one member."""
 
     @property
     @abstractmethod
     def log_weights(self) -> tuple[float, ...]:
-        """log w_m for each of `flows`. For a single flow, 0."""
+        """log w_m for each of `flows`. It is 0 for a single flow."""
 
     @abstractmethod
     def with_solvers(self, change: Callable[[Solver], Solver]) -> Self:
@@ -159,14 +159,14 @@ class Density(Recorded, nn.Module):
         for flow in self.flows:
             for module in flow.bijection.modules():
                 if isinstance(vars(module).get("solver"), Solver):
-                    setattr(module, "solver", solver)  # noqa: B010 - mypy reads an assignment as one of a submodule
+                    setattr(module, "solver", solver)  # noqa: B010 - mypy would expect a module
 
     def save(self, path: str | Path) -> None:
         """Writes the flow to a .pt file for `flowtrain.load`, `floweval` and `flowsample`.
 
-        The file replaces an older file of this name when it is complete. It contains no code. It contains the weights
-        and a description of the flow: the config of its run, or the arguments of the constructors of its parts. If your
-        own package `mypkg` defines some of the parts, loading needs `trust=("mypkg",)`. If a flow uses a part twice, it
+        The new file replaces an older file of this name when the new file is complete. It contains no code, but the
+        weights and a description of the flow: the config of its run, or the arguments of the constructors of its parts.
+        If your package `mypkg` defines some of the parts, loading needs `trust=("mypkg",)`. A part that is used twice
         is loaded as two equal parts. Hooks are not saved.
 
         Raises:
@@ -202,7 +202,7 @@ class Density(Recorded, nn.Module):
         """Returns log p(x) in nats, (B,), for x (B, *event_shape) in data units.
 
         For a tensor, the result is a tensor with gradients. For an array or a data frame, the result is an array in the
-        dtype of the flow, without gradients, see `read_rows`. It is computed in chunks of `rows_at_a_time`.
+        dtype of the flow, without gradients, see `read_rows`. The array is computed in chunks of `rows_at_a_time`.
 
         If the flow is integer-valued and x contains integers, the result is log p(x + u) for one draw of u. The mean
         over u is at most log P(x) (Theis et al. 2016, A note on the evaluation of generative models, eq. 4).
@@ -278,8 +278,8 @@ class Density(Recorded, nn.Module):
             temperature: multiplies the noise of the base. With 1, samples are drawn from the density. Below 1, they are
                 closer to its modes.
             chunk: the number of rows that are mapped at once. None: chosen by the size of a sample. The base points do
-                not depend on `chunk`. With an adaptive solver the samples depend on it, within the tolerance, because
-                the rows of a chunk share steps.
+                not depend on `chunk`. With an adaptive solver, the rows of a chunk share steps, so the samples depend
+                on `chunk` within the tolerance.
             label: one label for all samples, or (n,). None: a conditional flow draws labels with their frequencies in
                 training.
             generator: a random generator on the device of the flow. None: the global generator of this device.
@@ -682,7 +682,7 @@ class Flow(Density):
     def _drawn(
         self, n: int, temperature: float, chunk: int | None, labels: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
-        # drawn at once, so that the base points do not depend on the chunks
+        # all base points are drawn at once, so that they do not depend on the chunks
         z = self.base.rsample(n, generator, temperature, self.like)
         size = chunk or rows_at_a_time(self.event_shape)
         parts = repeat(None) if labels is None else torch.split(labels, size)
@@ -735,7 +735,7 @@ class Flow(Density):
                 written or replaced.
             FlowtrainError: x or labels that the flow does not allow, or a solve with fixed steps that fails.
         """
-        # imported here because flowtrain.export imports this module
+        # the import is here, because flowtrain.export imports this module
         from flowtrain.export import export
 
         columns = () if self.record is None else self.record.samples.columns
@@ -791,7 +791,7 @@ class FlowDistribution(Distribution):
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
         """Returns this distribution with another batch shape."""
-        # raises the same errors as Tensor.expand, which other distributions call
+        # an invalid shape raises the same error as in other distributions, which call Tensor.expand
         shape = torch.empty(self.batch_shape, device="meta").expand(tuple(batch_shape)).shape
         return type(self)(self.flow, self.label, shape, self._validate_args)
 

@@ -122,7 +122,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.setattr(status, "EVERY", math.inf)
     monkeypatch.setattr(style, "save", save_blank)
     monkeypatch.setattr(transport_figures, "RESOLUTION", 12)
-    for name, few in (("COLUMNS", 2), ("ALONG", 4), ("PARTICLES", 9)):
+    for name, few in (("PANEL_MOMENTS", 2), ("PATH_MOMENTS", 4), ("PARTICLES", 9)):
         monkeypatch.setattr(transport_pictures, name, few)
     monkeypatch.chdir(tmp_path)
     # with HYDRA_FULL_ERROR set, Hydra prints a full traceback for a broken config; the commands set it themselves

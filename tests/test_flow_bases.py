@@ -20,7 +20,7 @@ from flowtrain.nn.divergence import TraceRule
 from flowtrain.nn.mlp_field import MLPField
 from flowtrain.objectives.flow_matching import FlowMatching, Rectified
 from flowtrain.ode import ode_solver
-from flowtrain.plotting.drawing import latents
+from flowtrain.plotting.drawing import draw_latents
 from flowtrain.plotting.image_pictures import interpolations, temperatures
 from flowtrain.plotting.trajectory import Trajectory
 from flowtrain.utils.errors import ConfigError, FlowtrainError
@@ -147,7 +147,7 @@ def test_student_must_share_the_base_of_the_teacher() -> None:
 def test_figures_use_base_samples() -> None:
     flow = affine(GaussianMixture(2, 3))
     torch.manual_seed(0)
-    z = latents(flow, 5)
+    z = draw_latents(flow, 5)
     torch.manual_seed(0)
     assert torch.equal(z, flow.base.sample(5))
     trajectory = Trajectory(flow, 3)

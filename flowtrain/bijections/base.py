@@ -70,7 +70,7 @@ class Bijection(Recorded, nn.Module, ABC):
         """Maps base to data with options for the ODE solves, and returns the path integrals that the options request.
 
         A bijection that contains others overrides this method and `pass_inverse`, and passes the options on. The
-        default calls `forward`. It applies the options to ODEs inside too.
+        default calls `forward`. The options apply also to ODE solves inside `forward`.
         """
         return _with_options(self.forward, z, label, options)
 
@@ -105,21 +105,21 @@ class Bijection(Recorded, nn.Module, ABC):
         return torch.cat([first, *(self.map_inverse(p, y) for p, y in zip(parts[1:], labels[1:], strict=True))])
 
 
-class _Outer(NamedTuple):
-    """The options of a pass through a bijection with only `forward` and `inverse`, and the integrals of its ODEs."""
+class _OuterPass(NamedTuple):
+    """Options of a pass through a bijection that has only `forward` and `inverse`, and the integrals of its ODEs."""
 
     options: SolveOptions
     integrals: list[Tensor]
 
 
-_OUTER: ContextVar[_Outer | None] = ContextVar("outer pass", default=None)
+_OUTER: ContextVar[_OuterPass | None] = ContextVar("outer pass", default=None)
 
 
 def _with_options(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, label: Any, options: SolveOptions) -> Pass:
     """Calls `forward` or `inverse` and returns a `Pass`. During the call, `as_pass` uses the options."""
     if options is AS_CONFIGURED:
         return Pass(*function(x, label))
-    outer = _Outer(options, [])
+    outer = _OuterPass(options, [])
     token = _OUTER.set(outer)
     try:
         y, log_det = function(x, label)
@@ -212,8 +212,8 @@ def check_sample(x: Tensor) -> None:
 def varies(std: Tensor, mean: Tensor) -> Tensor:
     """Returns which channels have a standard deviation above the rounding error of their mean.
 
-    The channels of a single row, or of equal rows, do not. Their standard deviation of 0 would give an infinite scale,
-    so they keep a scale of 1.
+    The other channels keep a scale of 1, because a standard deviation of 0 would give an infinite scale. All channels
+    of a single row, or of equal rows, are such channels.
     """
     return std > torch.finfo(mean.dtype).eps * mean.abs()
 

@@ -22,13 +22,13 @@ from flowtrain.utils.errors import ConfigError
 class Continuous(Bijection):
     """The flow of the ODE dx/dt = v(t, x), with log|det dx(1)/dx(0)| = int_0^1 tr dv/dx dt.
 
-    The log-determinant is the instantaneous change of variables (Chen et al. 2018, Neural ODEs, theorem 1). The inverse
-    solves the ODE from t = 1 to 0, and its log-determinant is the integral from 1 to 0.
+    The log-determinant follows from the instantaneous change of variables (Chen et al. 2018, Neural ODEs, theorem 1).
+    The inverse solves the ODE from t = 1 to 0, and its log-determinant is the integral from 1 to 0.
 
     Args:
         field: the velocity field, `forward(t, x)`; see `flowtrain.nn.velocity_field`.
         solver: solves the ODE. None: `ode_solver()`.
-        trace: exact or estimated divergence, in training and at evaluation. None: `TraceRule()`.
+        trace: whether the divergence is exact or estimated, in training and at evaluation. None: `TraceRule()`.
 
     Example:
         >>> class Decay(nn.Module):
@@ -46,12 +46,12 @@ class Continuous(Bijection):
         self.trace = TraceRule() if trace is None else trace
         # the times of the base and of the data
         self.times = (0.0, 1.0)
-        # True: from base to data; False: from data to base
+        # the plan of each direction: True is from base to data, False is from data to base
         self.step_plans = {True: StepPlan(), False: StepPlan()}
         self.compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Removes the compiled functions from copies and pickles: they use this field, and cannot be pickled."""
+        """Returns the state without the compiled functions, which use this field and cannot be pickled."""
         return {**self.__dict__, "compiled": None}
 
     def compile_field(self) -> None:
@@ -84,7 +84,7 @@ class Continuous(Bijection):
         return self._transport(x, label, self._end(options), self.times[0], options)
 
     def _end(self, options: SolveOptions) -> float:
-        # the end time is random only if the flow covers the whole interval (0, 1); it uses the CPU's global generator
+        # the end time is random only if the flow covers the interval (0, 1). The CPU's global generator draws it
         if not options.end_time or not self.training or self.times != (0.0, 1.0):
             return self.times[1]
         return 1 + options.end_time * (2 * float(torch.rand(())) - 1)
@@ -100,7 +100,7 @@ class Continuous(Bijection):
         if solution.integrals is None:
             raise RuntimeError("the solver returned no integral")
         log_det, paths = solution.integrals[:, 0], solution.integrals[:, 1:]
-        # the path integrals are int_0^1 for both directions
+        # path integrals run from 0 to 1 in both directions
         return Pass(solution.x, log_det, (paths if t0 < t1 else -paths,) if options.integrals else ())
 
     def solve(
@@ -116,14 +116,14 @@ class Continuous(Bijection):
         The integrals (B, 1 + Q) are the log-determinant and the Q path integrals of `options`.
         """
         problem = self._problem(x, label, t0, t1, self.trace.draw(x, self.training), options.integrals)
-        # at evaluation, the step control includes the error of the likelihood, so that it meets the tolerance
+        # at evaluation, the step control includes the error of the likelihood, so that the likelihood is accurate
         solution = self.solver.solve(problem, options if self.training else replace(options, control="all"))
         if self.training and solution.steps is not None:
             self.step_plans = {**self.step_plans, t0 < t1: solution.steps}
         return solution
 
     def velocity(self, label: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-        """Returns the function v(t, x) for labels (B,), or None. After `compile_field` it is compiled in training."""
+        """Returns the function v(t, x) for labels (B,) or None. After `compile_field`, it is compiled in training."""
         return self._functions(label)[0]
 
     def _functions(self, label: Tensor | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -142,13 +142,13 @@ class Continuous(Bijection):
         probes: Probes | None,
         integrals: Mapping[str, Integral] = MappingProxyType({}),
     ) -> Problem:
-        velocity, along = self._functions(label)
+        velocity, evaluate_integrands = self._functions(label)
         # compiled integrands also need the field, and not the compiled velocity
         field = velocity if isinstance(velocity, Field) else self.field
 
         def integrand(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             assert probes is not None
-            v, q = along(field, t, y, probes, integrals)
+            v, q = evaluate_integrands(field, t, y, probes, integrals)
             return v, q
 
         return Problem(

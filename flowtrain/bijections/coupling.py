@@ -1,4 +1,4 @@
-"""Couplings: one part of the dimensions determines the map of the other (Dinh et al. 2017, Real NVP, eq. 7-8)."""
+"""Couplings: one part of the dimensions determines the map of the other part (Dinh et al. 2017, Real NVP, eq. 7-8)."""
 
 from abc import abstractmethod
 
@@ -78,7 +78,7 @@ class Coupling(Bijection):
         return self.join(x, a, b), self.of_b(log_slope).flatten(1).sum(1)
 
 
-# the old name of `Coupling`, which classes of users may derive from
+# the old name of `Coupling` is kept, because classes in the code of users may derive from it
 AffineCoupling = Coupling
 
 

@@ -46,13 +46,13 @@ def between(stage: Bijection, start: float, end: float) -> Bijection:
     return stage.between(start, end)
 
 
-def through(stage: Bijection, function: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
-    """Evaluates a function of the innermost bijection's states, such as its velocity, at y (B, *event).
+def evaluate_inside(stage: Bijection, function: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    """Evaluates a function of the states of the innermost bijection, such as its velocity, at y (B, *event).
 
-    The result is 0 for elements that are factored out.
+    The result is 0 for elements of y that are factored out.
     """
     if not isinstance(stage, Wrapped):
         return function(y)
     inside, outside = stage.enter(y)
     still = None if outside is None else torch.zeros_like(outside)
-    return stage.leave(through(stage.inner, function, inside), still)
+    return stage.leave(evaluate_inside(stage.inner, function, inside), still)

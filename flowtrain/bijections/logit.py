@@ -46,7 +46,7 @@ class Logit(Bijection):
         # training data were checked when they were read, and a check here would wait for the device
         rounding = torch.finfo(x.dtype)
         if torch.compiler.is_exporting():
-            # an exported program cannot raise an error: z and the density of such x are NaN
+            # an exported program cannot raise an error, so z and the density of x outside of the domain are NaN
             outside = torch.minimum(p, q) < -2 * rounding.eps
             p, q = (torch.where(outside, torch.nan, y.clamp_min(rounding.tiny)) for y in (p, q))
         elif not self.training and x.numel():

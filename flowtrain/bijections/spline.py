@@ -63,7 +63,7 @@ class Spline(Elementwise):
         if _is_empty(x):
             return _empty_result(x, theta)
         y, theta = self.first_axis(x, theta)
-        # also without gradients, so that values are the same to the last bit
+        # _ToBase is used also without gradients, so that values are the same to the last bit
         found = self.evaluated(y, theta) if _transformed() else _ToBase.apply(y, theta, self)  # type: ignore[no-untyped-call]
         return (found[0].T, found[1].T) if x.dim() == 2 else found
 
@@ -170,18 +170,18 @@ class _Bin(NamedTuple):
 
 
 def _is_empty(x: Tensor) -> bool:
-    """Whether x has no elements. A traced program must not branch on the number of rows, so this is then False."""
+    """Whether x has no elements. The result is False during tracing, which must not branch on the number of rows."""
     return not _transformed() and x.numel() == 0
 
 
 def _empty_result(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the result for an empty x, connected to x and theta. Torch before 2.9 cannot pad empty tensors."""
+    """Returns the result for an empty x, with a graph to x and theta. Torch before 2.9 cannot pad empty tensors."""
     y = x + 0 * theta.sum()
     return y, torch.zeros_like(y)
 
 
 def _transformed() -> bool:
-    """Whether torch.func or a compiler is active. They need ordinary operations."""
+    """Whether torch.func or a compiler is active. Both need differentiable operations of torch."""
     return transforms_active() or torch.compiler.is_compiling()
 
 

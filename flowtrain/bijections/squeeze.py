@@ -16,7 +16,7 @@ from flowtrain.ode import AS_CONFIGURED, SolveOptions
 class Wrapped(Bijection):
     """A bijection applied to a part or to a rearrangement of x, which is the same in both directions.
 
-    The rearrangement preserves volume, so the log-determinant is that of the inner bijection.
+    The rearrangement preserves volume, so the inner bijection has the same log-determinant.
     """
 
     def __init__(self, inner: Bijection) -> None:
@@ -72,7 +72,7 @@ class Squeeze(Wrapped):
 
 
 class FactorOut(Wrapped):
-    """A bijection of the first half of the channels. The others are factored out (Dinh et al. 2017, section 3.6)."""
+    """A bijection of the first half of the channels. The other half is factored out (Dinh et al. 2017, section 3.6)."""
 
     def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
         first, second = x.chunk(2, 1)

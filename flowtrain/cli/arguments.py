@@ -20,7 +20,7 @@ from flowtrain.utils.errors import ConfigError
 
 
 def versions() -> str:
-    """The text of --version: the versions of flowtrain, torch and Python."""
+    """Returns the text of --version: the versions of flowtrain, torch and Python."""
     try:
         ours = version("flowtrain")
     except PackageNotFoundError:
@@ -65,7 +65,7 @@ def split_own(
             raise ConfigError(f"{key}: several values make a sweep, and only flowtrain -m runs sweeps; give one value")
         if override.is_delete():
             raise ConfigError(f"{argument}: leave {key} out instead")
-        # resolves interpolations such as ${oc.env:HOME}
+        # OmegaConf resolves interpolations such as ${oc.env:HOME}
         value = OmegaConf.create({key: override.value()})
         values[key] = OmegaConf.to_container(value, resolve=True)[key]  # type: ignore[index, call-overload]
     return values, rest
@@ -103,7 +103,7 @@ def _with_run(arguments: Sequence[str], own: Mapping[str, Any]) -> list[str]:
 
 
 def _help(topics: Sequence[str], own: Mapping[str, Any], usage: Usage) -> str:
-    """The short help, or the help on topics: `all`, options of the command, or topics of `flowtrain --help`."""
+    """Returns the short help, or the help on topics: `all`, options of the command, or topics of `flowtrain --help`."""
     if not topics:
         return usage.short()
     known = (help.ALL, *own)

@@ -19,7 +19,7 @@ CONFIG_DIR = ("--config-dir", "-cd")
 
 
 def split_config_dir(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The folder that --config-dir names (the last one, if there are several), and the other arguments.
+    """Returns the folder of the last --config-dir, and the other arguments.
 
     Raises:
         ConfigError: the flag without a value.
@@ -37,7 +37,7 @@ def split_config_dir(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def user_config_dir() -> Path | None:
-    """The folder of --config-dir on the command line of this process; None without the flag.
+    """Returns the folder of --config-dir on the command line of this process; None without the flag.
 
     Raises:
         ConfigError: there is no such folder.
@@ -52,18 +52,18 @@ def user_config_dir() -> Path | None:
 
 
 def config_dirs() -> list[Path]:
-    """The folders of config files, in the order in which Hydra searches them."""
+    """Returns the folders of config files, in the order in which Hydra searches them."""
     own = user_config_dir()
     return [config_dir()] if own is None else [config_dir(), own]
 
 
 def options(group: str) -> list[str]:
-    """The choices of a config group."""
+    """Returns the choices of a config group."""
     return compose_files.options(group, config_dirs())
 
 
 def read(group: str, name: str) -> "CommentedConfig":
-    """The config file of a choice; empty if there is no such file."""
+    """Returns the config file of a choice; empty if there is no such file."""
     return CommentedConfig(_text(group, name))
 
 
@@ -73,7 +73,7 @@ def _text(group: str, name: str) -> str:
 
 
 def compose_defaults(overrides: Sequence[str], with_hydra: bool = False) -> dict[str, Any]:
-    """The plain config composed from overrides. `with_hydra` adds Hydra's own config without interpolation."""
+    """Returns the plain config composed from overrides. `with_hydra` adds Hydra's part, without interpolation."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         if not with_hydra:
             return plain(compose("config", [*own_searchpath(), *overrides]))
@@ -82,7 +82,7 @@ def compose_defaults(overrides: Sequence[str], with_hydra: bool = False) -> dict
 
 
 def own_searchpath() -> list[str]:
-    """The override that adds the folder of --config-dir to Hydra's search path."""
+    """Returns the override that adds the folder of --config-dir to Hydra's search path."""
     own = user_config_dir()
     if own is None:
         return []
@@ -100,7 +100,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 def add_working_directory_to_path() -> None:
     """Appends the working directory to Python's search path for modules, after all installed packages.
 
-    This is called only if the user names code to import. Otherwise a file beside a checkpoint could be imported.
+    Commands call this only if the user names code to import. Otherwise a file beside a checkpoint could be imported.
     """
     if not sys.flags.safe_path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
@@ -137,10 +137,10 @@ class CommentedConfig:
     def _first_sentence(self) -> str:
         said: list[str] = []
         for line in self.lines[: self.head]:
-            # the path of the file, and its place in the config
+            # these lines contain the path of the file, or the place of its keys in the config
             if re.fullmatch(r"# (@package .*|\S+\.yaml)", line):
                 continue
-            # an empty or indented line ends the sentences; commands follow
+            # the sentences end at an empty or indented line, and commands follow
             if not re.match(r"# \S", line):
                 break
             said.append(line.removeprefix("# ").strip())
@@ -163,7 +163,7 @@ class CommentedConfig:
         return " ".join(reversed([*self._above(key.start_mark.line)]))
 
     def _above(self, line: int) -> Iterator[str]:
-        """The lines of the comment right above a line, last line first. The head of the file is not part of it."""
+        """Yields the comment lines directly above a line, last line first, without the head of the file."""
         while line > self.head and self.lines[line - 1].lstrip().startswith("#"):
             line -= 1
             yield self.lines[line].lstrip("# ").rstrip()

@@ -1,6 +1,6 @@
 """The console scripts. They show a status line during the imports, which take seconds, and then run the command.
 
-This module must not import anything slow at its top.
+At the top, this module imports only modules that load fast.
 """
 
 import gc
@@ -13,22 +13,22 @@ from flowtrain.utils.status import reporting, status
 
 
 def flowtrain() -> None:
-    """The console script `flowtrain`."""
+    """Runs the console script `flowtrain`."""
     _run("flowtrain", "flowtrain.cli.train")
 
 
 def floweval() -> None:
-    """The console script `floweval`."""
+    """Runs the console script `floweval`."""
     _run("floweval", "flowtrain.cli.evaluate")
 
 
 def flowsample() -> None:
-    """The console script `flowsample`."""
+    """Runs the console script `flowsample`."""
     _run("flowsample", "flowtrain.cli.sample")
 
 
 def flowexport() -> None:
-    """The console script `flowexport`."""
+    """Runs the console script `flowexport`."""
     _run("flowexport", "flowtrain.cli.export")
 
 
@@ -43,13 +43,16 @@ def _run(name: str, module: str) -> None:
         try:
             command.main()
         finally:
-            # without this, the interpreter searches all modules for cycles at exit, which takes a second
+            # without freeze, the interpreter would search all modules for cycles at exit, which takes a second
             gc.freeze()
 
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Turns off the garbage collector during imports, which saves a fifth of their time. Modules are never freed."""
+    """Turns off the garbage collector during imports, which saves a fifth of their time.
+
+    Collection would be useless, because modules are never freed.
+    """
     gc.disable()
     try:
         yield

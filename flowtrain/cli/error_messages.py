@@ -29,7 +29,7 @@ from flowtrain.utils.files import config_groups
 
 def run_command(name: str, command: Callable[[], int]) -> None:
     """Runs a command and exits. Errors that a user can correct become one message on standard error."""
-    # without this, Hydra prints its own errors in its own format and exits
+    # without this variable, Hydra would print errors in another format and exit
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     code: int | None
     try:
@@ -47,23 +47,24 @@ def run_command(name: str, command: Callable[[], int]) -> None:
 
 
 def report(name: str, error: Exception) -> int | None:
-    """Prints the message of an error and returns its exit code. Returns None and prints nothing for a bug."""
+    """Prints the message of an error and returns the exit code. For a bug, prints nothing and returns None."""
     if isinstance(error, BrokenPipeError):
         # the reader of the output has ended, as in `floweval ... | head -1`. This is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    said = message_of(error)
-    if said is None:
+    found = message_of(error)
+    if found is None:
         return None
-    if ranks.first_to_report(said[0]):
-        print(f"{name}: {said[0]}", file=sys.stderr)
-    return said[1]
+    message, exit_code = found
+    if ranks.first_to_report(message):
+        print(f"{name}: {message}", file=sys.stderr)
+    return exit_code
 
 
 def message_of(error: Exception) -> tuple[str, int] | None:
-    """The message and the exit code of an error: 2 for a mistake of the user, 1 for a failure during the work.
+    """Returns the message and the exit code of an error, or None for a bug.
 
-    Returns None for a bug.
+    The exit code is 2 for a mistake of the user, and 1 for a failure during the work.
     """
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain(error), 2
@@ -75,7 +76,7 @@ def message_of(error: Exception) -> tuple[str, int] | None:
 
 
 def explain(error: Exception) -> str:
-    """The message for an error of Hydra, on one line. For an unknown key, it lists the known keys."""
+    """Returns the message for an error of Hydra, on one line. For an unknown key, the message lists the known keys."""
     parts = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
     message = " ".join(" ".join(part.split()) for part in parts)
     plugin = re.search(r"Could not (?:find|load) 'hydra/(?:launcher|sweeper)/(joblib|submitit|optuna)", message)
@@ -105,21 +106,21 @@ def explain(error: Exception) -> str:
 
 
 def _unparsed(message: str) -> str:
-    """Hydra's message if a function in an override fails. Otherwise says only that the value cannot be parsed."""
+    """Returns Hydra's message if a function in an override fails, otherwise "the value cannot be parsed"."""
     said = re.search(r"while evaluating .*?(?= See https://hydra.cc|$)", message)
     return said[0] if said else "the value cannot be parsed"
 
 
 def _in_quotes(override: str) -> str:
-    """The override with its value in Hydra's quotes, quoted again for the shell."""
+    """Returns the override with its value in Hydra's quotes, quoted once more for the shell."""
     key, _, value = override.partition("=")
     return shlex.quote(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
 
 
 def _config_without(key: str) -> tuple[dict[str, Any], str]:
-    """The config with the choices of the command line, and words about these choices.
+    """Returns the config with the choices of the command line, or for a sweep the first config that lacks the key.
 
-    For a sweep, it is the first of the configs that lacks the key.
+    Also returns the start of the message. It names the choices of this config in a sweep, and is empty without a sweep.
     """
     chosen = [a.partition("=") for a in sys.argv[1:] if a.partition("=")[0] in config_groups()]
     # a choice in another form, such as choice(a,b), is replaced by the default
@@ -134,7 +135,10 @@ def _config_without(key: str) -> tuple[dict[str, Any], str]:
 
 
 def unknown_key(key: str, config: Mapping[str, Any], where: str = "") -> str:
-    """A message that suggests the nearest key, and lists the keys of the deepest part of the config that exists."""
+    """Returns the message for an unknown key. It suggests the nearest key.
+
+    The message also lists the keys of the deepest group or mapping of the config that contains the start of the key.
+    """
     key = key.lstrip("+~")
     node: Any = config
     found: list[str] = []
@@ -149,11 +153,11 @@ def unknown_key(key: str, config: Mapping[str, Any], where: str = "") -> str:
     have = [str(k) for k in node if k not in ("_target_", "name")]
     names = [k for k in _every_key(config) if k.rpartition(".")[2] not in ("_target_", "name")]
     keys_are = f"the keys{at and f' of {at}'} are {', '.join(have)}" if have else f"there are no keys in {at}"
-    return f"{where}there is no key {key}; {_elsewhere(key) or hint(key, names, keys_are)}"
+    return f"{where}there is no key {key}; {_choices_with_key(key) or hint(key, names, keys_are)}"
 
 
-def _elsewhere(key: str) -> str:
-    """Says which other choices of its group have the key; empty if none has it."""
+def _choices_with_key(key: str) -> str:
+    """Returns a message that names the choices of the group of a key that have the key; empty if none has it."""
     group, _, name = key.partition(".")
     if not name or group not in config_groups():
         return ""
@@ -162,18 +166,18 @@ def _elsewhere(key: str) -> str:
 
 
 def keys_of_choice(group: str, name: str) -> set[str]:
-    """The keys, such as model.layers, that the file of a choice and its parents set."""
+    """Returns the keys, such as model.layers, that the file of a choice and its parents set."""
     found: set[str] = set()
     for folder in config_dirs():
         path = folder / group / f"{name}.yaml"
-        said = CommentedConfig(path.read_text()) if path.is_file() else CommentedConfig("")
-        found |= {key if said.whole else f"{group}.{key}" for key in said.keys}
-        found |= {key for parent in said.parents for key in keys_of_choice(group, parent)}
+        parsed = CommentedConfig(path.read_text()) if path.is_file() else CommentedConfig("")
+        found |= {key if parsed.whole else f"{group}.{key}" for key in parsed.keys}
+        found |= {key for parent in parsed.parents for key in keys_of_choice(group, parent)}
     return found
 
 
 def _every_key(config: Mapping[str, Any], before: str = "") -> list[str]:
-    """All dotted keys of a config: groups and values."""
+    """Returns all dotted keys of a config: groups and values."""
     found = []
     for key, value in config.items():
         found.append(f"{before}{key}")

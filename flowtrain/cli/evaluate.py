@@ -59,10 +59,10 @@ USAGE = Usage(
         "scores": "A .npy file for log p(x) of every row, in nats, in the order of the rows. It is -inf if the "
         "density is zero. It is NaN if it cannot be computed, or if the row has a missing value and data.missing=drop. "
         "For an ensemble, FILE_members.npy contains log p(x) of each member, (rows, members)",
-        "ood": "A second data set to be told apart by log p(x): a file, or data by name. For a name, it is the "
-        "test set of that data. The AUROC is added to the table, and plots/ood.png is drawn; with scores, "
-        "FILE_ood.npy is written. The entropy H of the typicality score is the NLL of the validation set of the run. "
-        "If that set is missing, it is the NLL of the scored rows",
+        "ood": "A second data set, to be distinguished by log p(x): a file, or the name of data, whose test set is "
+        "used. The AUROC is added to the table, and plots/ood.png is drawn. With scores, FILE_ood.npy is written. "
+        "The entropy H of the typicality score is the NLL of the validation set of the run. "
+        "If that set is missing, H is the NLL of the scored rows",
         "baselines": "true: also fits a Gaussian mixture and a kernel density estimate, for tables. They are fitted "
         "to the training rows of the run, in up to 20 s, and scored on the same rows. The mixture needs scikit-learn "
         "(pip install 'flowtrain[baselines]')",
@@ -114,7 +114,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def main() -> None:
-    """The command `floweval`."""
+    """Runs the command `floweval`."""
     with messages(), own_settings(torch.device("cpu")):
         run_command("floweval", _command)
 
@@ -130,9 +130,9 @@ def _command() -> int:
     loaded_run = load_run(own, overrides)
     split = str(own["split"] or default_split(overrides))
     options = loaded_run.plot_options
-    place = OutputPaths(loaded_run.run_dir, out, scores, set_name(loaded_run, split, overrides), options)
+    outputs = OutputPaths(loaded_run.run_dir, out, scores, set_name(loaded_run, split, overrides), options)
     inputs = [*loaded_run.files, own["ood"], *paths_of(loaded_run.config["data"])]
-    place.check(own["ood"] is not None, wants_report, isinstance(loaded_run.flow, Ensemble), inputs)
+    outputs.check(own["ood"] is not None, wants_report, isinstance(loaded_run.flow, Ensemble), inputs)
     with status("reading the data"):
         data = data_of(loaded_run, split, overrides)
         other = None if own["ood"] is None else other_set(str(own["ood"]), loaded_run)
@@ -154,23 +154,23 @@ def _command() -> int:
         baseline_seconds=MOST_SECONDS if wants_baselines else 0.0,
     )
 
-    write_json(place.json, result.to_dict())
-    written = [place.json]
+    write_json(outputs.json, result.to_dict())
+    written = [outputs.json]
     if scores is not None:
         write_npy(scores, for_each_row(data, result.scores))
         written.append(scores)
         if result.member_scores is not None:
-            write_npy(place.member_scores, for_each_row(data, result.member_scores))
-            written.append(place.member_scores)
+            write_npy(outputs.member_scores, for_each_row(data, result.member_scores))
+            written.append(outputs.member_scores)
         if result.sets is not None and other is not None:
-            write_npy(place.other_scores, for_each_row(other[1], result.sets[1]))
-            written.append(place.other_scores)
+            write_npy(outputs.other_scores, for_each_row(other[1], result.sets[1]))
+            written.append(outputs.other_scores)
     config, title = loaded_run.config, title_of(loaded_run.config)
     if wants_plots:
         shown, rows = data_shown(data, split), curves_of(loaded_run)
-        figures = draw_figures(loaded_run.flow, shown, result, rows, config, place.figure, options)
+        figures = draw_figures(loaded_run.flow, shown, result, rows, config, outputs.figure, options)
     else:
-        figures = pictures.draw_evaluation(result, data, title, data_name(config), place.figure, options)
+        figures = pictures.draw_evaluation(result, data, title, data_name(config), outputs.figure, options)
     written += figures
     if wants_report:
         with status("writing the report"):
@@ -178,8 +178,8 @@ def _command() -> int:
                 result,
                 title,
                 str(loaded_run.path),
-                place.report,
-                place.others(figures),
+                outputs.report,
+                outputs.others(figures),
                 provenance(loaded_run, sys.argv[1:], seed),
             )
     print(result.table())
@@ -193,7 +193,7 @@ def for_each_row(data: Dataset, values: Tensor) -> NDArray[np.float64]:
 
 
 def data_shown(data: Dataset, split: str) -> Dataset:
-    """The data with the evaluated set in the place of the test set, which figures show."""
+    """Returns the data with the evaluated set as its test set, because figures show the test set."""
     if split != "val":
         return data
     shown = copy.copy(data)
@@ -202,9 +202,9 @@ def data_shown(data: Dataset, split: str) -> Dataset:
 
 
 def curves_of(loaded_run: LoadedRun) -> list[dict[str, Any]]:
-    """The rows of the training curves; for an ensemble of runs, the validations of its members.
+    """Returns the rows of the training curves, or for an ensemble of runs the validations of its members.
 
-    Empty with other data than those of the run, because the curves do not show them.
+    Returns no rows if the data are not the data of the run, because the curves do not show these data.
     """
     if loaded_run.config["data"] != loaded_run.own_data:
         return []
@@ -227,7 +227,7 @@ class OutputPaths:
         self.run_dir, self.out, self.scores, self.suffix = run_dir, out, scores, name and f"-{name}"
         self.options = options
         self.json = out or run_dir / f"eval{self.suffix}.json"
-        # callers replace .json by .md or .html. Without a suffix, a dot in the name would begin one
+        # callers replace .json by .md or .html. Without .json, they would replace the part of a name after a dot
         self.report = out or run_dir / f"report{self.suffix}.json"
 
     @property
@@ -252,13 +252,13 @@ class OutputPaths:
         check_outputs(paths, inputs)
 
     def figure(self, name: str) -> Path:
-        """The path of a figure as PNG; other formats lie beside it."""
+        """Returns the path of a figure as PNG. Files in other formats have the same path with another suffix."""
         if self.out is None:
             return self.run_dir / f"plots/{name}{self.suffix}.png"
         return self.out.with_name(f"{self.out.stem}_{name}.png")
 
     def others(self, drawn: list[Path]) -> list[Path]:
-        """The files of the figures of a report: those that were drawn, and the samples and curves of the run."""
+        """Returns the figures of a report: the `drawn` files, and the figures of samples and curves of the run."""
         found = list(drawn)
         for name in ("samples", "curves"):
             if not {*self.options.files(self.figure(name))} & {*drawn}:
@@ -268,7 +268,7 @@ class OutputPaths:
 
 
 def own_data_of(loaded_run: LoadedRun) -> Dataset | None:
-    """The data that the flow was trained on. If it is missing or does not fit, warns and returns None."""
+    """Returns the data that the flow was trained on. If it is missing or does not fit, warns and returns None."""
     try:
         return training_data(loaded_run, ["val"])
     except (FlowtrainError, OSError) as e:
@@ -277,7 +277,7 @@ def own_data_of(loaded_run: LoadedRun) -> Dataset | None:
 
 
 def training_data(loaded_run: LoadedRun, sets: Collection[str]) -> Dataset:
-    """The data that the flow was trained on.
+    """Returns the data that the flow was trained on.
 
     Args:
         sets: the sets that must be unchanged: "file", which has the training rows, "val" or "test".
@@ -293,13 +293,13 @@ def training_data(loaded_run: LoadedRun, sets: Collection[str]) -> Dataset:
 
 
 def default_split(overrides: Sequence[str]) -> str:
-    """all if data.path is given without data.val_path and data.test_path, else test."""
+    """Returns "all" if data.path is given without data.val_path and data.test_path, else "test"."""
     keys = keys_of(overrides)
     return "all" if "data.path" in keys and not keys & {"data.val_path", "data.test_path"} else "test"
 
 
 def data_of(loaded_run: LoadedRun, split: str, overrides: Sequence[str]) -> Dataset:
-    """The data set of the config, or all rows of its file.
+    """Returns the data set of the config. For split=all, returns a data set of all rows of the file.
 
     Raises:
         ConfigError: split=all for data without a file of rows.
@@ -351,14 +351,14 @@ def check_unchanged(before: Samples, now: Samples, split: str, path: str | None,
 
 
 def rows_of(path: str, loaded_run: LoadedRun, data: Mapping[str, Any], asked: Collection[str] = ()) -> RowsToScore:
-    """All rows of a file, read with the settings of the data config; see `RowsToScore`."""
+    """Returns all rows of a file, read with the settings of the data config; see `RowsToScore`."""
     return RowsToScore(
         path, loaded_run.samples, **{key: data.get(key) for key in READ}, asked=asked, seed=data.get("seed", 0)
     )
 
 
 def other_set(value: str, loaded_run: LoadedRun) -> tuple[str, Dataset]:
-    """The name and the data of the second set: a data config, whose test set is used, or the rows of a file."""
+    """Returns the name and the data of the second set: a data config, whose test set is used, or the rows of a file."""
     if value != "array" and value in options("data"):
         data = loaded_run.build(compose_defaults([f"data={value}"])["data"])
         check_fits(loaded_run.flow, data)

@@ -63,7 +63,7 @@ OWN: dict[str, Any] = {
 
 
 def main() -> None:
-    """The console script `flowexport`."""
+    """Runs the console script `flowexport`."""
     with messages():
         run_command("flowexport", _command)
 
@@ -99,16 +99,16 @@ def _command() -> int:
 
 
 def test_rows(loaded_run: LoadedRun) -> tuple[Tensor | None, Tensor | None]:
-    """Rows of the test set and their labels; if the data are missing or do not fit, warns and returns None."""
+    """Returns rows of the test set and their labels. If the data are missing or do not fit, warns and returns None."""
     try:
         data = loaded_run.build()
         check_fits(loaded_run.flow, data)
         if change := changes(loaded_run.samples.record, data.record, ["test"]):
             raise DataError(f"since the run was trained, {change}")
     except (FlowtrainError, OSError) as e:
-        log.warning("the programs are compared with the flow on its own samples, not on test rows: %s", e)
+        log.warning("the programs are compared with the flow on samples of the flow, not on test rows: %s", e)
         return None, None
     if loaded_run.flow.classes is not None and data.test_labels is None:
-        log.warning("the programs are compared with the flow on its own samples: the data have no labels")
+        log.warning("the programs are compared with the flow on samples of the flow: the data have no labels")
         return None, None
     return data.test, None if loaded_run.flow.classes is None else data.test_labels

@@ -31,13 +31,13 @@ from flowtrain.utils.formatting import flattened, shown
 
 # the columns at which descriptions of keys and of choices begin
 KEY_COLUMN, CHOICE_COLUMN = 36, 30
-# the groups, the most used first
+# the groups in the order of the help, the most used ones first
 GROUPS = ("model", "data", "objective", "regularizer", "solver", "trainer", "recipe", "experiment")
 # topics of --help that are neither groups, choices nor keys
 ALL, RUNS = "all", "runs"
 
 # flags whose value is the next argument
-TAKING = (*VALUED, "-i", "--info")
+FLAGS_WITH_VALUE = (*VALUED, "-i", "--info")
 
 HEAD = [
     "flowtrain: fits densities with normalizing flows, scores and samples them",
@@ -53,7 +53,7 @@ EXAMPLES: list[Row] = [
     ("floweval outputs/first", "test NLL with its error"),
     ("flowsample outputs/first n=10000", "draws samples"),
 ]
-# the keys of the overview, with their values if the composed config lacks them
+# the keys of the overview. Each has a value, which is shown if the composed config lacks the key, and a meaning
 KEYS: dict[str, Row] = {
     "data.path": ("FILE", "your table: .csv, .npy or .npz"),
     "data.columns": ("[NAME,NAME]", "columns to keep; null: all"),
@@ -121,7 +121,7 @@ def asked(arguments: Sequence[str]) -> bool:
 
 
 def help_text(arguments: Sequence[str]) -> str:
-    """The help for a command line: the overview, the full listing, or the help on its topics.
+    """Returns the help for a command line: the overview, the full listing, or the help on its topics.
 
     Raises:
         ConfigError, HydraException: a mistake in the command line.
@@ -138,7 +138,7 @@ def help_text(arguments: Sequence[str]) -> str:
 
 
 def overview(run: Mapping[str, Any], choices: Mapping[str, Any]) -> str:
-    """The help that fits on two screens: examples, groups, the most used keys and flags."""
+    """Returns the overview, which fits on two screens: examples, groups, the most used keys, and flags."""
     groups = []
     for group in GROUPS:
         names = [f"*{name}" if name in _chosen(group, choices) else name for name in options(group)]
@@ -168,7 +168,7 @@ def overview(run: Mapping[str, Any], choices: Mapping[str, Any]) -> str:
 
 
 def full_text(run: Mapping[str, Any], hydra: Mapping[str, Any]) -> str:
-    """The help on every choice of the groups, every key of the composed config, and every flag."""
+    """Returns the help on every choice of the groups, every key of the composed config, and every flag."""
     choices = hydra["runtime"]["choices"]
     blocks = [
         HEAD,
@@ -187,14 +187,16 @@ def full_text(run: Mapping[str, Any], hydra: Mapping[str, Any]) -> str:
 
 
 def topics(arguments: Sequence[str]) -> list[str]:
-    """The words beside --help that are neither flags nor overrides, as `trainer` in `flowtrain --help trainer`."""
+    """Returns the arguments that are neither flags nor overrides, such as `trainer` in `flowtrain --help trainer`."""
     rest = split_config_dir(arguments)[1]
     found = zip(["", *rest], rest, strict=False)
-    return [a for before, a in found if a.strip() and "=" not in a and a[0] not in "-~" and before not in TAKING]
+    return [
+        a for before, a in found if a.strip() and "=" not in a and a[0] not in "-~" and before not in FLAGS_WITH_VALUE
+    ]
 
 
 def topic_text(about: Sequence[str], others: Iterable[str] = (), overrides: Sequence[str] = ()) -> str:
-    """The help on groups, their choices and keys.
+    """Returns the help on groups, their choices and keys.
 
     Args:
         others: further known topics, for the suggestions of the message.
@@ -210,7 +212,7 @@ def topic_text(about: Sequence[str], others: Iterable[str] = (), overrides: Sequ
 def _on(
     topic: str, run: Mapping[str, Any], hydra: Mapping[str, Any], others: Iterable[str], overrides: Sequence[str]
 ) -> str:
-    """The help on one topic."""
+    """Returns the help on one topic."""
     choices = hydra["runtime"]["choices"]
     if topic in others and topic == ALL:
         return full_text(run, hydra)
@@ -237,12 +239,12 @@ def _on(
 
 
 def _within(topic: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The value of a key, or the values of the keys below it."""
+    """Returns the value of a key, or the values of the keys below it."""
     return {key: value for key, value in values.items() if key == topic or key.startswith(f"{topic}.")}
 
 
 def _on_choice(group: str, name: str, overrides: Sequence[str]) -> list[list[str]]:
-    """The help on a choice of a group: its description, its keys, and the keys of other groups that it sets."""
+    """Returns the help on a choice of a group: its description, its keys, and the keys of other groups that it sets."""
     kept = [a for a in overrides if (key := a.lstrip("+").partition("=")[0]) in GROUPS and key != group]
     about = table([(f"{group}={name}", read(group, name).sentence)], CHOICE_COLUMN)
     run = composed([*kept, f"{group}={name}"])[0]
@@ -255,7 +257,7 @@ def _on_choice(group: str, name: str, overrides: Sequence[str]) -> list[list[str
 
 
 def choices_with(key: str) -> list[str]:
-    """The choices, such as data=array, whose files set a key of the same group, or keys below it."""
+    """Returns the choices, such as data=array, whose files set a key of the same group, or keys below it."""
     group = key.partition(".")[0]
     if group not in GROUPS or key == group:
         return []
@@ -263,7 +265,7 @@ def choices_with(key: str) -> list[str]:
 
 
 def _on_key_elsewhere(key: str, having: Sequence[str]) -> list[list[str]]:
-    """The help on a key that only other choices of its group have: the choices, and what the key is in each of them."""
+    """Returns the help on a key that only other choices of its group have, with these choices."""
     found: dict[tuple[str, ...], list[str]] = {}
     for choice in having:
         group, _, name = choice.partition("=")
@@ -273,23 +275,27 @@ def _on_key_elsewhere(key: str, having: Sequence[str]) -> list[list[str]]:
 
 
 def keys_of_group(group: str, name: str, run: Mapping[str, Any]) -> list[str]:
-    """The keys of a group with the values of the composed config, without the name and the class of the choice."""
+    """Returns the keys of a group with their values in the composed config, except `name` and `_target_`."""
     values = {k: v for k, v in flattened({group: run.get(group) or {}}).items() if k.partition(".")[2]}
     shown_keys = {key: value for key, value in values.items() if key not in (f"{group}.name", f"{group}._target_")}
     return [f"  Keys with {group}={name}", *key_table_of(shown_keys, meanings(group, name))] if shown_keys else []
 
 
 def overrides_of(arguments: Sequence[str]) -> list[str]:
-    """The overrides among the arguments of a command line. For a sweep, the overrides of its first run."""
+    """Returns the overrides among the arguments. For a sweep, returns the overrides of its first run."""
     rest = split_config_dir(arguments)[1]
-    words = [a for before, a in zip(["", *rest], rest, strict=False) if not a.startswith("-") and before not in TAKING]
+    words = [
+        a
+        for before, a in zip(["", *rest], rest, strict=False)
+        if not a.startswith("-") and before not in FLAGS_WITH_VALUE
+    ]
     if not {*SWEEP} & {*rest}:
         return words
     return [word for override in OverridesParser.create().parse_overrides(words) for word in first_of(override)]
 
 
 def first_of(override: Override) -> list[str]:
-    """An override with the first of its values; empty if it has no first value, as an interval."""
+    """Returns an override with the first of its values; empty if it has no first value, for example an interval."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     value, key = override.value(), override.get_key_element()
@@ -301,7 +307,7 @@ def first_of(override: Override) -> list[str]:
 
 
 def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The config of a run, and Hydra's own part without interpolation."""
+    """Returns the composed config of a run, and Hydra's part of the config without interpolation."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         whole = compose("config", [*own_searchpath(), *overrides], return_hydra_config=True)
     hydra = OmegaConf.to_container(whole.hydra)
@@ -310,7 +316,7 @@ def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def recipe_lines(run: Mapping[str, Any], choices: Mapping[str, Any]) -> list[str]:
-    """The explanation of recipes, and the keys that the recipes of this command line set."""
+    """Returns the explanation of recipes, and the keys that the recipes of this command line set."""
     values = flattened(run)
     said = (
         "A recipe is a set of key values that suit a model with a data set or with an objective. It applies "
@@ -325,12 +331,12 @@ def recipe_lines(run: Mapping[str, Any], choices: Mapping[str, Any]) -> list[str
 
 
 def _chosen(group: str, choices: Mapping[str, Any]) -> list[str | None]:
-    """The choices of a group on this command line: recipes are chosen twice, for the objective and for the data."""
+    """Returns the choices of a group on this command line. The group `recipe` has two, for objective and data."""
     return [choices.get(group), choices.get(f"{group}@_global_")]
 
 
 def group_lines(group: str, choices: Mapping[str, Any]) -> list[str]:
-    """A group with its description and its choices. A * marks the choices of this command line."""
+    """Returns a group with its description and its choices. A * marks the choices of this command line."""
     names = _chosen(group, choices)
     rows = [(f"{'*' if name in names else ' '} {name}", read(group, name).sentence) for name in options(group)]
     about = table([(group, main_file().groups[group])], column=CHOICE_COLUMN)
@@ -338,7 +344,7 @@ def group_lines(group: str, choices: Mapping[str, Any]) -> list[str]:
 
 
 def key_lines(run: Mapping[str, Any], hydra: Mapping[str, Any], choices: Mapping[str, Any]) -> Iterator[list[str]]:
-    """The keys of the run, of each group, and of Hydra if flowtrain sets them, with values and meanings."""
+    """Yields the keys of the run, of each group, and of Hydra if flowtrain sets them, with values and meanings."""
     ours = main_file().keys
     yield key_table_of(flattened({key: value for key, value in run.items() if key not in GROUPS}), ours)
     for group in GROUPS:
@@ -349,18 +355,18 @@ def key_lines(run: Mapping[str, Any], hydra: Mapping[str, Any], choices: Mapping
 
 
 def _hydra_values(hydra: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of Hydra's keys that configs/config.yaml sets."""
+    """Returns the values of Hydra's keys that configs/config.yaml sets."""
     values = flattened({"hydra": hydra})
     return {key: values[key] for key in main_file().keys if key in values}
 
 
 def key_table_of(values: Mapping[str, Any], meaning: Mapping[str, str]) -> list[str]:
-    """Lines of KEY=VALUE with the meaning of the key, for values by dotted keys."""
+    """Returns lines of KEY=VALUE with the meanings of the keys, for values by dotted keys."""
     return table([(f"{key}={shown(value)}", meaning.get(key, "")) for key, value in values.items()], KEY_COLUMN)
 
 
 def meanings(group: str, name: str) -> dict[str, str]:
-    """The meanings of the keys of a choice, from the comments in its file and in the files that it extends."""
+    """Returns the meanings of the keys of a choice, from the comments in its file and in the files that it extends."""
     said = read(group, name)
     found: dict[str, str] = {}
     for parent in said.parents:

@@ -82,7 +82,7 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def _parsed(arguments: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
-    """The directories, and the values of the options."""
+    """Returns the directories, and the values of the options."""
     paths, given = [], {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -98,7 +98,7 @@ def _parsed(arguments: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
 
 
 def _root_of(path: Path) -> Path:
-    """A directory that exists. For a checkpoint, its run directory."""
+    """Returns a directory if it exists. For a checkpoint file, returns the run directory."""
     if path.is_file() and path.suffix == ".pt":
         return run_dir_of(path)
     if not path.is_dir():
@@ -107,13 +107,13 @@ def _root_of(path: Path) -> Path:
 
 
 def _free(path: Path) -> Path:
-    """The path, or the first of NAME-2, NAME-3 ... that does not exist."""
+    """Returns the path, or the first of NAME-2, NAME-3 ... that does not exist."""
     names = (path.with_stem(f"{path.stem}-{i}") if i > 1 else path for i in count(1))
     return next(name for name in names if not name.exists())
 
 
 def _lines(runs: Sequence[tuple[Path, ListedRun]]) -> list[str]:
-    """The table of runs. The runs of a sweep are indented below a line with the name of the sweep."""
+    """Returns the table of runs. The runs of a sweep are indented below a line with the name of the sweep."""
     head = ["name", "model", "data", "NLL (test)", "seconds", "state", "path"]
     rows: list[list[str]] = [head]
     sweep = None
@@ -131,7 +131,7 @@ def _lines(runs: Sequence[tuple[Path, ListedRun]]) -> list[str]:
         state = f"{run.state}; {run.problem}" if run.problem else run.state
         rows.append([name, run.model or "?", run.data or "?", nll_of(run), seconds, state, str(shortest(run.path))])
     rows = [[*(_shortened(cell) for cell in row[:-1]), _printable(row[-1])] for row in rows]
-    # the cell that says how many runs a sweep has reaches over the next columns
+    # the row of a sweep has the number of runs in column 1. This cell is wide, because the next columns are empty
     widths = [max(len(row[i]) for row in rows if i != 1 or row[2] or row[5]) for i in range(len(head))]
     return [_line(row, widths) for row in rows]
 
@@ -149,7 +149,7 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text without control characters, which could change the terminal."""
+    """Returns a text without control characters, which could change the terminal."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
@@ -159,7 +159,7 @@ def _shortened(text: str) -> str:
 
 
 def nll_of(run: ListedRun) -> str:
-    """The NLL of a run with its standard error. (val) marks an NLL of the validation set.
+    """Returns the NLL of a run with its standard error. (val) marks an NLL of the validation set.
 
     Example:
         >>> nll_of(ListedRun(Path("r"), "r", split="val", nll=2.40213, nll_stderr=0.00581))
@@ -176,7 +176,7 @@ def nll_of(run: ListedRun) -> str:
 
 
 def as_csv(runs: Sequence[ListedRun]) -> str:
-    """A row for each run, with every digit."""
+    """Returns a row for each run, with every digit."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)

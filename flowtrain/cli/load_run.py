@@ -24,21 +24,21 @@ from flowtrain.utils.formatting import option
 from flowtrain.utils.process import choose_threads, keep_freed_memory
 from flowtrain.utils.status import status
 
-# the parts of a saved config that scoring and sampling read
+# the keys of a saved config that scoring and sampling read
 USED = ("model", "data", "solver", "threads", "plots")
 
 
 class LoadedRun(NamedTuple):
     """A checkpoint file, its flow and step, its samples, and its config with the overrides of the command line.
 
-    For an ensemble, `path` is a directory, and the config and the samples are taken from the first member.
+    For an ensemble, `path` is a directory, and the config and the samples are from the first member.
 
     Attributes:
-        changed: whether overrides can change the numbers; those of `plots` cannot.
+        changed: whether there are overrides that can change the numbers. Overrides of `plots` cannot.
         own_data: the config of the data that the flow was trained on.
         members: the files of an ensemble.
-        tag: for runs that are given as a list, the part of file names that stands for them; else empty.
-        built: the data of `own_data`, if they have been built already.
+        tag: for runs that are given as a list, the part of the names of output files that identifies them; else empty.
+        built: the data set of `own_data`, if it is already built.
     """
 
     path: Path
@@ -53,14 +53,14 @@ class LoadedRun(NamedTuple):
     built: Dataset | None = None
 
     def titled(self, words: str) -> str:
-        """The title of a figure: the run, its step, its test NLL if result.json has it, and words."""
+        """Returns the title of a figure: the run, its step, its test NLL if result.json contains it, and `words`."""
         nll = "" if self.changed else known_test_nll(self.path, self.step)
         step = "" if self.members else f"step {self.step:,}"
         return ", ".join(filter(None, (title_of(self.config), step, nll, words)))
 
     @property
     def plot_options(self) -> PlotOptions:
-        """The options of its figures.
+        """The options of the figures.
 
         Raises:
             ConfigError: an option that is not valid, or columns that the flow does not have.
@@ -71,7 +71,7 @@ class LoadedRun(NamedTuple):
 
     @property
     def run_dir(self) -> Path:
-        """The default directory of the files that a command writes."""
+        """The default directory for the files that a command writes."""
         return self.path if self.path.is_dir() else run_dir_of(self.path)
 
     @property
@@ -80,14 +80,15 @@ class LoadedRun(NamedTuple):
         return self.members or (self.path,)
 
     def single_flow(self, what: str, command: str) -> Flow:
-        """The flow.
+        """Returns the flow, or raises ConfigError for an ensemble.
 
         Args:
             what: the task that needs a single flow, for the message.
             command: the command of that task, with {} in place of ckpt=RUN.
 
         Raises:
-            ConfigError: it is an ensemble. For the run of a search, the message has the command for its best candidate.
+            ConfigError: the checkpoints are an ensemble. For a search, the message has the command for the best
+                candidate.
         """
         if isinstance(self.flow, Flow):
             return self.flow
@@ -98,12 +99,12 @@ class LoadedRun(NamedTuple):
         raise ConfigError(f"{what}: needs a single flow, and {self.path} is an ensemble; {which}")
 
     def build(self, data: Mapping[str, Any] | None = None) -> Dataset:
-        """Builds the data set of this config, or of another config of data.
+        """Builds the data set of `data`, or of the config of this run.
 
         Warnings about the data that the flow was trained on are suppressed, because training has already given them.
 
         Raises:
-            DataError: the file names no data, because it was saved from Python, and the command line names none.
+            DataError: neither the file, which was saved from Python, nor the command line names the data.
         """
         data = self.config["data"] if data is None else data
         if self.built is not None and data == self.own_data:
@@ -118,7 +119,9 @@ class LoadedRun(NamedTuple):
 
 
 def known_test_nll(path: Path, step: int) -> str:
-    """The test NLL in result.json, as "test NLL 2.396 +- 0.007 nats". Empty if it belongs to another file or step.
+    """Returns the test NLL in result.json, as "test NLL 2.396 +- 0.007 nats".
+
+    The text is empty if result.json belongs to another checkpoint file or step.
 
     Example:
         >>> known_test_nll(Path("nowhere/checkpoints/best.pt"), 600)
@@ -129,7 +132,7 @@ def known_test_nll(path: Path, step: int) -> str:
         same = path.name == "best.pt" and result["step"] == step
         return f"test {result['headline'].partition(' (')[0]}" if same else ""
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        # the title of a figure does without it
+        # the title of a figure then has no NLL
         return ""
 
 
@@ -202,11 +205,11 @@ def _load_one(path: Path, own: Mapping[str, Any], overrides: Sequence[str], trus
 
 
 def set_name(loaded_run: LoadedRun, split: str, overrides: Sequence[str]) -> str:
-    """A name for the evaluated set, used in file names; empty for the own test set of a run or a sweep directory.
+    """Returns a name for the evaluated set, for file names. It is empty for the test set that a run was trained with.
 
-    It begins with the `tag` of runs that were given as a list. With split=all, it is the stem of the data.path in the
-    overrides, or "all". Otherwise, it joins what differs from the run's data and the split: "val", "circles" or
-    "new-test".
+    The name begins with the `tag` of runs that were given as a list. With split=all, the rest is the stem of data.path
+    in the overrides, or "all". Otherwise, the rest consists of the changes of the data and of the split, such as "val",
+    "circles" or "new-test".
     """
     return "-".join(filter(None, (loaded_run.tag, _set_name(loaded_run, split, overrides))))
 
@@ -231,7 +234,7 @@ def _set_name(loaded_run: LoadedRun, split: str, overrides: Sequence[str]) -> st
 
 
 def stem_of(path: Any) -> str:
-    """The name of a file without its suffix. The suffix is kept if the stem is the name of a split.
+    """Returns the name of a file without its suffix. The suffix is kept if the stem is the name of a split.
 
     Example:
         >>> stem_of("some/where/new.csv"), stem_of("plain.csv.gz"), stem_of("gas/val.csv")

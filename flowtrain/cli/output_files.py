@@ -12,7 +12,7 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Any]) -> None:
     """Refuses outputs that are written twice or that are also inputs.
 
     Raises:
-        ConfigError: such a path, or a path that is a directory.
+        ConfigError: an output that is written twice or is also an input, or that is a directory.
         OSError: a folder that cannot be written to.
     """
     taken = {
@@ -24,7 +24,7 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Any]) -> None:
             raise ConfigError(f"{path}: this command already reads or writes this file; give another name")
         if path.is_dir():
             raise ConfigError(f"{path} is a directory; give the name of a file")
-        # a device or a pipe can take more than one
+        # a device or a pipe can receive several outputs
         if not real.exists() or real.is_file():
             taken.add(real)
         folder = next(parent for parent in real.parents if parent.exists())
@@ -35,7 +35,7 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Any]) -> None:
 
 
 def written_as(key: str, value: Any, *endings: str) -> Path | None:
-    """The file that an option names; None if the option is not given.
+    """Returns the file that an option names; None if the option is not given.
 
     Raises:
         ConfigError: the name ends in none of `endings`.
@@ -48,7 +48,7 @@ def written_as(key: str, value: Any, *endings: str) -> Path | None:
 
 
 def run_dir_of(path: Path) -> Path:
-    """The run directory of a checkpoint file. If the file is not in `checkpoints`, the folder of the file."""
+    """Returns the run directory of a checkpoint file, or the folder of the file if this is not `checkpoints`."""
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
@@ -62,7 +62,7 @@ def absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def paths_of(data: Mapping[str, Any]) -> list[Any]:
-    """The files that a data set is read from."""
+    """Returns the files that a data set is read from."""
     return [value for key, value in data.items() if is_path(key)]
 
 

@@ -34,7 +34,7 @@ READ_PATHS = ("resume", "from", "ckpt", "ood")
 WRITTEN_PATHS = ("out", "scores", "hydra.run.dir", "hydra.sweep.dir")
 # the directory of runs, in the working directory
 OUTPUTS = "outputs"
-# keys whose values are names in a file
+# keys whose values are the names of columns or arrays in a file
 QUOTED_NAMES = ("data.label", "data.key")
 
 
@@ -48,7 +48,7 @@ def rename_old_keys(arguments: Sequence[str]) -> list[str]:
     replaced = []
     for argument in arguments:
         new = RENAMED_OVERRIDES.get(key_of(argument))
-        # config files are read only for arguments that may have to change
+        # `has_key` reads config files, so it is called only for arguments with an old key
         if new is not None and has_key(new, arguments):
             warn_of_old_key(key_of(argument), new)
             argument = renamed_override(argument)
@@ -60,18 +60,19 @@ def has_key(key: str, arguments: Sequence[str]) -> bool:
     """Whether the choices that a command line makes have a key in their config files."""
     group = key.partition(".")[0]
     given = [a.partition("=")[2] for a in arguments if a.lstrip("+").partition("=")[0] == group]
-    # only ffjord is chosen by default among the groups with renamed keys
+    # among the choices with renamed keys, only ffjord is a default
     names = given[-1].split(",") if given else ["ffjord"]
     return all(key in keys_of_choice(group, name.strip()) for name in names)
 
 
 def rename_old_config_keys(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A composed config in which keys of earlier versions have their present names, with a warning.
+    """Returns a composed config in which keys of earlier versions have their present names, with a warning.
 
-    Only groups that have both names are changed: a config file of a user adds the old name to our new one.
+    Only groups that have both names are changed. Such a group has the new name from flowtrain's config files, and the
+    old name from a config file of the user.
 
     Args:
-        overrides: the overrides of the command line. They win over the config files.
+        overrides: the overrides of the command line. Their values have priority over the config files.
     """
     given = keys_of(overrides)
     groups = dict(config)
@@ -94,7 +95,7 @@ def warn_of_old_key(old: str, new: str) -> None:
 
 
 def with_default_choices(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the choices of `default_choices`, if they choose data=array.
+    """Returns the arguments with the choices of `default_choices`, if they choose data=array.
 
     Example:
         >>> with_default_choices(["data=array", "data.path=a.csv"])
@@ -111,7 +112,7 @@ def with_default_choices(arguments: Sequence[str]) -> list[str]:
 
 
 def quoted(arguments: Sequence[str]) -> list[str]:
-    """Quotes the paths among the values of a command line for Hydra, if they need it.
+    """Quotes the paths in the values of a command line, if Hydra could not parse them otherwise.
 
     Quoted values, lists and the values of a sweep are not changed, unless a file of exactly that name exists.
 
@@ -148,12 +149,12 @@ def _quoted(argument: str) -> str:
     if read and "," in text and not re.search(r"['\"]", text):
         # the values of a sweep, with -m
         return f"{start}={','.join(_quoted(f'{key}={part.strip()}').partition('=')[2] for part in text.split(','))}"
-    # a value that begins with a quote but cannot be parsed was meant for Hydra, which reports it
+    # a value that begins with a quote, but cannot be parsed, is not changed, so that Hydra reports it
     return argument if value is None and text[0] in "'\"" else f"{start}={in_quotes(text)}"
 
 
 def parsed(argument: str) -> tuple[Any, bool]:
-    """The value of an override, parsed by Hydra (None if Hydra rejects it), and whether it is a sweep."""
+    """Returns the value of an override, parsed by Hydra (None if Hydra rejects it), and whether it is a sweep."""
     try:
         override = OverridesParser.create().parse_override(argument)
         # `value()` would remove the quotes
@@ -164,7 +165,7 @@ def parsed(argument: str) -> tuple[Any, bool]:
 
 
 def in_quotes(text: str) -> str:
-    r"""The text as a quoted string in Hydra's grammar.
+    r"""Returns the text as a quoted string in Hydra's grammar.
 
     Example:
         >>> print(in_quotes("it's [1]"))
@@ -173,7 +174,7 @@ def in_quotes(text: str) -> str:
     return QuotedString(text, Quote.single).with_quotes()
 
 
-# two keys for one setting: setting one resets the other
+# pairs of keys for the same setting. If one is set, the other is reset
 SAME_SETTING = {"solver.steps": "solver.step_size", "solver.step_size": "solver.steps"}
 
 # flags of Hydra. The argument after a flag in VALUED is its value, not an override
@@ -199,7 +200,7 @@ TOPICAL = ("--info", "--shell-completion")
 def with_name(arguments: Sequence[str]) -> list[str]:
     """Replaces name=NAME by the directories of the run and of a sweep of this name.
 
-    Directories on the command line win, because Hydra takes the last value of a key.
+    Directories on the command line have priority, because Hydra uses the last value of a key.
 
     Raises:
         ConfigError: a name that is not one component of a path.
@@ -236,7 +237,7 @@ def validate_command_line(arguments: Sequence[str]) -> None:
     Rejects unknown or contradictory flags, arguments that are not overrides, and choices that a group does not have.
 
     Raises:
-        ConfigError: naming the argument.
+        ConfigError: such an argument. The message names the argument.
         HydraException: an override that cannot be parsed.
     """
     check_flags(arguments)
@@ -261,7 +262,7 @@ def check_flags(arguments: Sequence[str]) -> None:
     """Rejects unknown flags, flags without their value, and flags that contradict each other.
 
     Raises:
-        ConfigError: naming the flag.
+        ConfigError: such a flag. The message names the flag.
     """
     modes = []
     for before, argument, after in zip(["", *arguments], arguments, [*arguments[1:], ""], strict=False):
@@ -288,7 +289,7 @@ def check_flags(arguments: Sequence[str]) -> None:
 
 
 def _no_override(word: str) -> str:
-    """The message for an argument that is not KEY=VALUE, with what may have been meant."""
+    """Returns the message for an argument that is not KEY=VALUE, with what may have been meant."""
     if checkpoint.has_checkpoint(Path(word)):
         return f"arguments look like KEY=VALUE; {resume_command(word)} resumes this run"
     groups = [group for group in config_groups() if word in options(group)]
@@ -297,13 +298,13 @@ def _no_override(word: str) -> str:
 
 
 def in_order(arguments: Sequence[str]) -> list[str]:
-    """The overrides, then the flags with their values. Hydra does not accept overrides on both sides of a flag."""
+    """Returns the overrides, then the flags with their values. Hydra allows no overrides on both sides of a flag."""
     overrides, flags = separated(arguments)
     return [*overrides, *flags]
 
 
 def separated(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The overrides, and the flags with their values."""
+    """Returns the overrides, and the flags with their values."""
     overrides: list[str] = []
     flags: list[str] = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
@@ -329,7 +330,7 @@ def check_option(override: Override) -> None:
 
 
 def trusted(value: Any) -> list[str]:
-    """The packages that `trust` names. The working directory is then searched for modules too.
+    """Returns the packages that `trust` names. The working directory is then searched for modules too.
 
     Raises:
         ConfigError: a value that is not a name or a list of names, or a name without a package.
@@ -346,7 +347,7 @@ def trusted(value: Any) -> list[str]:
 
 
 def _is_package(name: str) -> bool:
-    """Whether Python would find the package. Does not import it."""
+    """Whether Python would find the package. The package is not imported."""
     try:
         return find_spec(name.partition(".")[0]) is not None
     except (ImportError, ValueError):
@@ -360,7 +361,7 @@ def overridden(
 
     Args:
         own: the options of the command, for the message.
-        used: the parts of the config that the command reads; empty: all. Keys of other parts are refused.
+        used: the groups and keys of the config that the command reads; empty: all. Other keys are refused.
 
     Raises:
         ConfigError: an unknown or unused key, or another model.
@@ -395,7 +396,7 @@ def overridden(
         if group in config_groups():
             if group in ("model", "experiment", "recipe"):
                 raise ConfigError(
-                    f"{group}={override.value()}: the checkpoint already contains the model; leave it out"
+                    f"{group}={override.value()}: the checkpoint already contains the model; leave this option out"
                 )
             check_option(override)
             config[group] = compose_defaults([f"{group}={override.value()}"])[group]
@@ -413,35 +414,35 @@ def overridden(
     found = plain(config) | ({"model": saved["model"]} if described else {})
     keys = [override.key_or_group for override in parsed]
     if "data.path" in keys and "data.key" not in keys:
-        found["data"] = less_key(found["data"])
+        found["data"] = without_unused_key(found["data"])
     groups = {key.partition(".")[0] for key in keys}
     return with_whole_numbers(found, groups & {*config_groups()})
 
 
-def less_key(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Sets data.key to null if data.path no longer names an .npz file."""
+def without_unused_key(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the data config, with `key` set to null if `path` does not name an .npz file."""
     is_archive = str(data.get("path")).lower().endswith(".npz")
     return {**data, "key": None} if data.get("key") is not None and not is_archive else dict(data)
 
 
-# keys of a saved model that may be changed, and keys of its data that may not
+# the keys of a saved model that may be changed, and the keys of its data that may not be changed
 MODEL_KEYS = ("eval_trace", "noise", "noise_samples")
 TRAINED_KEYS = ("data.alpha", "data.standardize", "data.gaussian_start")
 
 
 def check_kept(overrides: Sequence[str]) -> None:
-    """Refuses to change keys that the weights depend on. With other values they would define another density."""
+    """Refuses overrides of keys that the weights depend on. Another value of such a key would change the density."""
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.key_or_group
         if key.startswith("model.") and key.removeprefix("model.") not in MODEL_KEYS:
             free = ", ".join(f"model.{name}" for name in MODEL_KEYS)
             raise ConfigError(f"{key}: the model of a checkpoint is fixed; only {free} can be changed")
         if key in TRAINED_KEYS:
-            raise ConfigError(f"{key}: a checkpoint keeps the value that it was trained with; leave it out")
+            raise ConfigError(f"{key}: a checkpoint keeps the value that it was trained with; leave this option out")
 
 
 def keys_of(overrides: Sequence[str]) -> set[str]:
-    """The keys that KEY=VALUE overrides set."""
+    """Returns the keys that KEY=VALUE overrides set."""
     return {a.lstrip("+").partition("=")[0] for a in overrides}
 
 

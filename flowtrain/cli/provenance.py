@@ -19,7 +19,7 @@ MEMBERS = 20
 
 
 def provenance(loaded_run: LoadedRun, arguments: Sequence[str], seed: int) -> list[tuple[str, str]]:
-    """Names and values that describe the training and the evaluation.
+    """Returns names and values that describe the training and the evaluation.
 
     A value that is not recorded, such as the command of a flow trained from Python, is left out.
 
@@ -49,7 +49,10 @@ def provenance(loaded_run: LoadedRun, arguments: Sequence[str], seed: int) -> li
 
 
 def training_dates(run_dir: Path) -> str:
-    """The first and the last date in the log of a run, "2026-01-31 12:00 to 2026-01-31 14:30"; empty without a log."""
+    """Returns the first and the last date in the log of a run, "2026-01-31 12:00 to 2026-01-31 14:30".
+
+    The text is empty without a log.
+    """
     try:
         found = STAMP.findall((run_dir / "flowtrain.log").read_text(encoding="utf-8", errors="replace"))
     except OSError:

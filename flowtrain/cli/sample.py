@@ -41,7 +41,7 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
     unused = [key for key in ("n", "label") if own[key] is not None] + ["temperature"] * (own["temperature"] != 1.0)
     if unused:
         raise ConfigError(
-            f"{unused[0]}: not used with quality, which draws as many samples as there are rows; leave it out"
+            f"{unused[0]}: not used with quality, which draws as many samples as there are rows; leave this option out"
         )
     given = written_as("out", own["out"], ".json")
     steps = own["quality"]
@@ -86,7 +86,9 @@ def write_animation(
     temperature: float,
     label: int | None,
 ) -> int:
-    """Animates n samples from the base to the data, for two columns beside the density. Returns the exit code.
+    """Writes an animation of n samples from the base to the data. Returns the exit code.
+
+    For two columns, the animation shows the density beside the samples.
 
     Raises:
         ConfigError: a flow that cannot be animated, or a file format that cannot be written here.
@@ -100,7 +102,7 @@ def write_animation(
     loaded_run = load_run(own, overrides)
     flow = loaded_run.single_flow("animate=true", "flowsample {} animate=true")
     check_animated(flow, n)
-    # refused before anything is read
+    # a wrong label is refused before anything is read
     if label is not None:
         flow.check_label(label)
     out = loaded_run.run_dir / "animation.gif"
@@ -172,7 +174,7 @@ OWN: dict[str, Any] = {
 
 
 def main() -> None:
-    """The console script `flowsample`."""
+    """Runs the console script `flowsample`."""
     with messages(), own_settings(torch.device("cpu")):
         run_command("flowsample", _command)
 
@@ -185,7 +187,7 @@ def _command() -> int:
     if animate and own["quality"] is not None:
         raise ConfigError("animate=true and quality exclude each other; give one of them")
     if log_scale and (animate or own["quality"] is not None):
-        raise ConfigError("log_scale=true: only for the picture of samples; leave it out")
+        raise ConfigError("log_scale=true: only for the picture of samples; leave this option out")
     if own["quality"] is not None:
         return report_quality(own, overrides, seed)
     n = None if own["n"] is None else whole("n", own["n"])
@@ -227,7 +229,7 @@ def write_samples(
         check_fits(flow, data)
     elif log_scale:
         raise ConfigError(
-            "log_scale=true: only for the picture of one or two columns, which is not drawn; leave it out"
+            "log_scale=true: only for the picture of one or two columns, which is not drawn; leave this option out"
         )
     torch.manual_seed(seed)
     labels = label if flow.classes is None or label is not None else flow.drawn_labels(n)
@@ -253,7 +255,7 @@ def _listed(paths: Sequence[Path]) -> str:
 
 
 def data_for_picture(loaded_run: LoadedRun) -> Dataset | None:
-    """The data beside which samples are drawn. If they cannot be read, prints a message and returns None."""
+    """Returns the data beside which samples are drawn. If they cannot be read, prints a message and returns None."""
     try:
         with status("reading the data"):
             return loaded_run.build()

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from flowtrain.cli.config_files import config_dirs, options, plain
 from flowtrain.cli.error_messages import unknown_key
 from flowtrain.cli.output_files import absolute_paths, is_path
-from flowtrain.cli.overrides import keys_of, less_key, overridden, rename_old_config_keys, trusted
+from flowtrain.cli.overrides import keys_of, overridden, rename_old_config_keys, trusted, without_unused_key
 from flowtrain.runs.build import is_description, with_whole_numbers
 from flowtrain.runs.compose import applied_recipes
 from flowtrain.runs.console import messages
@@ -38,13 +38,13 @@ from flowtrain.utils.status import command_begun, status
 
 # errors after which the files of a run that never began are removed. After any other error they are kept for a report
 REFUSAL_ERRORS = (FlowtrainError, HydraException, OmegaConfBaseException, OSError, KeyboardInterrupt, MemoryError)
-FROM_MESSAGE = "the new run has the model and data of from=RUN_DIR; leave it out"
+FROM_MESSAGE = "the new run has the model and data of from=RUN_DIR; leave this option out"
 # the directories that Hydra creates for this command, innermost first
-_MADE: list[Path] = []
+_CREATED: list[Path] = []
 
 
 class DirectoryRecorder(Callback):
-    """Hydra's callback that records the directory of a run or a sweep before Hydra creates it."""
+    """A callback of Hydra that records the directory of a run or a sweep before Hydra creates the directory."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         record_directory(Path(str(config.hydra.run.dir)))
@@ -54,24 +54,24 @@ class DirectoryRecorder(Callback):
 
 
 def record_directory(folder: Path) -> None:
-    """Records which of a directory and its parents do not exist yet."""
+    """Records those of a directory and its parents that do not exist yet."""
     folder = folder.absolute()
-    _MADE[:] = [path for path in (folder, *folder.parents) if not path.exists()]
+    _CREATED[:] = [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def is_created_here(folder: Path) -> bool:
     """Whether this command creates `folder`, one of the directories recorded by `record_directory`."""
-    return folder.absolute() in _MADE
+    return folder.absolute() in _CREATED
 
 
 @contextmanager
 def removing_empty_directories() -> Iterator[None]:
-    """On exit, removes the directories that the command has created and that are empty, also after an error."""
-    _MADE.clear()
+    """Removes the empty directories that the command has created, on exit or after an error."""
+    _CREATED.clear()
     try:
         yield
     finally:
-        remove_empty(_MADE)
+        remove_empty(_CREATED)
 
 
 def start_run(config: DictConfig, run_dir: Path) -> tuple[float, int]:
@@ -80,10 +80,10 @@ def start_run(config: DictConfig, run_dir: Path) -> tuple[float, int]:
     with locked_directory(run_dir):
         if ranks.is_first():
             claim_directory(run_dir)
-            # not earlier: a restarted process would continue the run of another command
+            # the path is saved after the claim. Otherwise a restarted process could continue the run of another command
             ranks.save_run_dir(run_dir)
-        refused = cleaned_up_unless_begun(run_dir, REFUSAL_ERRORS, is_created_here(run_dir))
-        with refused if ranks.is_first() else nullcontext():
+        cleanup = cleaned_up_unless_begun(run_dir, REFUSAL_ERRORS, is_created_here(run_dir))
+        with cleanup if ranks.is_first() else nullcontext():
             overrides = HydraConfig.get().overrides.task
             whole = rename_old_config_keys(check_known_keys(plain(config)), overrides)
             whole = with_config_of_from(whole, overrides)
@@ -107,7 +107,7 @@ def resume_run(
     """Continues a run from its last checkpoint. Returns the same as `start_run`.
 
     Args:
-        rest: overrides of its config.
+        rest: overrides of the config of the run.
         own: the options of the command, for messages.
 
     Raises:
@@ -120,7 +120,7 @@ def resume_run(
     with locked_directory(run_dir), messages(run_dir / "flowtrain.log"):
         config_before = config_of_search(run_dir)
         with status("reading the checkpoint"):
-            # at first, a search has only the checkpoints of its candidates
+            # the directory of a search that has just begun contains only the checkpoints of the candidates
             has_own = config_before is None or checkpoint.has_checkpoint(run_dir)
             saved = checkpoint.load(checkpoint.find(run_dir, prefer="last")) if has_own else {}
         if config_before is not None or SEARCH in saved:
@@ -129,8 +129,8 @@ def resume_run(
             raise CheckpointError(f"{run_dir}/checkpoints/last.pt contains no training state, so it cannot be resumed")
         check_targets(saved["config"], trust)
         refuse_changes(rest, "a resumed run keeps its model and data; start a new run to change them")
-        refuse_changes(rest, "a resumed run continues from its own checkpoint; leave it out", ("from",))
-        refuse_changes(rest, "a resumed run keeps its directory; leave it out", ("name",))
+        refuse_changes(rest, "a resumed run continues from its own checkpoint; leave this option out", ("from",))
+        refuse_changes(rest, "a resumed run keeps its directory; leave this option out", ("name",))
         config = absolute_paths(overridden(saved["config"], rest, own))
         keep_freed_memory()
         ended = train(config, run_dir, saved, trust, when, recipes_of(run_dir))
@@ -138,7 +138,10 @@ def resume_run(
 
 
 def recipes_of(run_dir: Path) -> dict[str, list[str]] | None:
-    """The recipes that applied when a run began, and the keys that each one set; None if .hydra cannot be read."""
+    """Returns the recipes that applied when a run began, with the keys that each recipe set.
+
+    Returns None if .hydra cannot be read.
+    """
     try:
         composed = plain(cast(DictConfig, OmegaConf.load(run_dir / ".hydra/config.yaml")))
         choices = plain(cast(DictConfig, OmegaConf.load(run_dir / ".hydra/hydra.yaml")).hydra.runtime.choices)
@@ -161,7 +164,7 @@ def check_known_keys(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_choices_of_from(arguments: Sequence[str]) -> list[str]:
-    """Adds the choices of model and data of the run that `from` names, so that their defaults and recipes apply.
+    """Adds to the arguments the model and data choices of the run that `from` names, with their defaults and recipes.
 
     Raises:
         ConfigError: other arguments choose another model or other data.
@@ -180,15 +183,15 @@ def with_choices_of_from(arguments: Sequence[str]) -> list[str]:
     saved = checkpoint.load(checkpoint.find(Path(run.replace("\\${", "${")).expanduser()))["config"]
     names = {group: saved[group].get("name") for group in ("model", "data")}
     ours = [f"{group}={name}" for group, name in names.items() if name in options(group)]
-    # placed among the overrides, because the argument after a flag may be its value
+    # the choices are inserted right before from=, because elsewhere they could separate a flag from its value
     return [*arguments[: places[-1]], *ours, *arguments[places[-1] :]]
 
 
 def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
-    """The config of a run; if it begins `from` another run, with the model and data of that run.
+    """Returns the config of a run. With `from`, the model and the data are replaced by those in the named run.
 
     Args:
-        given: the overrides of the command line. They may name other places of data files.
+        given: the overrides of the command line. They may contain new paths of the data files.
 
     Raises:
         CheckpointError: the other run cannot be loaded, or needs code that is not trusted.
@@ -210,12 +213,12 @@ def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[st
         )
     keys = keys_of(given)
     moved = {key: value for key, value in config["data"].items() if is_path(key) and f"data.{key}" in keys}
-    data = less_key({**saved["data"], **moved}) if "path" in moved else saved["data"] | moved
+    data = without_unused_key({**saved["data"], **moved}) if "path" in moved else saved["data"] | moved
     return {**config, "from": str(path), "model": saved["model"], "data": data}
 
 
 def refuse_changes(overrides: Sequence[str], why: str, groups: Sequence[str] = ("model", "data")) -> None:
-    """Refuses overrides of groups that a run takes from another run. Paths of data files may change."""
+    """Raises ConfigError for overrides of `groups`, except paths of data files."""
     for key in (a.lstrip("+~").partition("=")[0] for a in overrides):
         group, _, name = key.partition("@")[0].partition(".")
         if group in groups and not is_path(name):

@@ -44,7 +44,7 @@ def job(config: DictConfig, run_dir: Path) -> float:
     """
     given, root = list(HydraConfig.get().overrides.task), Path(HydraConfig.get().sweep.dir).absolute()
     if run_dir == root:
-        # Hydra would treat an exception as the error of a single job
+        # SystemExit ends the sweep. Hydra would treat an exception as the error of a single job
         error = ConfigError("hydra.sweep.subdir: every job needs another directory; use ${hydra.job.num}")
         raise SystemExit(report("flowtrain", error))
     try:
@@ -88,9 +88,9 @@ def forward_signal(number: int) -> None:
 
 
 def job_directory(root: Path, run_dir: Path, given: list[str]) -> Path:
-    """The directory of the job with these overrides: an existing directory with the same overrides, else a new one."""
+    """Returns the directory of the job with these overrides. It is a new directory if none has the same overrides."""
     if sorted(overrides_of(run_dir) or []) == sorted(given):
-        # the usual case; the other directories need not be read
+        # in this usual case, the other directories need not be read
         return run_dir
     there = next((folder for folder, its in jobs_in(root).items() if sorted(its) == sorted(given)), None)
     if there is None:
@@ -101,7 +101,7 @@ def job_directory(root: Path, run_dir: Path, given: list[str]) -> Path:
 
 
 def unused_directory(run_dir: Path) -> Path:
-    """The directory, or if a job has it, the first of NAME_1, NAME_2 ... that no job has."""
+    """Returns the directory if no job uses it, otherwise the first unused of NAME_1, NAME_2 ...."""
     found, n = run_dir, 0
     while (found / OVERRIDES).exists():
         n += 1
@@ -110,7 +110,7 @@ def unused_directory(run_dir: Path) -> Path:
 
 
 class JobError(FlowtrainError):
-    """A job whose process was killed, which ended the other jobs."""
+    """The error if the process of a job was killed, which ended the other jobs."""
 
     exit_code = 1
 
@@ -139,7 +139,7 @@ _WAITING = ExitStack()
 
 
 class SweepDirectoryRecorder(Callback):
-    """Hydra's callback that records the directory of a sweep when it begins."""
+    """A callback of Hydra that records the directory of a sweep when the sweep begins."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if not ranks.launched():
@@ -168,7 +168,7 @@ class JobCounter:
 
 @contextmanager
 def summarized() -> Iterator[Sweep]:
-    """On exit, also after an error, summarizes the sweep that ran inside, and prints its directory last."""
+    """Summarizes the sweep that runs inside, on exit or after an error. Prints the directory of the sweep last."""
     _ROOT.clear()
     sweep, ended = Sweep(), False
     before = signal.signal(signal.SIGTERM, _terminated) if may_set_handlers() else None
@@ -196,17 +196,17 @@ def summarized() -> Iterator[Sweep]:
 
 
 # files that launchers and sweepers write into the directory of a sweep
-OF_LAUNCHERS = ("multirun.yaml", "optimization_results.yaml", ".submitit")
+LAUNCHER_FILES = ("multirun.yaml", "optimization_results.yaml", ".submitit")
 
 
 def _remove_if_unused(root: Path) -> bool:
     """Removes the directory of a sweep if no job has begun to train. Returns whether it was removed.
 
-    A refused job leaves only its overrides and its error there, an interrupted job only its overrides.
+    A refused job leaves only its overrides and its error in its directory, an interrupted job only its overrides.
     """
     jobs = {folder / name for folder in jobs_in(root) for name in (OVERRIDES, ERROR)}
     files = {path for path in root.rglob("*") if path.is_file()}
-    if any(path.relative_to(root).parts[0] not in OF_LAUNCHERS for path in files - jobs):
+    if any(path.relative_to(root).parts[0] not in LAUNCHER_FILES for path in files - jobs):
         return False
     shutil.rmtree(root)
     return True
@@ -216,6 +216,6 @@ def _terminated(number: int, frame: object) -> None:
     """Ends a sweep between two jobs, or while it waits for jobs in other processes. These jobs end as well."""
     if _ROOT:
         raise SystemExit(128 + number)
-    # no sweep has begun: the default handling
+    # no sweep has begun, so the signal has its default effect
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)

@@ -39,7 +39,7 @@ from flowtrain.utils.files import config_dir
 
 
 def main() -> None:
-    """The command `flowtrain`."""
+    """Runs the command `flowtrain`."""
     run_command("flowtrain", _joined)
 
 
@@ -63,7 +63,7 @@ def _command() -> int:
     arguments = quoted(arguments)
     if any(a.startswith("resume=") and a != "resume=null" for a in arguments):
         return resume(arguments)
-    arguments = of_first_job(with_default_choices(with_name(arguments)))
+    arguments = arguments_of_first_job(with_default_choices(with_name(arguments)))
     validate_command_line(arguments)
     sys.argv[1:] = in_order(with_choices_of_from(arguments))
     with tempfile.TemporaryDirectory() as aside, removing_empty_directories(), sweep_jobs.summarized() as summary:
@@ -84,8 +84,8 @@ def _list_runs(arguments: Sequence[str]) -> int:
     return list_runs.command(arguments)
 
 
-def of_first_job(arguments: Sequence[str]) -> list[str]:
-    """The arguments. With -m and a flag that only prints, such as --cfg, the arguments of its first job."""
+def arguments_of_first_job(arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments of the first job for -m with a flag that only prints, such as --cfg, else all arguments."""
     flags = separated(arguments)[1]
     if not {"-c", "--cfg", "-i", "--info"} & {flag.partition("=")[0] for flag in flags} or not {*SWEEP} & {*flags}:
         return list(arguments)
@@ -101,13 +101,13 @@ def _start(config: DictConfig) -> float:
     try:
         if multirun:
             raise ConfigError("each job of a sweep runs in one process; leave out torchrun or -m")
-        run_dir, again = attempt(run_dir)
+        run_dir, again = restarted_run_dir(run_dir)
         best, code = resume_run(run_dir, trusted(plain(config)["trust"])) if again else start_run(config, run_dir)
     except Exception as e:
         failed = report("flowtrain", e)
         if failed is None:
             raise
-        # Hydra would print its own heading above the message of an exception
+        # Hydra would print a heading above the message of an exception
         raise SystemExit(failed) from e
     if ranks.is_first():
         print(run_dir)
@@ -116,8 +116,8 @@ def _start(config: DictConfig) -> float:
     return best
 
 
-def attempt(run_dir: Path) -> tuple[Path, bool]:
-    """The run directory, the same on all ranks, and whether an earlier attempt of torchrun left a checkpoint."""
+def restarted_run_dir(run_dir: Path) -> tuple[Path, bool]:
+    """Returns the run directory for all ranks, and whether an earlier attempt of torchrun left a checkpoint."""
     before = ranks.saved_run_dir()
     if before is not None and ranks.is_first():
         if before != run_dir and not any(run_dir.iterdir()):

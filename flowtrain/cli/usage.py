@@ -29,19 +29,19 @@ TRUST_TEXT = "Packages besides flowtrain that the checkpoint may use. Their code
 
 
 def width() -> int:
-    """The width of a help text in characters: the width of the terminal, from 80 to 120."""
+    """Returns the width of a help text in characters: the width of the terminal, from 80 to 120."""
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else WITHOUT_TERMINAL
     return min(max(columns, NARROWEST), WIDEST)
 
 
 def paragraph(text: str, indent: int = 2) -> list[str]:
-    """The lines of a wrapped paragraph."""
+    """Returns the lines of a wrapped paragraph."""
     blanks = " " * indent
     return textwrap.wrap(text, width(), initial_indent=blanks, subsequent_indent=blanks, break_on_hyphens=False)
 
 
 def table(rows: Sequence[Row], column: int, indent: int = 2) -> list[str]:
-    """The lines of a table with two columns, the second one wrapped.
+    """Returns the lines of a table with two columns, the second one wrapped.
 
     If the first cell is too long, the second cell begins on the next line.
 
@@ -61,7 +61,7 @@ def table(rows: Sequence[Row], column: int, indent: int = 2) -> list[str]:
 
 
 def joined(blocks: Sequence[Sequence[str]]) -> str:
-    """The text of blocks of lines, with an empty line between two blocks."""
+    """Returns the text of blocks of lines, with an empty line between two blocks."""
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
@@ -88,7 +88,7 @@ class Usage:
     more: Sequence[Row] = field(default_factory=tuple)
 
     def short(self) -> str:
-        """The text of --help."""
+        """Returns the text of --help."""
         first = [(key, first_sentence(text)) for key, text in self.options.items()]
         topics = [
             (f"{self.name} --help all", "all details"),
@@ -98,12 +98,12 @@ class Usage:
         return joined([*self._head(), ["Options", *table(first, OPTION_COLUMN)], ["More", *table(topics, 28)]])
 
     def full(self) -> str:
-        """The text of --help all."""
+        """Returns the text of --help all."""
         options = ["Options", *table([*self.options.items()], OPTION_COLUMN)]
         return joined([*self._head(), options, *(paragraph(note, indent=0) for note in self.notes)])
 
     def option(self, key: str) -> str:
-        """The text of --help KEY for an option."""
+        """Returns the text of --help KEY for an option."""
         return "\n".join(table([(key, self.options[key])], OPTION_COLUMN))
 
     def _head(self) -> list[list[str]]:
@@ -114,7 +114,7 @@ class Usage:
 
 
 def first_sentence(text: str) -> str:
-    """The text up to the first full stop that a capital letter follows, without the full stop.
+    """Returns the text up to the first full stop that a capital letter follows, without the full stop.
 
     Example:
         >>> first_sentence("The split. Default: test"), first_sentence("log p(x), e.g. of rows")

@@ -6,7 +6,7 @@ from flowtrain.flow import Density
 from flowtrain.ode import Solver
 from flowtrain.utils.errors import ConfigError
 
-# the `_target_` in configs of files
+# the `_target_` of the model in configs of such files
 TARGET = "flowtrain.models.described.described"
 
 
@@ -16,10 +16,10 @@ def described(event_shape: Sequence[int], *, flow: Density, solver: Solver) -> D
     Args:
         event_shape: shape of a sample.
         flow: the built flow.
-        solver: replaces all solvers of the flow, if it differs from the first of them.
+        solver: replaces all solvers of the flow, if it differs from the first solver of the flow.
 
     Raises:
-        ConfigError: the description is not that of a flow, or its samples have another shape.
+        ConfigError: the description does not describe a flow, or the samples of the flow have another shape.
     """
     if not isinstance(flow, Density) or flow.event_shape != tuple(event_shape):
         raise ConfigError(f"model.flow does not describe a flow of samples of shape {tuple(event_shape)}")

@@ -96,7 +96,7 @@ class Ensemble(Density):
         return tuple(math.log(w) for w in self.weights if w > 0)
 
     def _log_prob(self, x: Tensor, label: Label) -> Tensor:
-        # dequantized once, so that all members evaluate the same points
+        # x is dequantized once, so that all members evaluate the same points
         x = self.dequantized(self._checked(x, "x"))
         return self.combined(torch.stack([flow.log_prob(x, label) for flow in self.flows]))
 

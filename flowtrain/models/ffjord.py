@@ -97,7 +97,7 @@ def ffjord(
 
 @dataclass(frozen=True)
 class Flows:
-    """The settings of the continuous bijections of a model. Builds them, also for images at several scales."""
+    """The settings of the continuous bijections of a model. The methods build bijections for vectors and for images."""
 
     solver: Solver
     rule: TraceRule

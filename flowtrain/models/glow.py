@@ -72,7 +72,8 @@ def glow(
         ConfigError: d < 2, one channel at the last scale, `conditional` without `classes`, or a setting out of range.
     """
     event_shape = shape_of(event_shape)
-    spline(bins, bound)  # checks the settings, also for affine couplings
+    # this checks the settings of the splines, even if the couplings are affine
+    spline(bins, bound)
     made = Steps(
         steps=whole("model.steps", steps),
         hidden=widths("model.hidden", hidden),
@@ -94,7 +95,7 @@ def glow(
 
 @dataclass(frozen=True)
 class Steps:
-    """The settings of the steps of a model. Builds them for vectors and for images at several scales."""
+    """The settings of the steps of a model. The methods build steps for vectors and for images."""
 
     steps: int
     hidden: list[int]

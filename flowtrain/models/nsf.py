@@ -91,7 +91,7 @@ def mixed(mixing: str, d: int) -> list[Bijection]:
     """Returns the map that mixes or permutes d columns before a layer, if there is one."""
     if mixing == "alternate" or d == 1:
         return []
-    # not a rotation, which would mix columns that are better modelled separately, such as columns of rounded values
+    # a rotation would mix columns that are better modelled separately, such as columns of rounded values
     return [InvertibleLinear(d, "permutation") if mixing == "linear" else Permutation(torch.randperm(d))]
 
 

@@ -94,7 +94,7 @@ def realnvp(
 
 @dataclass(frozen=True)
 class Couplings:
-    """The settings of the couplings of a model. Builds them for vectors and for images at several scales."""
+    """The settings of the couplings of a model. The methods build couplings for vectors and for images."""
 
     layers: int
     hidden: list[int]
@@ -108,14 +108,14 @@ class Couplings:
     classes: int | None
 
     def norm(self, channels: int) -> list[Bijection]:
-        """Returns the normalization after a coupling, in the direction of the data."""
+        """Returns the normalization that follows a coupling from base to data."""
         if self.batch_norm:
             return [BatchNorm(channels)]
         return [ActNorm(channels)] if self.actnorm else []
 
     def stack(self, d: int, permuted: bool) -> Chain:
         """Builds the couplings for vectors of length d."""
-        # on the CPU, because the mask needs values also if the model is built on the meta device
+        # the mask is built on the CPU, because it needs values even if the model is built on the meta device
         even = torch.arange(d, device="cpu") % 2 == 0
         bijections: list[Bijection] = []
         for i in range(self.layers):

@@ -46,7 +46,7 @@ class MLP(Recorded, nn.Sequential):
         sizes = [n_in + (classes or 0), *hidden]
         body: list[nn.Module] = []
         for a, b in pairwise(sizes):
-            # dropout is in one module with the activation, so that the names of the weights do not depend on it
+            # dropout and activation are one module, so that the names of the weights are the same without dropout
             activate = ACTIVATIONS[activation]()
             body += [nn.Linear(a, b), nn.Sequential(activate, nn.Dropout(dropout)) if dropout else activate]
         super().__init__(*body, zero(nn.Linear(sizes[-1], n_out)))
@@ -77,7 +77,7 @@ def with_label(x: Tensor, label: Tensor | None, classes: int | None) -> Tensor:
     if classes is None:
         return x
     assert label is not None
-    # not F.one_hot: vmap does not support it
+    # vmap does not support F.one_hot
     return torch.cat([x, F.embedding(label, torch.eye(classes, dtype=x.dtype, device=x.device))], 1)
 
 

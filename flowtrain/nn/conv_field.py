@@ -31,7 +31,7 @@ def jvp(
     """Computes (v, J e) of a convolutional network at one time.
 
     Args:
-        activation: between the layers.
+        activation: the activation between the layers.
         x: images (B, C, H, W).
         tangents: e, (k, 1 or B, C, H, W). They are treated as constants.
         weights, shifts: of each layer, see `TimedConv2d.at`.
@@ -55,7 +55,7 @@ class _JVP(torch.autograd.Function):
         for weight, shift in zip(weights[:-1], shifts[:-1], strict=True):
             # the gain multiplies the weights, which are smaller than the images
             a = _convolved(h, gain * weight, gain * shift)
-            hidden.append(activate(activation, a, _jvp_of(t, weight), tangents=0))
+            hidden.append(activate(activation, a, _jvp_of(t, weight), tangent_dim=0))
             h, t = hidden[-1].h, hidden[-1].t
         ctx.activation, ctx.n_layers = activation, n_layers
         # every tensor is kept by save_for_backward, because torch.utils.checkpoint frees only these
@@ -68,7 +68,7 @@ class _JVP(torch.autograd.Function):
     def backward(ctx: Any, at_a: Tensor, at_u: Tensor) -> tuple[Any, ...]:
         n = ctx.n_layers
         x, tangents, *rest = ctx.saved_tensors
-        weights, shifts, hidden = rest[:n], rest[n : 2 * n], unpack(rest[2 * n :], tangents=0)
+        weights, shifts, hidden = rest[:n], rest[n : 2 * n], unpack(rest[2 * n :], tangent_dim=0)
         at_weights: list[Tensor] = []
         at_shifts: list[Tensor] = []
         for layer in reversed(range(n)):
@@ -135,7 +135,7 @@ class TimedConv2d(TimedLayer):
         return y + shift if gate is None else torch.addcmul(shift, y, gate)
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns y and (dy/dx) e for each tangent e, with one modulation and one convolution."""
+        """Returns y and (dy/dx) e for each tangent e. `modulation` and the convolution are called only once."""
         gate, shift = self.modulation(t, x.shape[-2:])
         weight, gate = self.fold(gate)
         y, probe_jvps = convolve(weight, x, tangents)
@@ -160,7 +160,7 @@ def convolve(weight: Tensor, *parts: Tensor, bias: Tensor | None = None) -> list
     """Returns W * p (+ bias) for every part p (..., n_in, H, W), from one convolution."""
     flat = [p.reshape(-1, *p.shape[-3:]) for p in parts]
     y = F.conv2d(torch.cat(flat) if len(flat) > 1 else flat[0], channels_last(weight), bias, padding="same")
-    # not slices: the gradient of each slice would be a zero-filled tensor of the whole size
+    # the gradient of a slice would be a tensor of the size of y filled with zeros, so y is split instead
     rows = torch.split(y, [p.shape[0] for p in flat])
     return [r.reshape(*p.shape[:-3], *r.shape[1:]) for r, p in zip(rows, parts, strict=True)]
 
@@ -299,7 +299,7 @@ class ConvField(LayeredField[TimedConv2d]):
 
 
 def channels_last(weight: Tensor) -> Tensor:
-    """Returns W (n_out, n_in, ..) in the memory format channels_last, where this was measured to be faster.
+    """Returns W (n_out, n_in, ..), in the memory format channels_last for the cases in which this was faster.
 
     The output of the convolution then has this format too. The weight sets the format, because an image with one
     channel has the same strides in both formats.

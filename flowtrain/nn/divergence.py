@@ -1,8 +1,8 @@
 """The divergence tr dv/dx of a velocity field: exact, or Hutchinson's estimate.
 
-Both are w sum_j <e_j, J e_j> with J = dv/dx. For the exact divergence, e_j are the d basis vectors, d is the number of
-elements of an event, and w = 1. For Hutchinson's estimate (Hutchinson 1989; FFJORD, Grathwohl et al. 2019, eq. 8), e_j
-are k random vectors with E[e e^T] = I, and w = 1/k.
+Both values are w sum_j <e_j, J e_j> with J = dv/dx. For the exact divergence, e_j are the d basis vectors, d is the
+number of elements of an event, and w = 1. For Hutchinson's estimate (Hutchinson 1989; FFJORD, Grathwohl et al. 2019,
+eq. 8), e_j are k random vectors with E[e e^T] = I, and w = 1/k.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Probes:
     solver would then see an error that no step size reduces, and would reject steps forever.
 
     Attributes:
-        tangents: random tangents (k, B, *event), or the basis (d, 1, *event), with d the elements of an event.
+        tangents: random tangents (k, B, *event), or the basis (d, 1, *event) for events of d elements.
         weight: w, which is 1 for the basis and 1/k for random tangents.
         noisy: whether the tangents are random and the divergence is an estimate.
     """
@@ -100,7 +100,7 @@ def divergence(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[
 
 
 def probe_jvps(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns v, the tangents e and J e. The arguments are those of `divergence`.
+    """Returns v, the tangents e and J e. `divergence` has the same arguments.
 
     e broadcasts against (k, *nodes, B, *event), which is the shape of J e.
 

@@ -33,7 +33,7 @@ class MLPTape:
     Args:
         times: times of the nodes, (M,).
         weights, biases: for each layer (M, n_out, n_in) and (M, n_out), without an autograd graph.
-        activation: between the layers.
+        activation: the activation between the layers.
         keep: whether `vjp` will be called.
     """
 
@@ -93,7 +93,7 @@ def jvp(
     """Computes (v, J e) of an MLP at M nodes.
 
     Args:
-        activation: between the layers.
+        activation: the activation between the layers.
         x: (M, B, d).
         tangents: e, (k, 1 or M, 1 or B, d). They are treated as constants.
         weights, biases: for each layer (M, n_out, n_in) and (M, n_out).
@@ -137,7 +137,7 @@ class _JVP(torch.autograd.Function):
     def backward(ctx: Any, at_v: Tensor, at_je: Tensor) -> tuple[Any, ...]:
         n = ctx.n_layers
         x, e, *rest = ctx.saved_tensors
-        weights, biases, hidden = rest[:n], rest[n : 2 * n], unpack(rest[2 * n :], tangents=1)
+        weights, biases, hidden = rest[:n], rest[n : 2 * n], unpack(rest[2 * n :], tangent_dim=1)
         at_x = torch.empty_like(x)
         at_weights = [torch.empty_like(w) for w in weights]
         at_biases = [torch.empty_like(c) for c in biases]
@@ -173,7 +173,7 @@ def _jvp_block(
     h, t = x, e
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         a = torch.baddbmm(bias.unsqueeze(1), h, weight.mT, beta=gain, alpha=gain)
-        hidden.append(activate(activation, a, _product(t, weight.mT), tangents=1))
+        hidden.append(activate(activation, a, _product(t, weight.mT), tangent_dim=1))
         h, t = hidden[-1].h, hidden[-1].t
     return hidden, torch.baddbmm(biases[-1].unsqueeze(1), h, weights[-1].mT), _product(t, weights[-1].mT)
 
@@ -248,7 +248,7 @@ class TimedLinear(TimedLayer):
         return gate.unsqueeze(-1) * weight, torch.addcmul(shift, gate, bias)
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns y and (dy/dx) e for each tangent e, with one modulation."""
+        """Returns y and (dy/dx) e for each tangent e. `modulation` is called only once."""
         gate, shift = self.modulation(t)
         y: Tensor = self.linear(x)
         probe_jvps = F.linear(tangents, self.linear.weight)
@@ -357,9 +357,10 @@ class MLPField(LayeredField[TimedLinear]):
 def spread_units(layer: nn.Linear, scale: float) -> None:
     """Initializes units w x + b with w ~ N(0, 2 scale^2 / d I) and b = -w c, c ~ N(0, 4 I).
 
-    A unit is zero on a hyperplane through c, so these hyperplanes are spread over standardized data. Torch's biases are
-    as small as its weights. Then all hyperplanes pass near 0, and far from 0, for example on a ring around it, all
-    units behave alike. A tanh unit changes over a distance of about 1 / |w|, which is 0.7 / scale in any dimension.
+    A unit is zero on a hyperplane through c, so the hyperplanes of all units are spread over standardized data. With
+    the default initialization of torch, biases are as small as weights, and all hyperplanes pass near 0. Then all units
+    behave alike far from 0, for example on a ring around 0. A tanh unit changes over a distance of about 1 / |w|, which
+    is 0.7 / scale in any dimension.
     """
     if layer.weight.is_meta:
         # tensors on the meta device have no values, and torch would import its compiler here, which takes seconds
@@ -392,7 +393,7 @@ class MLPRecorder:
         """
         parts = [tape.weight_gradients() for tape in tapes]
         cotangents = [torch.cat(part) for kind in zip(*parts, strict=True) for part in zip(*kind, strict=True)]
-        # the parameters at the time of recording; the field may have other ones by now
+        # these are the parameters at the time of recording. The field may have other parameters now
         recorded = {f"field.{name}": p for name, p in zip(self.names, self.parameters, strict=True)}
         with torch.enable_grad():
             times = torch.cat([tape.times for tape in tapes])

@@ -204,7 +204,7 @@ class _Relu(torch.autograd.Function):
             The gradients of its parameters are added to `found`.
             """
             weight, mask, _ = layer
-            # matrix products are slower if the result has more rows than columns
+            # a matrix product is slower if its result has more rows than columns
             wide = weight.shape[0] <= weight.shape[1]
             g_weight = product(g.T, a.T) if wide else product(a.T, g.T).T
             found[:0] = [g_weight if mask is None else g_weight.mul_(mask), None, g.sum(0)]

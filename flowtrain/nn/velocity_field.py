@@ -24,7 +24,7 @@ class Activation(ABC):
         """Returns f(x), differentiable by autograd."""
 
     def gain(self, device: torch.device) -> float:
-        """The factor of the input gain x of `replace`. The matrix product before it can include the factor."""
+        """Returns the factor by which x is multiplied before `replace`. A matrix product before it can do this."""
         return 1.0
 
     @abstractmethod
@@ -56,8 +56,8 @@ class Tanh(Activation):
         return torch.tanh(x)
 
     def gain(self, device: torch.device) -> float:
-        # on a CPU torch's sigmoid is many times faster than its tanh. tanh x = 2 sigmoid(2x) - 1 has an error of 2e-7
-        # in float32
+        # on a CPU, torch.sigmoid is many times faster than torch.tanh. The formula tanh x = 2 sigmoid(2x) - 1 has an
+        # error of 2e-7 in float32
         return 2.0 if device.type == "cpu" else 1.0
 
     def replace(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,8 +132,8 @@ class Field(Recorded, nn.Module, ABC):
     Shapes: x is (..., *event), with `event_dims` dimensions in an event. t is a scalar or broadcasts against the other
     dimensions. v has the shape of x.
 
-    A field may also be any other module with `forward(t, x)` for x (B, *event) and t scalar or (B,). `field_jvp` then
-    uses forward-mode automatic differentiation. This class only makes the divergence faster.
+    A velocity field need not be a `Field`. It can be any module with `forward(t, x)` for x (B, *event) and t scalar or
+    (B,). For such a module `field_jvp` uses forward-mode automatic differentiation, which makes the divergence slower.
 
     Attributes:
         event_dims: 1 for vectors (d,), 3 for images (C, H, W).
@@ -220,7 +220,7 @@ class TimeEmbedded(TimedLayer):
     """
 
     def embed_time(self, n_out: int, n_embedding: int) -> None:
-        """Creates E, A and U. The constructor calls this once."""
+        """Creates E, A and U. The constructor of a subclass calls this method once."""
         self.register_buffer("frequencies", 2 * math.pi * torch.tensor([0.25, 0.5, 1.0, 2.0]))
         self.embed = nn.Linear(8, n_embedding)
         self.modulate = nn.Linear(n_embedding, 2 * n_out)
@@ -245,7 +245,7 @@ class LayeredField(Field, Generic[Layer]):
     The last layer is initially zero. So an untrained flow is the identity, and its first solve is cheap.
 
     Args:
-        layers: from x to v.
+        layers: the layers 1 to L.
         activation: f, tanh | softplus | swish.
         width: width of the first hidden layer.
         classes: number of classes. None: no labels and no E.
@@ -292,7 +292,7 @@ class LayeredField(Field, Generic[Layer]):
         return Given(self, as_event(F.embedding(label, self.embedding), self.event_dims))
 
     def can_use_kernels(self, t: Tensor, x: Tensor, tangents: Tensor) -> bool:
-        """Whether the hand-written kernels can be used. They need one time for all rows of a node."""
+        """Whether the hand-written kernels can be used. They need the same time for all rows."""
         one_time = x.dim() > self.event_dims and x.numel() > 0 and (t.dim() == 0 or t.shape[-1] == 1)
         transformed = torch.compiler.is_compiling() or transforms_active()
         return one_time and not tangents.requires_grad and not transformed
@@ -307,7 +307,7 @@ class LayeredField(Field, Generic[Layer]):
             x, slope = self.activation.value_and_slope(x)
             tangents = tangents * slope
         v, je = head.jvp(t, x, tangents)
-        # tangents that broadcast over rows are expanded by the first slope, and a single linear layer has no slope
+        # the first product with a slope expands tangents that broadcast over the rows. A single layer has no slope
         return v, je.expand(len(tangents), *v.shape)
 
 
@@ -341,7 +341,7 @@ class Hidden:
         kept: the tensor for the derivatives, see `Activation.replace`.
         slope: f'(a).
         u, t: the tangents of a and of h.
-        tangents: the dimension of u and t that counts the tangents. The other tensors do not have this dimension.
+        tangent_dim: the dimension of u and t that counts the tangents. The other tensors do not have this dimension.
     """
 
     h: Tensor
@@ -349,32 +349,32 @@ class Hidden:
     slope: Tensor
     u: Tensor
     t: Tensor
-    tangents: int
+    tangent_dim: int
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Returns the tensors in the order that `unpack` expects."""
         return self.h, self.kept, self.slope, self.u, self.t
 
 
-def unpack(tensors: Sequence[Tensor], tangents: int) -> list[Hidden]:
-    """Returns the layers for the concatenated `Hidden.tensors` of several layers."""
-    each = zip(*(tensors[i::5] for i in range(5)), strict=True)
-    return [Hidden(h, kept, slope, u, t, tangents) for h, kept, slope, u, t in each]
+def unpack(tensors: Sequence[Tensor], tangent_dim: int) -> list[Hidden]:
+    """Returns the layers from the concatenated `Hidden.tensors` of several layers."""
+    layers = zip(*(tensors[i::5] for i in range(5)), strict=True)
+    return [Hidden(h, kept, slope, u, t, tangent_dim) for h, kept, slope, u, t in layers]
 
 
-def activate(activation: Activation, a: Tensor, u: Tensor, tangents: int) -> Hidden:
-    """Applies the activation. `a` must be multiplied by the gain of the activation, and may be overwritten."""
+def activate(activation: Activation, a: Tensor, u: Tensor, tangent_dim: int) -> Hidden:
+    """Applies the activation to `a` and its tangents u. `a` already contains the gain, and may be overwritten."""
     h, kept = activation.replace(a)
     slope = activation.slope(kept)
-    return Hidden(h, kept, slope, u, u * slope.unsqueeze(tangents), tangents)
+    return Hidden(h, kept, slope, u, u * slope.unsqueeze(tangent_dim), tangent_dim)
 
 
 def activate_vjp(activation: Activation, layer: Hidden, at_h: Tensor, at_t: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the cotangents of a and u for the cotangents of h and t, which are overwritten."""
-    first, *rest = zip(at_t.unbind(layer.tangents), layer.u.unbind(layer.tangents), strict=True)
-    # summed one by one, because all products together would need as much memory as the tangents
+    first, *rest = zip(at_t.unbind(layer.tangent_dim), layer.u.unbind(layer.tangent_dim), strict=True)
+    # the products are summed one by one, because all of them together would need as much memory as the tangents
     at_slope = first[0] * first[1]
     for cotangent, u in rest:
         at_slope.addcmul_(cotangent, u)
     at_a = activation.vjp(layer.kept, layer.slope, at_h, at_slope)
-    return at_a, at_t.mul_(layer.slope.unsqueeze(layer.tangents))
+    return at_a, at_t.mul_(layer.slope.unsqueeze(layer.tangent_dim))

@@ -16,12 +16,12 @@ from flowtrain.ode import AS_CONFIGURED, SolveOptions
 class Objective(nn.Module, ABC):
     """A training loss of a flow.
 
-    `forward` computes the loss, so that `trainer.compile` can compile it (`training.initialization.compile_parts`).
+    `forward` computes the loss, and `trainer.compile` compiles `forward` (`training.initialization.compile_parts`).
 
     Attributes:
         flow: the flow that is trained.
         regularizer: the regularization terms of the loss.
-        likelihood_from: the first step that maximizes the likelihood, which solves the ODE of a continuous flow. The
+        likelihood_from: the first step that maximizes the likelihood, with an ODE solve for a continuous flow. The
             schedules of learning rate, tolerance and weight averaging restart at this step. None: no such step.
         start_counts: whether the flow before the first step can become the best checkpoint. False for objectives that
             may lower the likelihood for another goal.

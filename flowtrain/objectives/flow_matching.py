@@ -1,4 +1,4 @@
-"""Flow matching, rectified flow, and flow matching followed by maximum likelihood."""
+"""The objectives flow matching, rectified flow, and flow matching followed by maximum likelihood."""
 
 import logging
 import time
@@ -26,7 +26,7 @@ Coupling = Callable[[Tensor, Tensor], Tensor]
 
 
 def independent(z: Tensor, x: Tensor) -> Tensor:
-    """Returns z (B, *event) unchanged: base points and samples are paired at random."""
+    """Returns z (B, *event) unchanged, so base points and samples are paired at random."""
     return z
 
 
@@ -34,8 +34,8 @@ def optimal(z: Tensor, x: Tensor) -> Tensor:
     """Reorders z to minimize sum_i |z_i - x_i|^2 over all pairings of the batch, exactly.
 
     This is minibatch optimal transport (Pooladian et al. 2023, Multisample flow matching, eq. 9; Tong et al. 2024,
-    Improving and generalizing flow-based generative models with minibatch optimal transport, section 3.2). It is solved
-    on the CPU, in time that grows with B^3.
+    Improving and generalizing flow-based generative models with minibatch optimal transport, section 3.2). The pairing
+    is computed on the CPU in a time of order B^3.
 
     Shapes: z, x and the result are (B, *event).
 
@@ -254,12 +254,12 @@ class Hybrid(Objective):
         coupling: see `FlowMatching`.
 
     Raises:
-        ConfigError: a flow or regularizer that either objective does not allow, or a value of `matching` with which one
-            of them has no step.
+        ConfigError: a flow or regularizer that one of the objectives does not allow, or a value of `matching` that
+            leaves no step for one of the objectives.
 
     Attributes:
         pinned: stores the first likelihood step in checkpoints, so that a resumed run with another number of steps
-            keeps it.
+            keeps this step.
     """
 
     def __init__(

@@ -26,7 +26,8 @@ __all__ = [
 ]
 
 
-# a list, so that torchdiffeq is imported only if it is used; tests/ode/test_solver.py compares it with torchdiffeq's
+# this list exists so that torchdiffeq is imported only if it is used. tests/ode/test_solver.py compares it with
+# torchdiffeq's list
 TORCHDIFFEQ_METHODS = (
     "adaptive_heun",
     "bosh3",
@@ -52,14 +53,14 @@ def ode_solver(
 ) -> Solver:
     """Builds the solver for a method.
 
-    Methods with a tableau in tableaus.py run on flowtrain's own engine. The other methods, and gradient=adjoint, run on
+    Methods with a tableau in tableaus.py run on flowtrain's engine. The other methods, and gradient=adjoint, run on
     torchdiffeq.
 
     Args:
         method: one of `configs/solver`, such as dopri5, tsit5, rk4 or euler.
         gradient: direct | replay | adjoint | auto, see `Solver`.
         settings: other arguments of `Solver`, such as rtol, or steps for methods with fixed steps.
-        tableau: the tableau of a new method, for flowtrain's own engine. `method` is then only a name.
+        tableau: the tableau of a new method, for flowtrain's engine. `method` is then only a name.
 
     Raises:
         ConfigError: an unknown method (the message lists the methods), an unknown setting or a setting out of range.
@@ -80,7 +81,7 @@ def ode_solver(
         return RungeKutta(method, tableau, gradient=gradient, **settings)
     if method in TABLEAUS and gradient != "adjoint":
         return RungeKutta(method, gradient=gradient, **settings)
-    # torchdiffeq creates tensors when it is imported, and `load` builds flows on the meta device
+    # torchdiffeq creates tensors at its import. They must be on the CPU, but `load` builds flows on the meta device
     with torch.device("cpu"):
         from flowtrain.ode.torchdiffeq_engine import Torchdiffeq
 

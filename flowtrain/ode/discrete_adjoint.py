@@ -77,19 +77,19 @@ class AcceptedSteps:
         self.last_used = [bool(each[:, -1].any()) for each in rows]
 
     def points(self) -> Tensor:
-        """Returns x at the nodes, (nodes, B, *event). It needs all slopes, so call it before `forget_slopes`."""
+        """Returns x at the nodes, (nodes, B, *event). Call this before `forget_slopes`, because it needs all slopes."""
         counts = [len(rows) for rows in self.rows]
-        # filled in place, because torch.cat would need memory for all nodes twice
+        # the tensor is filled in place, because torch.cat would need memory for all nodes twice
         found = self.x1.new_empty(sum(counts), *self.x1.shape)
         for s, rows, part in zip(self.steps, self.rows, torch.split(found, counts), strict=True):
             part.copy_(s.x + weighted_sum(s.h * rows, s.slopes))
         return found
 
     def forget_slopes(self) -> None:
-        """If steps are replayed, frees all slopes except the first of each step."""
+        """Frees all slopes except the first of each step, if steps are replayed."""
         if self.replay:
             for s in self.steps:
-                # a view would keep the memory of all slopes
+                # the slope is cloned, because a view would keep the memory of all slopes
                 s.slopes = s.slopes[:1].clone()
 
     def vjp(self, at_end: Tensor, at_nodes: Tensor) -> tuple[Tensor, list[Tensor | None]]:
@@ -150,7 +150,7 @@ class AcceptedSteps:
         return start, c[0]
 
     def owns_first(self, k: int) -> bool:
-        """Whether the first slope of step k is its own, and not the last slope of the previous step."""
+        """Whether the first slope of step k was computed in step k, and is not the last slope of step k - 1."""
         return k == 0 or not self.tableau.first_same_as_last
 
     def recompute(self, k: int) -> list[Stage]:
@@ -173,7 +173,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, accepted: AcceptedSteps, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         ctx.accepted = accepted
-        # so that torch raises an error in backward if the weights were changed in place
+        # the parameters are saved, so that torch raises an error in backward if they were changed in place
         ctx.save_for_backward(x, *parameters)
         return accepted.x1.clone(), accepted.points()
 

@@ -1,4 +1,4 @@
-"""Fixed Runge-Kutta steps for `torch.export`, as one loop: the size of the program does not depend on their number."""
+"""Fixed Runge-Kutta steps for `torch.export`. They are one loop, so the size of a program is the same for all n."""
 
 import torch
 from torch import Tensor

@@ -2,7 +2,8 @@
 
 There are two rules:
 
-- `stage_nodes`: the stage points with the weights of the method. This equals an augmented solve on the same steps.
+- `stage_nodes`: the stage points with the weights of the method. An augmented solve with these steps has the same
+  result.
 - `gauss_nodes`: Gauss-Legendre nodes on the dense output. A panel is a group of a few steps that share one high-order
   rule.
 
@@ -56,9 +57,9 @@ class Nodes:
         """Estimates the error of the quadrature, (B, Q), at least 0. The error of the points x(t_i) is not included.
 
         For the stage rule the estimate is sum_steps |h sum_i e_i q_i|. The error of a Gauss rule with n nodes is about
-        the Legendre coefficient of degree 2n. If the coefficients decay geometrically, this is
+        the Legendre coefficient of degree 2n. If the coefficients a_k decay geometrically, this coefficient is
         (a_(n-2)^2 + a_(n-1)^2) / |q|, with |q| the RMS over the panel. Other coefficients may decay differently, so
-        this is not a bound.
+        the estimate is not a bound.
         """
         total = torch.zeros_like(q[0])
         first = 0
@@ -108,7 +109,7 @@ def gauss_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]], noisy: b
         tableau: the method.
         steps: (t, h) of each step.
         noisy: whether the integrand is a random estimate. Then k ceil(p / 2) nodes are used, because the noise is far
-            above their error.
+            larger than the error of the rule.
     """
     per_step = math.ceil((tableau.order + (0 if noisy else 2)) / 2)
     times: list[float] = []
@@ -123,7 +124,7 @@ def gauss_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]], noisy: b
         times += here.tolist()
         weights += (length * w).tolist()
         tails.append(math.sqrt(abs(length)) * tail)
-        # a node belongs to the last step that begins before it
+        # a node belongs to the last step that begins before the node
         starts = np.array([(steps[k][0] - begin) / length for k in group])
         owner = np.searchsorted(starts, x, side="right") - 1
         for j, k in enumerate(group):

@@ -1,8 +1,8 @@
-"""Explicit Runge-Kutta: one stepping loop for every tableau, path integrals as quadratures along the solution.
+"""Explicit Runge-Kutta solvers. One stepping loop serves all tableaus.
 
-The ODE contains only the state. The nodes and weights of the path integrals are in quadrature.py. The gradient is exact
-for the accepted steps with constant step sizes, see discrete_adjoint.py. NFE counts evaluations of the velocity in the
-stages, but not evaluations of the integrand.
+The path integrals are not components of the ODE. They are quadratures along its solution, see quadrature.py. The
+gradient is exact for the accepted steps with constant step sizes, see discrete_adjoint.py. NFE counts evaluations of
+the velocity in the stages, but not evaluations of the integrand.
 """
 
 import math
@@ -33,9 +33,9 @@ from flowtrain.utils.arguments import one_of
 from flowtrain.utils.autograd import plain_max, plain_values, transforms_active
 from flowtrain.utils.errors import ConfigError
 
-# how often a step whose error is NaN or infinite is retried with a shorter step before the solve fails
+# the largest number of retries after steps with an error that is NaN or infinite. Each retry has a shorter step
 NON_FINITE_RETRIES = 8
-# with gradient=replay, the integrand is evaluated at so many nodes at once that x at these nodes has this many numbers
+# the number of elements of x in a batch of nodes. With gradient=replay, the integrand is evaluated in such batches
 REPLAYED_NUMBERS = 2**15
 
 
@@ -44,8 +44,8 @@ class RungeKutta(Solver):
 
     Step control: a step from x0 to x1 is accepted if ratio = RMS of error / (atol + rtol max(|x0|, |x1|)) is at most 1.
     The next step is 0.9 ratio^(-1/order) times as long (Hairer, Norsett and Wanner, Solving ODEs I, II.4). The last two
-    steps have equal length. In training the steps are planned from the last solve, see `StepPlan`; after a rejected
-    step the rest of the plan is dropped.
+    steps have equal length. In training, the steps are planned from the previous solve, see `StepPlan`. A rejected step
+    cancels the rest of the plan.
 
     Gradients: `direct` keeps the stages of all steps for the backward pass. `replay` recomputes them step by step and
     needs less memory. See discrete_adjoint.py.
@@ -66,7 +66,7 @@ class RungeKutta(Solver):
         super().__init__(method, adaptive=self.tableau.e is not None, **settings)
         if self.gradient == "adjoint":
             raise ConfigError(
-                f"solver.gradient=adjoint: {method} with its own tableau has only the gradients direct and replay"
+                f"solver.gradient=adjoint: RungeKutta({method!r}) has only the gradients direct and replay"
             )
 
     def replays(self, x: Tensor) -> bool:
@@ -82,13 +82,13 @@ class RungeKutta(Solver):
                 )
             return take_steps(self.tableau, problem, self.steps_between(problem.t0, problem.t1), statistics)
         if transforms_active():
-            ordinary = _OrdinaryRun(self, problem, statistics)
-            ordinary.advance()
-            return ordinary.solution()
+            functional_run = _FunctionalRun(self, problem, statistics)
+            functional_run.advance()
+            return functional_run.solution()
         run = _Run(self, problem, statistics, torch.is_grad_enabled())
         with torch.no_grad():
             run.advance()
-        return replace(run.solution(), steps=run.taken)
+        return replace(run.solution(), steps=run.next_plan)
 
 
 @dataclass
@@ -120,7 +120,7 @@ class _Run:
         first: the slope at (t, x) with its stage, if it is already known.
         steps: the accepted steps, if a gradient or a quadrature needs them.
         total, error: the path integrals so far and their error, if they are computed step by step.
-        taken: the accepted steps of an adaptive solve with gradients, to plan the next solve.
+        next_plan: the accepted steps of an adaptive solve with gradients, from which the next solve is planned.
     """
 
     compute_stages = staticmethod(compute_stages)
@@ -136,13 +136,13 @@ class _Run:
         self.integrand = problem.integrand
         # with control=all the error of the integrals is part of the step control
         self.controls_all = self.integrand is not None and solver.control == "all" and solver.adaptive
-        self.on_stages = solver.control == "all" or not solver.adaptive or not has_dense_output(self.tableau)
+        self.nodes_are_stages = solver.control == "all" or not solver.adaptive or not has_dense_output(self.tableau)
         # without a gradient the integrals are summed step by step, and no nodes are kept
-        self.sums_integrals = self.integrand is not None and self.on_stages and not graph
+        self.sums_integrals = self.integrand is not None and self.nodes_are_stages and not graph
         self.total: Tensor | None = None
         self.error: Tensor | None = None
         self.weights = Weights(self.tableau, self.x)
-        self.taken: StepPlan | None = None
+        self.next_plan: StepPlan | None = None
 
     def velocity(self, stage: Stage, t: float, h: float, x: Tensor) -> Tensor:
         if self.statistics.nfe_forward >= self.solver.max_nfe:
@@ -170,10 +170,10 @@ class _Run:
         """Computes a step of size h from the current state, without accepting it."""
         tableau, t, x = self.tableau, self.t, self.x
         if self.replay and self.steps:
-            # only the last step keeps its stages for the backward pass, so the memory is that of one step
+            # a replay keeps the stages of only one step for the backward pass
             self.steps[-1].stages = None
         if self.first is None:
-            # a separate tape, because this stage is used again after a rejected attempt
+            # this stage has a separate tape, because it is used again after a rejected attempt
             first = self.record([t], keep=self.graph)[0]
             self.first = self.velocity(first, t, h, x), first
         stages = self.record([t + c * h for c in tableau.c], keep=self.graph)
@@ -195,7 +195,7 @@ class _Run:
             self.add(*self.integrals_of(tried))
         if self.graph or (self.integrand is not None and not self.sums_integrals):
             self.steps.append(AcceptedStep(self.t, tried.h, self.x, tried.slopes, tried.stages))
-        # in a replay, the vjp of a shared slope belongs to the previous step
+        # in a replay, the backward pass of the previous step computes the vjp of the slope that both steps share
         self.first = (tried.slopes[-1], None if self.replay else tried.stages[-1]) if same else None
         self.t, self.x = t1, tried.x1
 
@@ -228,9 +228,9 @@ class _Run:
             h = end - self.t
             tried = self.attempt(h)
             ratio = self.error_ratio(tried)
-            suited = h * step_factor(ratio, self.tableau.order)
+            next_h = h * step_factor(ratio, self.tableau.order)
             if ratio <= 1:
-                taken.append((abs(h), abs(suited)))
+                taken.append((abs(h), abs(next_h)))
                 self.accept(tried, end)
                 non_finite_tries = 0
             else:
@@ -240,21 +240,21 @@ class _Run:
                     raise self.solver.non_finite(self.t, h)
                 # the steps of the last solve do not suit this one
                 plan = []
-            h = suited
+            h = next_h
         if self.graph:
             # solves without gradients, such as the accurate solves of the solver guard, must not change the plan
-            self.taken = StepPlan(tuple(taken))
+            self.next_plan = StepPlan(tuple(taken))
 
     def first_step_size(self, smallest: float) -> float:
         """Returns the first step size, with its sign."""
-        # near the origin the guess can be below the rounding error of t, which must not count as an underflow
+        # near the origin the estimate can be below the rounding error of t. The solve must not fail with an underflow
         return math.copysign(max(abs(self.estimate_first_step()), smallest), self.problem.t1 - self.problem.t0)
 
     def estimate_first_step(self) -> float:
         """Estimates the first step size from two slopes (Hairer, Norsett and Wanner, II.4, 'starting step size').
 
-        If the state or the slope is nearly zero, the estimate begins with a step of 1e-3. The book uses 1e-6, but the
-        field of an untrained flow is zero.
+        If the state or the slope is nearly zero, the estimate begins with a step of 1e-3. The book uses 1e-6. This is
+        too short for an untrained flow, whose field is zero.
         """
         x, span = self.x, self.problem.t1 - self.problem.t0
         stage = self.record([self.t], keep=self.graph)[0]
@@ -275,7 +275,7 @@ class _Run:
         return min(100 * abs(h0), h1, abs(span))
 
     def error_ratio(self, tried: TriedStep) -> float:
-        """Returns the ratio of error and tolerance. It waits for the device only once."""
+        """Returns the ratio of the error to the tolerance, with a single synchronization with the device."""
         solver = self.solver
         error = weighted_sum(tried.h * self.weights.e, tried.slopes)
         scale = solver.atol + solver.rtol * torch.maximum(self.x.abs(), tried.x1.abs())
@@ -287,13 +287,13 @@ class _Run:
         return plain_max(ratio)
 
     def integrals_of(self, tried: TriedStep) -> tuple[Tensor, Tensor]:
-        """Returns the integrals over one step, by the stage rule, and their error, each (B, Q)."""
+        """Returns the integrals over one step, with the stages as nodes, and their error, each (B, Q)."""
         nodes = stage_nodes(self.tableau, [(self.t, tried.h)])
         q = self.integrand_at(nodes.times, torch.stack([tried.points[i] for i in self.tableau.used]))
         return nodes.integrate(q), nodes.error(q.detach())
 
     def integrand_at(self, times: list[float], points: Tensor) -> Tensor:
-        """Returns q at every node, (nodes, B, Q), in one batched call, or for a replay in calls of a few nodes."""
+        """Returns q at every node, (nodes, B, Q). A replay calls the integrand for a few nodes at a time."""
         assert self.integrand is not None
         integrand = self.integrand
         t = on_device(times, self.x).unsqueeze(1)
@@ -305,8 +305,8 @@ class _Run:
 
         size = max(1, REPLAYED_NUMBERS // self.x.numel())
         parts = [*zip(torch.split(t, size), torch.split(points, size), strict=True)]
-        # the backward pass begins with the last parts. Their graphs are kept and not recomputed, because they need less
-        # memory than the stages of one step
+        # the backward pass begins with the last parts. Their graphs are kept, because they need less memory than the
+        # stages of one step. The graphs of the other parts are recomputed
         kept = min(len(self.tableau.b) // 3, len(parts) - 1) if torch.is_grad_enabled() else len(parts)
         replayed = parts[: len(parts) - kept]
         # the probes of the trace are drawn before the solve, so q is deterministic
@@ -315,9 +315,9 @@ class _Run:
 
     def nodes(self) -> Nodes:
         steps = [(s.t, s.h) for s in self.steps]
-        return (
-            stage_nodes(self.tableau, steps) if self.on_stages else gauss_nodes(self.tableau, steps, self.problem.noisy)
-        )
+        if self.nodes_are_stages:
+            return stage_nodes(self.tableau, steps)
+        return gauss_nodes(self.tableau, steps, self.problem.noisy)
 
     def solution(self) -> Solution:
         if not self.graph and (self.integrand is None or self.sums_integrals):
@@ -333,18 +333,18 @@ class _Run:
         return Solution(x1, nodes.integrate(q), nodes.error(q.detach()), self.statistics)
 
 
-class _OrdinaryRun(_Run):
-    """A solve by ordinary differentiable operations, for grad, vmap and jvp of `torch.func`, also nested.
+class _FunctionalRun(_Run):
+    """A solve with differentiable operations of torch, for grad, vmap and jvp of `torch.func`, also nested.
 
     Step sizes are Python numbers, so every derivative treats them as constants, as in discrete_adjoint.py. The elements
-    of a vmap share the steps: the step control uses the largest of their errors. No step is recomputed, so the memory
-    of a gradient grows with the number of steps.
+    of a vmap share the steps, because the step control uses the largest error of all elements. No step is recomputed,
+    so the memory of a gradient grows with the number of steps.
     """
 
     compute_stages = staticmethod(compute_stages_functional)
 
     def __init__(self, solver: RungeKutta, problem: Problem, statistics: Statistics) -> None:
-        # a field's own recorder uses hand-written kernels, which torch.func cannot transform
+        # the recorder of a field uses hand-written kernels, which torch.func cannot transform
         super().__init__(solver, replace(problem, recorder=None), statistics, graph=False)
         self.x = problem.x
         self.replay = False

@@ -58,7 +58,8 @@ class Statistics:
 class Problem:
     """The initial value problem dx/dt = velocity(t, x) from t0 to t1, with path integrals of q along the solution.
 
-    The state does not depend on the integrals. So a solver may evaluate all of them together, on nodes that it chooses.
+    The state does not depend on the integrals. So a solver may evaluate the integrand after the steps, at nodes that it
+    chooses.
 
     Attributes:
         velocity: (t scalar, x (B, *event)) -> v (B, *event).
@@ -261,7 +262,7 @@ class Solver(ABC):
         Args:
             step: the training step.
             tightenings: how often the solver guard has tightened the tolerance.
-            warmup: replaces the solver's own number of warm-up steps.
+            warmup: replaces the solver's number of warm-up steps.
 
         Example:
             >>> from flowtrain.ode import ode_solver

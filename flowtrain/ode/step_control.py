@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# safety factor of a new step size, and the limits of its ratio to the last one
+# the safety factor of a new step size, and the limits of its ratio to the last step size
 SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
-# safety factor of planned steps: steps that just met the tolerance for one batch may be rejected for the next
+# the safety factor of planned steps. Without it, steps that just met the tolerance for one batch could be rejected for
+# the next batch
 MARGIN = 0.95
 
 
@@ -18,7 +19,7 @@ def step_factor(ratio: float, order: int) -> float:
     error is not finite (Hairer, Norsett and Wanner, Solving ODEs I, II.4).
 
     Args:
-        ratio: error / tolerance of the last step, which was accepted if this is at most 1.
+        ratio: error / tolerance of the last step. The step was accepted if the ratio is at most 1.
         order: p, if the error of a step of size h is proportional to h^p.
 
     Example:
@@ -51,10 +52,10 @@ class StepPlan:
 
     In training the flow changes little from one update to the next. So the last solve tells how long a step may be at
     each time. `plan` divides the interval into the smallest number of steps that should be accepted, all with about the
-    same ratio of error and tolerance. This saves the guess of the first step and most rejected steps.
+    same ratio of error and tolerance. The plan saves the estimate of the first step size, and most rejected steps.
 
     Attributes:
-        steps: (length, suited length) of each step in order. With the suited length the error would have been about
+        steps: (length, ideal length) of each step in order. With the ideal length the error would have been about
             the tolerance.
     """
 
@@ -63,7 +64,7 @@ class StepPlan:
     def plan(self, t0: float, t1: float) -> list[float]:
         """Returns the ends of the steps to attempt from t0 to t1. The last end is t1. Without steps the list is empty.
 
-        Let s(t) be 0.95 times the suited length. Then n(t) = int_t0^t dt / s counts steps. The j-th end is the time t
+        Let s(t) be 0.95 times the ideal length. Then n(t) = int_t0^t dt / s counts steps. The j-th end is the time t
         with n(t) = j n(t1) / ceil(n(t1)).
 
         Example:
@@ -72,9 +73,9 @@ class StepPlan:
         """
         if not self.steps:
             return []
-        lengths, suited = np.array(self.steps).T
+        lengths, ideal = np.array(self.steps).T
         fractions = np.concatenate([[0], lengths.cumsum() / lengths.sum()])
-        counts = np.concatenate([[0], (lengths / (MARGIN * suited)).cumsum()])
+        counts = np.concatenate([[0], (lengths / (MARGIN * ideal)).cumsum()])
         n = max(1, math.ceil(counts[-1] - 1e-6))
         ends = np.interp(np.arange(1, n) * counts[-1] / n, counts, fractions)
         return [*(t0 + ends * (t1 - t0)).tolist(), t1]

@@ -1,7 +1,7 @@
 """Butcher tableaus of explicit Runge-Kutta methods, as data. The stepping loop is in runge_kutta.py.
 
-Sources: Bogacki and Shampine 1989 (bosh3), Dormand and Prince 1980 (dopri5), Shampine 1986 (its midpoint), Tsitouras
-2011 (tsit5), Prince and Dormand 1981 (dopri8).
+Sources: Bogacki and Shampine 1989 (bosh3), Dormand and Prince 1980 (dopri5), Shampine 1986 (the weights `mid` of
+dopri5), Tsitouras 2011 (tsit5), Prince and Dormand 1981 (dopri8).
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ class Tableau:
         order: the order of x1.
         c, a, b: the coefficients above. a has one row for each stage after the first.
         e: b minus the embedded weights. None for a method without an error estimate.
-        mid: weights of x(t + h/2) = x + h sum_i mid_i k_i to 4th order, used by quadrature.py; or None.
+        mid: the weights of x(t + h/2) = x + h sum_i mid_i k_i to 4th order, for the dense output in quadrature.py. None
+            for a method without dense output.
 
     Raises:
         ConfigError: wrong numbers of coefficients, or sums that are not consistent.
@@ -50,12 +51,12 @@ class Tableau:
 
     @property
     def used(self) -> list[int]:
-        """The stages with a nonzero weight in the solution or in its error."""
+        """The indices of the stages with a nonzero weight in the solution or in its error."""
         e = self.e or self.b
         return [i for i in range(len(self.b)) if self.b[i] or e[i]]
 
 
-def _same_as_last(
+def _fsal_tableau(
     order: int,
     c: tuple[float, ...],
     a: tuple[tuple[float, ...], ...],
@@ -76,13 +77,13 @@ TABLEAUS = {
         a=((1 / 2,), (0, 1 / 2), (0, 0, 1)),
         b=(1 / 6, 1 / 3, 1 / 3, 1 / 6),
     ),
-    "bosh3": _same_as_last(
+    "bosh3": _fsal_tableau(
         order=3,
         c=(0, 1 / 2, 3 / 4, 1),
         a=((1 / 2,), (0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
         embedded_error=(2 / 9 - 7 / 24, 1 / 3 - 1 / 4, 4 / 9 - 1 / 3, -1 / 8),
     ),
-    "dopri5": _same_as_last(
+    "dopri5": _fsal_tableau(
         order=5,
         c=(0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1),
         a=(
@@ -112,7 +113,7 @@ TABLEAUS = {
             11237099 / 235043384 / 2,
         ),
     ),
-    "tsit5": _same_as_last(
+    "tsit5": _fsal_tableau(
         order=5,
         c=(0, 0.161, 0.327, 0.9, 0.9800255409045097, 1, 1),
         a=(

@@ -26,7 +26,7 @@ class Tape(Protocol):
 
 
 class Recorder(Protocol):
-    """Makes tapes of one velocity. A field with hand-written derivatives has its own recorder instead of autograd's.
+    """Makes tapes of one velocity. A field with hand-written derivatives has a recorder that replaces autograd.
 
     Attributes:
         parameters: the tensors that get `gradients`. The list is complete after the first stage with keep=True.
@@ -200,7 +200,7 @@ def compute_stages(
 def compute_stages_functional(
     x: Tensor, h: float, weights: Weights, first: Tensor, velocity: Callable[[int, Tensor], Tensor]
 ) -> tuple[list[Tensor], Tensor]:
-    """`compute_stages` without in-place writes, which autograd and vmap do not allow."""
+    """Computes the same as `compute_stages` without in-place writes, which autograd and vmap do not allow."""
     points, slopes = [x], [first]
     for i in range(1, len(weights.b)):
         points.append(x + weighted_sum(h * weights.a[i, :i], torch.stack(slopes)))

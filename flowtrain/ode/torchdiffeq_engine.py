@@ -1,7 +1,8 @@
-"""Solvers that call torchdiffeq: all its methods, by its names, and its adjoint with constant memory.
+"""Solvers that call torchdiffeq: all methods of torchdiffeq, and the adjoint gradient, whose memory is constant.
 
-State and path integrals are solved as one augmented system. A callback before each forward or backward step raises a
-SolverError with the time of the failure, before an assertion of torchdiffeq fails.
+The state and the path integrals are solved as one augmented system. A callback before each forward or backward step
+checks the state and the step size. It raises a SolverError with the time of the failure, because torchdiffeq would only
+fail with an assertion.
 """
 
 import logging
@@ -88,7 +89,7 @@ METHODS: dict[str, type] = {
 }
 
 
-def registered(method: str) -> str:
+def registered_name(method: str) -> str:
     """Returns the name under which torchdiffeq finds the solver class of a method.
 
     torchdiffeq looks classes up by name in its table. flowtrain's classes are added to this table under new names when
@@ -106,8 +107,8 @@ class Torchdiffeq(Solver):
     """A solver of torchdiffeq.
 
     gradient=direct differentiates through torchdiffeq's steps. gradient=adjoint solves the adjoint ODE backwards (Chen
-    et al. 2018, Neural ODEs, algorithm 1). Its memory does not grow with the number of steps. It approximates
-    the gradient of the continuous problem, with an error of the order of the tolerance.
+    et al. 2018, Neural ODEs, algorithm 1). The memory of this solve does not grow with the number of steps. The result
+    approximates the gradient of the continuous problem, with an error of the order of the tolerance.
 
     Raises:
         ConfigError: an unknown method, gradient=replay, or settings that `Solver` does not allow.
@@ -188,7 +189,7 @@ class Torchdiffeq(Solver):
     def _integrate(self, dynamics: "_Dynamics", state: tuple[Tensor, ...], problem: Problem) -> list[Tensor]:
         t = torch.tensor([problem.t0, problem.t1], dtype=state[0].dtype, device=state[0].device)
         arguments: dict[str, Any] = {
-            "method": registered(self.method),
+            "method": registered_name(self.method),
             "rtol": self.rtol,
             "atol": self.atol,
             "options": {},
@@ -198,7 +199,7 @@ class Torchdiffeq(Solver):
             # torchdiffeq's grid for a step size can end with a step of length zero in float32
             arguments["options"] = {"grid_constructor": lambda f, y, t: _grid(t, n)}
         elif self.method != "scipy_solver":
-            # makes a step end at t1; by default torchdiffeq steps over t1 and interpolates, which is far less accurate
+            # a step then ends at t1. By default, torchdiffeq steps over t1 and interpolates, which is far less accurate
             arguments["options"] = {"step_t": t[1:]}
             if self.control == "state":
                 arguments["options"]["norm"] = lambda y: y[0].square().mean().sqrt()
@@ -223,10 +224,10 @@ class Torchdiffeq(Solver):
 
 def tableau_of(method: type) -> Tableau:
     """Returns the tableau of an adaptive Runge-Kutta method of torchdiffeq."""
-    theirs: Any = method
-    alpha, beta, b, e = theirs.tableau
+    solver_class: Any = method
+    alpha, beta, b, e = solver_class.tableau
     rows = tuple(tuple(row.tolist()) for row in beta)
-    return Tableau(theirs.order, (0.0, *alpha.tolist()), rows, tuple(b.tolist()), tuple(e.tolist()))
+    return Tableau(solver_class.order, (0.0, *alpha.tolist()), rows, tuple(b.tolist()), tuple(e.tolist()))
 
 
 def _grid(t: Tensor, n: int) -> Tensor:
@@ -267,7 +268,7 @@ class _Dynamics:
             statistics.nfe_forward += 1
 
     def check_step(self, t: Tensor, state: Any, h: Tensor) -> None:
-        # detached, because the first step size has a graph. torchdiffeq replaces a step size of NaN by zero
+        # the first step size has a graph, so it is detached. torchdiffeq replaces a step size of NaN by zero
         now, self.h = float(t.detach()), float(h.detach())
         if not self.solver.adaptive:
             self.statistics.accepted += 1

@@ -20,7 +20,7 @@ from flowtrain.plotting import image_grids, points, style
 from flowtrain.plotting.densities import paint, picture_limits
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import LogDensity
-from flowtrain.plotting.scales import axis_label, mark
+from flowtrain.plotting.scales import axis_label, set_ticks
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.files import replacing
 from flowtrain.utils.status import status
@@ -28,7 +28,7 @@ from flowtrain.utils.status import status
 # endings of the files that can be written, and frames per second
 KINDS = (".gif", ".mp4")
 FPS = 20
-# frames for which the first and the last moment are shown
+# the number of frames for which the first and the last moment are shown
 BEFORE, AFTER = 8, 28
 RESOLUTION = 100
 # inches
@@ -58,7 +58,7 @@ def animate_flow_2d(
     Args:
         paths: the files to write, .gif or .mp4.
         names: the names of the K moments.
-        log_density: grid points (G, 2) to (K, G), in nats.
+        log_density: maps grid points (G, 2) to (K, G), in nats.
         states: the positions of the particles, (K, P, 2).
         columns: the names of the columns.
     """
@@ -73,7 +73,7 @@ def animate_flow_2d(
         panels = [style.add_axes(figure, LEFT + i * (SIDE + GAP), BOTTOM, SIDE, SIDE) for i in range(2)]
         for axes in panels:
             axes.set(xlim=limits[0], ylim=limits[1])
-            notes = [mark(axis, gap=GAP) for axis in (axes.xaxis, axes.yaxis)]
+            notes = [set_ticks(axis, gap=GAP) for axis in (axes.xaxis, axes.yaxis)]
             axes.set_xlabel(axis_label(columns[0], notes[0], SIDE))
             axes.spines[:].set_visible(True)
         panels[0].set_ylabel(axis_label(columns[1], notes[1], SIDE))
@@ -124,14 +124,14 @@ def animate_images(
 def write(path: Path, figure: Figure, draw: Callable[[int], None], moments: int) -> None:
     """Writes a frame for each moment. The first and the last moment are shown for longer.
 
-    The file is replaced as a whole: a reader finds the old animation or the new one, never a part of it.
+    The file is replaced when the new animation is complete, so it never contains a part of an animation.
 
     Raises:
         ConfigError: a file of this kind cannot be written.
     """
     check_writable(path)
     FigureCanvasAgg(figure)
-    # half the resolution of a picture
+    # an animation has half the resolution of a picture
     figure.set_dpi(style.DPI // 2)
     if path.suffix == ".gif":
         _write_gif(path, figure, draw, moments)
@@ -140,7 +140,7 @@ def write(path: Path, figure: Figure, draw: Callable[[int], None], moments: int)
 
 
 def _write_gif(path: Path, figure: Figure, draw: Callable[[int], None], moments: int) -> None:
-    """Draws each moment once: a GIF stores how long each frame is shown."""
+    """Writes one frame for each moment, because a GIF stores how long each frame is shown."""
     milliseconds = [1000 // FPS] * moments
     milliseconds[0] *= BEFORE
     milliseconds[-1] *= AFTER
@@ -162,7 +162,7 @@ def _write_gif(path: Path, figure: Figure, draw: Callable[[int], None], moments:
 
 
 def _rendered(figure: Figure) -> Image.Image:
-    """The current figure as an image without transparency."""
+    """Returns the current figure as an image without transparency."""
     pixels = io.BytesIO()
     figure.savefig(pixels, format="rgba", dpi=figure.get_dpi())
     size = figure.canvas.get_width_height()
@@ -170,9 +170,9 @@ def _rendered(figure: Figure) -> Image.Image:
 
 
 def _write_mp4(path: Path, figure: Figure, draw: Callable[[int], None], moments: int) -> None:
-    """Writes frames at a fixed rate: moments that are shown for longer take several frames."""
+    """Writes frames at a fixed rate. The first and the last moment have several frames."""
     order = [*[0] * BEFORE, *range(1, moments - 1), *[moments - 1] * AFTER]
-    # a format that every player supports
+    # every player supports the pixel format yuv420p
     writer = FFMpegWriter(fps=FPS, codec="libx264", extra_args=["-pix_fmt", "yuv420p"])
     with tempfile.TemporaryDirectory() as folder:
         aside = Path(folder) / f"animation{path.suffix}"

@@ -18,26 +18,28 @@ from flowtrain.data.tables.columns import default_names
 from flowtrain.plotting import points, scales, style
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import Array, Points, Range
-from flowtrain.plotting.scales import mark
+from flowtrain.plotting.scales import set_ticks
 from flowtrain.utils.errors import FlowtrainError
 
-# columns that are shown if none are chosen
+# the number of columns that are shown if none are chosen
 SHOWN = 5
-# inches
+# inches: the margins, the gaps between panels, the room above them, and the height of a single panel
 LEFT, BOTTOM, GAP, HEAD, SINGLE = 1.06, 0.78, 0.1, 0.46, 2.7
 # inches from the left edge of a panel to the name of its row
 NAME = 0.54
+# the size of tick labels in points
 TICKS = 7.5
+# the number of bins along each axis
 BINS = 60
 # the shares of the points in the regions
 MASSES = (0.9, 0.6, 0.3)
 # the share of the samples of a class in its region
 CLASS_MASS = 0.6
-# fewer points than this make contours of noise
+# contours of fewer points than this would show mostly noise
 FEWEST, FEWEST_OF_CLASS = 200, 50
-# data that are drawn as dots
+# the largest number of rows that are drawn as dots
 DOTS = 2000
-# more classes cannot be told apart
+# the largest number of classes that have a colour, because more colours cannot be told apart
 MOST_CLASSES = 10
 # Petroff 2021, Accessible color sequences for data visualization
 CLASS_COLOURS = (
@@ -83,9 +85,9 @@ def draw_corner(
     """Draws columns of data (N, d) and samples (M, d) against each other.
 
     The diagonal shows the histogram of each column. The panels below show, for each pair of columns, the smallest
-    regions with 30, 60 and 90 percent of the points: of the data in blue, of the samples as outlines. With `classes`
-    the data are dots with a colour for each class, and outlines are the regions with 60 percent of the samples of a
-    class.
+    regions with 30, 60 and 90 percent of the points. Regions of the data are filled in blue, and regions of the samples
+    are outlined. With `classes`, the data are drawn as dots with a colour for each class, and an outline is the region
+    with 60 percent of the samples of a class.
 
     The columns are `options.columns`, or the first 5. Axes range from the 0.5% to the 99.5% quantile of the data. The
     axis of a heavy-tailed column has an asinh scale, and densities are per unit of the axes.
@@ -97,8 +99,8 @@ def draw_corner(
     width = real.values.shape[1]
     chosen = options.positions((width,), columns) or list(range(min(width, SHOWN)))
     groups = _groups(classes, data, samples)
-    scaled = [scales.suited(real.values[:, i]) for i in chosen]
-    real, model = (scales.along(scaled, Points(each.values[:, chosen], each.dropped)) for each in (real, model))
+    scaled = [scales.choose_scale(real.values[:, i]) for i in chosen]
+    real, model = (scales.on_axes(scaled, Points(each.values[:, chosen], each.dropped)) for each in (real, model))
     limits = [points.robust_range(column, margin=0.0) for column in real.values.T]
     names = [(columns or default_names(range(width)))[i] for i in chosen]
     count = len(chosen)
@@ -136,18 +138,18 @@ def draw_corner(
 
 
 def _groups(classes: Classes | None, data: Tensor, samples: Tensor) -> list[_Group]:
-    """The groups of rows: all, or one for each of the most frequent classes, in the order of their labels."""
-    kept, made = (points.is_finite(points.to_numpy(each)) for each in (data, samples))
-    everything = _Group("", style.SAMPLES, np.ones(kept.sum(), dtype=bool), np.ones(made.sum(), dtype=bool))
+    """Returns a single group of all rows, or a group for each of the most frequent classes, ordered by label."""
+    kept, kept_samples = (points.is_finite(points.to_numpy(each)) for each in (data, samples))
+    everything = _Group("", style.SAMPLES, np.ones(kept.sum(), dtype=bool), np.ones(kept_samples.sum(), dtype=bool))
     if classes is None:
         return [everything]
     labels, drawn = _numbers(classes.data), None if classes.samples is None else _numbers(classes.samples)
-    if len(labels) != len(kept) or (drawn is not None and len(drawn) != len(made)):
+    if len(labels) != len(kept) or (drawn is not None and len(drawn) != len(kept_samples)):
         raise FlowtrainError(f"cannot plot {len(kept)} rows by {len(labels)} labels: give one label for each row")
     found, counts = np.unique(labels[kept], return_counts=True)
     frequent = sorted(found[np.argsort(-counts, kind="stable")][:MOST_CLASSES].tolist())
     return [
-        _Group(str(y), CLASS_COLOURS[i], labels[kept] == y, None if drawn is None else drawn[made] == y)
+        _Group(str(y), CLASS_COLOURS[i], labels[kept] == y, None if drawn is None else drawn[kept_samples] == y)
         for i, y in enumerate(frequent)
     ]
 
@@ -188,7 +190,7 @@ def _histograms(axes: Axes, real: Array, model: Array, limits: Range, groups: Se
 
 
 def _regions(axes: Axes, real: Array, model: Array, limits: tuple[Range, Range], groups: Sequence[_Group]) -> None:
-    """Data (N, 2) as filled regions or dots by class, and samples (M, 2) as outlines."""
+    """Draws data (N, 2) as filled regions, or as dots by class, and samples (M, 2) as outlines."""
     if len(groups) == 1 and not groups[0].name:
         _filled_regions(axes, real, model, limits)
     else:
@@ -214,8 +216,8 @@ def _regions(axes: Axes, real: Array, model: Array, limits: tuple[Range, Range],
 
 
 def _filled_regions(axes: Axes, real: Array, model: Array, limits: tuple[Range, Range]) -> None:
-    """Regions of all data and outlines of all samples; dots if there are too few points."""
-    # contours follow the counting noise more closely than colours do
+    """Draws regions of all data and outlines of all samples, or dots if there are too few points."""
+    # contours show the counting noise more clearly than colours, so they need more blur
     blur = 1.5 * points.blur_2d(points.common_count(real, model))
     grid = [points.centres(edge, BINS) for edge in limits]
     for values, filled in ((real, True), (model, False)):
@@ -237,11 +239,11 @@ def _outline(
     colour: str,
     masses: Sequence[float] = (CLASS_MASS,),
 ) -> None:
-    """The outlines of regions with shares `masses` of values (N, 2); crosses if there are few values."""
+    """Draws the outlines of the regions with shares `masses` of values (N, 2), or crosses if there are few values."""
     bins = 2 * BINS
     if len(values) >= FEWEST_OF_CLASS:
-        # Scott's rule
-        spreads = [min(float(column.std()), _spread(column)) * len(values) ** (-1 / 6) for column in values.T]
+        # the blur follows Scott's rule
+        spreads = [min(float(column.std()), _robust_std(column)) * len(values) ** (-1 / 6) for column in values.T]
         cells = [(high - low) / bins for low, high in limits]
         blur = tuple(float(np.clip(s / cell, 1.0, 12.0)) for s, cell in zip(spreads, cells, strict=True))
         heights = points.histogram_2d(values, limits, bins, (blur[0], blur[1]))
@@ -253,39 +255,39 @@ def _outline(
     axes.plot(values[:DOTS, 0], values[:DOTS, 1], "x", color=colour, markersize=4, markeredgewidth=0.9)
 
 
-def _spread(values: Array) -> float:
-    """The standard deviation of a Gaussian with the interquartile range of values (N,)."""
+def _robust_std(values: Array) -> float:
+    """Returns the standard deviation of a Gaussian with the interquartile range of values (N,)."""
     first, third = np.quantile(values, (0.25, 0.75))
     return float(third - first) / 1.349
 
 
 def _levels(heights: Array, masses: Sequence[float]) -> list[float]:
-    """The heights, in ascending order, above which shares `masses` of the points lie; those that are distinct."""
+    """Returns the distinct heights, in ascending order, above which shares `masses` of the points lie."""
     levels = sorted({points.peak(heights, 1 - mass) for mass in masses})
     return [level for level in levels if heights.min() < level < heights.max()]
 
 
 def _label(axes: Axes, row: int, column: int, names: Sequence[str], scaled: Sequence[scales.Scale]) -> None:
-    """Sets ticks, and names at the left and lower edges of the figure."""
-    box, shared = axes.get_window_extent(), _shared(names)
+    """Sets the ticks of a panel. Panels at the left and lower edges of the figure also get the names of columns."""
+    box, shared = axes.get_window_extent(), _common_prefix(names)
     room = [length / style.DPI for length in (box.width, box.height)]
-    note = mark(axes.xaxis, scaled[0], most=5, size=TICKS, gap=GAP)
+    note = set_ticks(axes.xaxis, scaled[0], most=5, size=TICKS, gap=GAP)
     if row == len(names) - 1:
         axes.set_xlabel(folded(points.noted(names[column], note), room[0], shared))
     if row == column:
         axes.spines["left"].set_visible(False)
         axes.set_yticks([])
     else:
-        note = mark(axes.yaxis, scaled[1], most=5, size=TICKS, gap=GAP)
+        note = set_ticks(axes.yaxis, scaled[1], most=5, size=TICKS, gap=GAP)
         if column == 0:
             axes.set_ylabel(folded(points.noted(names[row], note), room[1], shared))
-            # the names of all rows are in one line, independent of the tick labels
+            # the names of all rows have the same distance from their panels, whatever the width of the tick labels
             axes.yaxis.set_label_coords(-NAME / room[0], 0.5)
     axes.tick_params(labelbottom=row == len(names) - 1, labelleft=column == 0)
 
 
-def _shared(names: Sequence[str]) -> int:
-    """The length of the start that all names have in common; 0 for a single name."""
+def _common_prefix(names: Sequence[str]) -> int:
+    """Returns the length of the common prefix of all names; 0 for a single name."""
     if len(names) < 2:
         return 0
     first, last = min(names), max(names)
@@ -293,11 +295,11 @@ def _shared(names: Sequence[str]) -> int:
 
 
 def folded(name: str, room: float, shared: int = 0, lines: int = 3) -> str:
-    """A name in several lines of `room` inches. A name that is too long loses a part.
+    """Returns a name in several lines of `room` inches. In a name that is too long, … replaces some letters.
 
     Args:
-        shared: the length of the start that all names have in common. The part is taken from there if it is long
-            enough, otherwise from the middle.
+        shared: the length of the common prefix of all names. The letters are removed from the prefix if it is long
+            enough, otherwise from the middle of the name.
 
     Example:
         >>> start = "mean concentration of component number "
@@ -326,13 +328,13 @@ def _legend(
     top: float,
     note: str,
 ) -> None:
-    """Explains the colours in the empty corner at the upper right, or above a single panel.
+    """Draws the legend in the empty corner at the upper right, or above a single panel.
 
     Args:
         top: the upper edge of the panels in inches.
     """
     real, model = both
-    names = points.noted("data", real.lost()), points.noted("samples", model.lost())
+    names = points.noted("data", real.dropped_note()), points.noted("samples", model.dropped_note())
     samples = Line2D([], [], color=style.SAMPLES)
     shares = ", ".join(f"{mass:.0%}" for mass in sorted(MASSES))
     known = groups[0].samples is not None

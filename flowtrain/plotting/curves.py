@@ -21,7 +21,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 # inches: the margins, and the room above panels for their legends
 LEFT, BOTTOM, BETWEEN, HEAD = 0.78, 0.5, 0.42, 0.66
-# the margin at the right, with and without axes there
+# inches: the margin at the right, with and without a second y axis
 RIGHT, BARE = 0.72, 0.2
 TALL, SHORT = 2.6, 1.05
 
@@ -34,7 +34,7 @@ WITH_BEST = 4
 
 
 @dataclass(frozen=True)
-class Course:
+class Series:
     """One quantity by step for one split: two arrays (R,) of finite values."""
 
     steps: Array
@@ -43,20 +43,20 @@ class Course:
     def __bool__(self) -> bool:
         return len(self.values) > 0
 
-    def positive(self) -> "Course":
-        """The positive values, which a logarithmic axis can show."""
+    def positive(self) -> "Series":
+        """Returns the positive values, which a logarithmic axis can show."""
         kept = self.values > 1 / FARTHEST
-        return Course(self.steps[kept], self.values[kept])
+        return Series(self.steps[kept], self.values[kept])
 
-    def median(self) -> "Course":
-        """The running median over about a thirtieth of the rows, at no more than 500 steps."""
+    def median(self) -> "Series":
+        """Returns the running median over about a thirtieth of the rows, at no more than 500 steps."""
         count = len(self.values)
         if count < 20:
             return self
         half = max(2, count // 60)
         places = np.unique(np.linspace(0, count - 1, 500).astype(int))
         middles = [np.median(self.values[max(0, place - half) : place + half + 1]) for place in places]
-        return Course(self.steps[places], np.array(middles))
+        return Series(self.steps[places], np.array(middles))
 
 
 def draw_curves(
@@ -79,7 +79,7 @@ def draw_curves(
         kept: the step of the checkpoint that is evaluated, which is marked.
     """
     train = _split(rows, "train")
-    below = [draw for draw, keys in PANELS if any(varied(train, key) for key in keys)]
+    below = [draw for draw, keys in PANELS if any(nonzero_series(train, key) for key in keys)]
     base = BOTTOM + len(below) * (SHORT + BETWEEN)
     width = style.WIDTH - LEFT - (RIGHT if below else BARE)
     others = [name for name in _splits(rows) if name != "val"]
@@ -94,27 +94,27 @@ def draw_curves(
             draw(panels[1], train)
         _share_steps(panels, rows, kept)
         for axes in figure.axes:
-            # at the same place in all panels, however wide the tick labels are
+            # the label has the same place in all panels, whatever the width of the tick labels
             across = -0.54 if axes in panels else width + 0.56
             axes.yaxis.set_label_coords(across / width, 0.5)
         style.save(figure, path, options)
 
 
-def course(rows: Rows, key: str) -> Course:
-    """The finite values of `key` by step. If a step has several, as in a resumed run, the last one counts."""
+def series_of(rows: Rows, key: str) -> Series:
+    """Returns the finite values of `key` by step. If a resumed run has several values at a step, the last is used."""
     found = {}
     for row in rows:
         step, value = row.get("step"), row.get(key)
         if _finite(step) and _finite(value):
             found[float(step)] = min(max(float(value), -FARTHEST), FARTHEST)
     steps = sorted(found)
-    return Course(np.array(steps), np.array([found[step] for step in steps]))
+    return Series(np.array(steps), np.array([found[step] for step in steps]))
 
 
-def varied(rows: Rows, key: str) -> Course:
-    """The values of `key` by step; empty if all are zero."""
-    found = course(rows, key)
-    return found if found.values.any() else Course(np.array([]), np.array([]))
+def nonzero_series(rows: Rows, key: str) -> Series:
+    """Returns the values of `key` by step; empty if all are zero."""
+    found = series_of(rows, key)
+    return found if found.values.any() else Series(np.array([]), np.array([]))
 
 
 def _finite(value: Any) -> TypeGuard[float]:
@@ -122,7 +122,7 @@ def _finite(value: Any) -> TypeGuard[float]:
 
 
 def _splits(rows: Rows) -> list[str]:
-    """The names of the splits other than training."""
+    """Returns the names of the splits other than training."""
     return list(dict.fromkeys(str(row["split"]) for row in rows if row.get("split") not in (None, "train")))
 
 
@@ -135,12 +135,12 @@ def _split(rows: Rows, name: str) -> Rows:
 
 
 def _likelihood(axes: Axes, rows: Rows, entropy: float | None, kept: int | None = None) -> None:
-    key, unit = ("bits_per_dim", "bits/dim") if course(rows, "bits_per_dim") else ("nll", "nats")
+    key, unit = ("bits_per_dim", "bits/dim") if series_of(rows, "bits_per_dim") else ("nll", "nats")
     axes.grid(axis="y")
     axes.set_ylabel(f"NLL ({unit})")
-    train = course(_split(rows, "train"), key)
+    train = series_of(_split(rows, "train"), key)
     names = _splits(rows)
-    others = {name: curve for name in names if (curve := course(_split(rows, name), key))}
+    others = {name: curve for name in names if (curve := series_of(_split(rows, name), key))}
     if not train and not others:
         style.annotate(axes, "no finite NLL")
         axes.yaxis.set_major_locator(NullLocator())
@@ -165,8 +165,8 @@ def _likelihood(axes: Axes, rows: Rows, entropy: float | None, kept: int | None 
     _name_hidden(axes, [train, *others.values()])
 
 
-def _mark_kept(axes: Axes, kept: int, validation: Course | None) -> None:
-    """A ring around the validation of the kept checkpoint; without such a validation, a mark at the lower edge."""
+def _mark_kept(axes: Axes, kept: int, validation: Series | None) -> None:
+    """Draws a ring around the validation of the kept checkpoint, or without it a mark at the lower edge."""
     at = np.flatnonzero(np.array([]) if validation is None else validation.steps == kept)
     look: dict[str, Any] = {
         "color": style.INK,
@@ -180,10 +180,11 @@ def _mark_kept(axes: Axes, kept: int, validation: Course | None) -> None:
         axes.plot([kept], [0], "^", markersize=6, transform=axes.get_xaxis_transform(), **look)
 
 
-def _frame(train: Course, others: Sequence[Course]) -> Range:
-    """The range of the NLL axis. It covers the smooth curves, but is at most 8 times the range of 75% of the rows.
+def _frame(train: Series, others: Sequence[Series]) -> Range:
+    """Returns the range of the NLL axis.
 
-    Single spikes, a steep start and a blow-up leave the frame.
+    It covers the smooth curves, but is at most 8 times the range of 75% of the rows. Single spikes, a steep start and a
+    divergence are outside this range.
     """
     curves = [train, *others] if train else others
     low = min(float(np.quantile(curve.values, 0.005)) for curve in curves)
@@ -194,8 +195,8 @@ def _frame(train: Course, others: Sequence[Course]) -> Range:
     return low, min(high, low + 8 * (bulk - low)) if bulk > low else high
 
 
-def _name_hidden(axes: Axes, curves: Sequence[Course]) -> None:
-    """Writes how many values are outside the frame, because readers would take the frame for all of the run."""
+def _name_hidden(axes: Axes, curves: Sequence[Series]) -> None:
+    """Writes how many values are outside the frame, because readers could think that the frame shows all values."""
     values = np.concatenate([curve.values for curve in curves])
     low, high = axes.get_ylim()
     hidden = values[(values < low) | (values > high)]
@@ -215,14 +216,14 @@ def _solver(axes: Axes, train: Rows) -> None:
         ("nfe_forward", style.GREEN, "NFE, forward"),
         ("nfe_backward", style.PURPLE, "NFE, backward"),
     ):
-        curve = varied(train, key)
+        curve = nonzero_series(train, key)
         if curve:
             _noisy(axes, curve, colour, label)
             # a single batch can need a hundred times the usual NFE
             top = max(top, min(curve.values.max(), 3 * curve.median().values.max()))
     axes.set_ylim(0, 1.08 * top or 1.0)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    tolerance = course(train, "rtol").positive()
+    tolerance = series_of(train, "rtol").positive()
     if not tolerance:
         style.legend_above(axes)
         return
@@ -233,7 +234,7 @@ def _solver(axes: Axes, train: Rows) -> None:
 
 
 def _optimizer(axes: Axes, train: Rows) -> None:
-    gradient, rate = course(train, "grad_norm").positive(), course(train, "lr")
+    gradient, rate = series_of(train, "grad_norm").positive(), series_of(train, "lr")
     axes.grid(axis="y")
     axes.set_ylabel("gradient norm")
     if gradient:
@@ -252,7 +253,7 @@ def _optimizer(axes: Axes, train: Rows) -> None:
 
 
 def _matching(axes: Axes, train: Rows) -> None:
-    curve = course(train, "matching")
+    curve = series_of(train, "matching")
     axes.grid(axis="y")
     axes.set_ylabel("matching loss")
     _noisy(axes, curve, style.BLUE, "matching loss")
@@ -268,20 +269,20 @@ PANELS: tuple[tuple[Callable[[Axes, Rows], None], tuple[str, ...]], ...] = (
 )
 
 
-def _line(axes: Axes, curve: Course, colour: str, label: str, **look: Any) -> None:
+def _line(axes: Axes, curve: Series, colour: str, label: str, **look: Any) -> None:
     # a line with a single point is invisible
     marker = "o" if len(curve.values) == 1 else ""
     axes.plot(curve.steps, curve.values, color=colour, label=label, marker=marker, markersize=3.5, **look)
 
 
-def _noisy(axes: Axes, curve: Course, colour: str, label: str) -> None:
+def _noisy(axes: Axes, curve: Series, colour: str, label: str) -> None:
     """Draws the values as a pale line, and their running median on top."""
     axes.plot(curve.steps, curve.values, color=colour, alpha=0.25, linewidth=0.8)
     _line(axes, curve.median(), colour, label)
 
 
 def _right_scale(axes: Axes, name: str) -> Axes:
-    """A second y axis, on the right, over the same steps."""
+    """Returns a second y axis, on the right, over the same steps."""
     right = axes.twinx()
     style.mark_numbers(right)
     right.spines["right"].set_visible(True)
@@ -305,7 +306,7 @@ def _share_steps(panels: Sequence[Axes], rows: Rows, kept: int | None) -> None:
 
 
 def _step(value: float, highest: float) -> str:
-    """The label of a step: "2,000" in a short run, "250k" or "1.5M" in a long run."""
+    """Returns the label of a step: "2,000" in a short run, "250k" or "1.5M" in a long run."""
     if highest < 100_000 or value == 0:
         return f"{value:,.0f}"
     return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k"

@@ -1,4 +1,4 @@
-"""Figures of data, samples and density of one and of two columns, and the colour scale of densities."""
+"""Figures of the data, the samples and the density of one or two columns. Colour bars of densities."""
 
 import math
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from torch import Tensor
 from flowtrain.plotting import points, scales, style
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import Array, LogDensity, Range
-from flowtrain.plotting.scales import Scale, axis_label, mark
+from flowtrain.plotting.scales import Scale, axis_label, set_ticks
 
 HEIGHT_1D = 3.9
 RESOLUTION_1D = 1000
-# depth of a logarithmic density axis
+# the number of decades on a logarithmic density axis
 DECADES_1D = 5
 
 
@@ -38,42 +38,42 @@ def draw_flow_1d(
     log_scale: bool = False,
     options: PlotOptions = DEFAULT,
 ) -> None:
-    """Draws histograms of data (N, 1) and samples (M, 1) and the density of the model over one axis.
+    """Draws the density of the model with histograms of data (N, 1) and samples (M, 1).
 
     The limits, the scale and the bins depend on the data only. The axis of heavy-tailed data has an asinh scale, and
     densities are per unit of the axis.
 
     Args:
-        log_density: (resolution, 1) to (resolution,), in nats. It is called once.
+        log_density: maps (resolution, 1) to (resolution,), in nats. It is called once.
         column: the name of the column.
         true_log_density: the log density of the data if it is known.
         log_scale: whether the axis of densities is logarithmic.
     """
     real, model = points.as_points(data, samples)
     points.require_width(real, 1)
-    scale = scales.suited(real.values[:, 0])
-    real, model = (scales.along([scale], each) for each in (real, model))
+    scale = scales.choose_scale(real.values[:, 0])
+    real, model = (scales.on_axes([scale], each) for each in (real, model))
     limits = points.robust_range(real.values)
     x = points.centres(limits, resolution)
-    density = points.evaluate(scales.density_along([scale], log_density), x[:, None])
+    density = points.evaluate(scales.density_on_axes([scale], log_density), x[:, None])
     bins = points.count_bins(real.values[:, 0], limits, points.common_count(real.values, model.values))
     observed, edges = points.histogram_1d(real.values, limits, bins)
     sampled, _ = points.histogram_1d(model.values, limits, bins)
     with style.styled():
         figure = style.new_figure(HEIGHT_1D, title, options)
         axes = style.add_axes(figure, left=0.78, bottom=0.55, width=8.08, height=2.68)
-        name = points.noted("data", real.lost())
+        name = points.noted("data", real.dropped_note())
         axes.stairs(observed, edges, fill=True, color=style.DATA_SHADES[0], linewidth=0, label=name)
-        name = points.noted("samples", model.lost(), points.outside(model, [limits]))
+        name = points.noted("samples", model.dropped_note(), points.outside_note(model, [limits]))
         axes.stairs(sampled, edges, color=style.SAMPLES, linewidth=1.3, baseline=None, label=name)
-        name = points.noted("model density", points.missing(density))
+        name = points.noted("model density", points.missing_note(density))
         axes.plot(x, np.minimum(density, 1e30), color=style.DENSITY, label=name)
         if true_log_density is not None:
-            truth = points.evaluate(scales.density_along([scale], true_log_density), x[:, None])
+            truth = points.evaluate(scales.density_on_axes([scale], true_log_density), x[:, None])
             axes.plot(x, np.minimum(truth, 1e30), color=style.GREEN, dashes=style.DASHES[1], label="true density")
         top = _top(observed, sampled, density)
         axes.set(xlim=limits, ylim=(0, top))
-        axes.set_xlabel(axis_label(column, mark(axes.xaxis, scale, most=10), 8))
+        axes.set_xlabel(axis_label(column, set_ticks(axes.xaxis, scale, most=10), 8))
         unit = "per unit" if scale.plain else "per unit of the axis"
         if log_scale:
             axes.set_yscale("log")
@@ -84,13 +84,13 @@ def draw_flow_1d(
             axes.set_ylim(low, high)
             axes.set_ylabel(points.noted("density", unit))
         else:
-            axes.set_ylabel(points.noted("density", " ".join(filter(None, (mark(axes.yaxis), unit)))))
+            axes.set_ylabel(points.noted("density", " ".join(filter(None, (set_ticks(axes.yaxis), unit)))))
         style.legend_above(axes)
         style.save(figure, path, options)
 
 
 def _top(observed: Array, sampled: Array, density: Array) -> float:
-    """The upper end of the density axis: at most three times the highest bin of the data."""
+    """Returns the upper end of the density axis, which is at most about three times the highest bin of the data."""
     highest = max(float(sampled.max()), float(np.nanmax(density, initial=0.0)))
     return 1.08 * (min(max(highest, float(observed.max())), 3 * float(observed.max())) or 1.0)
 
@@ -100,7 +100,7 @@ BINS_2D = 120
 DEPTH_2D = 10.0
 # inches
 LEFT_2D, BOTTOM_2D, GAP_2D, HEAD_2D = 0.78, 0.5, 0.1, 0.63
-# width of a colour bar, and of its tick labels and its label
+# the width of a colour bar, and the width of its tick labels together with its label
 BAR, BAR_LABELS = 0.14, 0.72
 # the colour scale ends at most at this many times the peak of the data
 BRIGHTEST = 2.5
@@ -127,28 +127,31 @@ def draw_flow_2d(
     The axis of a heavy-tailed column has an asinh scale, and densities are per unit of the axes.
 
     Args:
-        log_density: (resolution**2, 2) to (resolution**2,), in nats. It is called once.
+        log_density: maps (resolution**2, 2) to (resolution**2,), in nats. It is called once.
         columns: the names of the columns.
         true_log_density: the log density of the data if it is known. None: no fourth panel.
-        log_scale: whether colours show log densities, down to DEPTH_2D nats below the top.
+        log_scale: whether colours show log densities, from the top of the colour scale to DEPTH_2D nats below.
     """
     real, model = points.as_points(data, samples)
     points.require_width(real, 2)
-    scaled = [scales.suited(column) for column in real.values.T]
-    real, model = (scales.along(scaled, each) for each in (real, model))
+    scaled = [scales.choose_scale(column) for column in real.values.T]
+    real, model = (scales.on_axes(scaled, each) for each in (real, model))
     limits = picture_limits(real.values)
     blur = points.blur_2d(points.common_count(real.values, model.values))
     panels = [
-        (points.noted("data", "histogram", real.lost()), points.histogram_2d(real.values, limits, BINS_2D, blur)),
         (
-            points.noted("samples", "histogram", model.lost(), points.outside(model, limits)),
+            points.noted("data", "histogram", real.dropped_note()),
+            points.histogram_2d(real.values, limits, BINS_2D, blur),
+        ),
+        (
+            points.noted("samples", "histogram", model.dropped_note(), points.outside_note(model, limits)),
             points.histogram_2d(model.values, limits, BINS_2D, blur),
         ),
     ]
     for name, function in (("model density", log_density), ("true density", true_log_density)):
         if function is not None:
-            heights = points.moments_2d(scales.density_along(scaled, function), limits, resolution, 1)[0]
-            panels.append((points.noted(name, points.missing(heights)), heights))
+            heights = points.moments_2d(scales.density_on_axes(scaled, function), limits, resolution, 1)[0]
+            panels.append((points.noted(name, points.missing_note(heights)), heights))
     peaks = [points.peak(heights) for _, heights in panels]
     # the peak of a true density is exact, but the peaks of data and model depend on noise and on the fit
     top = (peaks[3] if len(peaks) > 3 else 0.0) or min(max(peaks), BRIGHTEST * peaks[0]) or 1.0
@@ -166,7 +169,10 @@ def draw_flow_2d(
 
 
 def picture_limits(values: Array) -> tuple[Range, Range]:
-    """The limits of x and y for data (N, 2): of the same length, unless one column has over 4 times the range."""
+    """Returns the limits of x and y for data (N, 2).
+
+    Both have the same length, unless the range of one column is more than 4 times the range of the other column.
+    """
     ranges = [points.robust_range(column) for column in values.T]
     spans = [high - low for low, high in ranges]
     if max(spans) <= 4 * min(spans):
@@ -183,15 +189,15 @@ def _row_of_panels(
     title: str,
     options: PlotOptions,
 ) -> tuple[Figure, list[Axes], float]:
-    """A figure with empty square panels in a row and room for a colour bar, and the side of a panel in inches."""
+    """Creates a row of empty square panels with room for a colour bar. Also returns the side of a panel in inches."""
     side = (style.WIDTH - LEFT_2D - count * GAP_2D - BAR - BAR_LABELS) / count
     figure = style.new_figure(BOTTOM_2D + side + HEAD_2D, title, options)
     row = []
     for i in range(count):
         axes = style.add_axes(figure, LEFT_2D + i * (side + GAP_2D), BOTTOM_2D, side, side)
         axes.set(xlim=limits[0], ylim=limits[1])
-        axes.set_xlabel(axis_label(columns[0], mark(axes.xaxis, scaled[0], gap=GAP_2D), side))
-        note = mark(axes.yaxis, scaled[1])
+        axes.set_xlabel(axis_label(columns[0], set_ticks(axes.xaxis, scaled[0], gap=GAP_2D), side))
+        note = set_ticks(axes.yaxis, scaled[1])
         axes.tick_params(length=2.5, labelleft=i == 0, left=i == 0)
         axes.spines[:].set_visible(False)
         if i == 0:
@@ -201,7 +207,7 @@ def _row_of_panels(
 
 
 def _log_share(heights: Array, top: float) -> Array:
-    """log(heights / top) from -DEPTH_2D to 0, mapped to 0 to 1; lower densities are 0, NaN stays."""
+    """Returns 1 + log(heights / top) / DEPTH_2D, which is 1 at the top of the scale, clipped from below at 0."""
     with np.errstate(divide="ignore"):
         return np.asarray(np.maximum(1 + np.log(heights / top) / DEPTH_2D, 0.0))
 
@@ -209,10 +215,11 @@ def _log_share(heights: Array, top: float) -> Array:
 def _density_bar(
     figure: Figure, left: float, side: float, top: float, clipped: bool, log_scale: bool, per: str
 ) -> None:
-    """Draws the colour bar of densities up to `top`, with an arrow if some are larger.
+    """Draws the colour bar of densities up to `top`, with an arrow if it is `clipped`.
 
     Args:
-        per: what densities are per unit of: area or axes.
+        clipped: whether some densities are larger than `top`.
+        per: area, or axes if densities are per unit of the scaled axes.
     """
     unit = f"per unit {'area' if per == 'area' else 'of the axes'}"
     if log_scale:
@@ -238,12 +245,12 @@ def add_colour_bar(
 
     Args:
         limits: the values of the first and the last colour.
-        extend: the ends with arrows, because there are values beyond: neither, min, max or both.
+        extend: the ends with an arrow for values outside the limits: neither, min, max or both.
     """
     axes = style.add_axes(figure, left, bottom, BAR, height)
     bar = figure.colorbar(ScalarMappable(Normalize(*limits), colours), cax=axes, extend=extend)
     bar.outline.set_visible(False)
-    note = mark(axes.yaxis)
+    note = set_ticks(axes.yaxis)
     axes.tick_params(length=2.5)
     axes.set_ylabel(points.noted(name, " ".join(filter(None, (note, unit)))))
 
@@ -256,7 +263,7 @@ def paint(
     colours: Colormap = matplotlib.colormaps[style.DENSITY_MAP],
 ) -> AxesImage:
     """Paints heights (K, K), first index along x, in colours from 0 to `top`; NaN in grey."""
-    # divided by the top first: a height near the largest float would overflow in the resampling
+    # the heights are first divided by `top`, because imshow would overflow for heights near the largest float
     return axes.imshow(
         np.minimum(heights.T / top, 1.0),
         extent=(*limits[0], *limits[1]),

@@ -1,4 +1,4 @@
-"""Helpers of all figures of a flow: its state while it is drawn, data, latents, and warnings on failure."""
+"""Functions for all figures of a flow: settings during drawing, test samples, latents, and warnings on failure."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ AnyDensity = TypeVar("AnyDensity", bound=Density)
 
 log = logging.getLogger("flowtrain")
 
-# errors of this size are invisible in a figure, and a tighter solve of a whole grid takes long
+# the solver tolerance: errors of this size are invisible in a figure, and a tighter solve of a whole grid takes long
 TOLERANCE = 1e-4
 
 
@@ -28,23 +28,23 @@ def warn_if_plotting_fails(what: str, also: str = "") -> Iterator[None]:
     """Turns an error in drawing or writing the figure `what` into a warning, so that a run keeps its results.
 
     Args:
-        also: names other missing output in the warning.
+        also: text for the warning that names other missing output.
     """
     try:
         with phase(f"drawing {what}"):
             yield
     except (FlowtrainError, OSError) as e:
         log.warning("no picture of %s%s: %s", what, also, e)
-    except Exception as e:  # also after a programming error
+    except Exception as e:  # a programming error must not end the run either
         log.warning("no picture of %s%s: %s: %s", what, also, type(e).__name__, e)
         log.debug("", exc_info=True)
 
 
 @contextmanager
 def drawing(flow: AnyDensity, tolerance: float = TOLERANCE, seed: int = 0) -> Iterator[AnyDensity]:
-    """Gives the flow with a tolerance that suits figures. Inside, gradients are off and random numbers are seeded.
+    """Yields the flow with a tolerance that suits figures. Inside, gradients are off and random numbers are seeded.
 
-    The flow is put into evaluation mode and stays in it.
+    The flow is put into evaluation mode, and remains in this mode afterwards.
     """
 
     def loosened(solver: Solver) -> Solver:
@@ -56,8 +56,8 @@ def drawing(flow: AnyDensity, tolerance: float = TOLERANCE, seed: int = 0) -> It
         yield flow.with_solvers(loosened)
 
 
-def first(flow: Density, data: Dataset, n: int, label: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """The first n test samples, and their labels for a conditional flow.
+def first_test_samples(flow: Density, data: Dataset, n: int, label: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Returns the first n test samples, and their labels for a conditional flow.
 
     Args:
         label: the class of the samples; None: all classes.
@@ -69,18 +69,18 @@ def first(flow: Density, data: Dataset, n: int, label: int | None = None) -> tup
     return x[:n].to(device), None if flow.classes is None or labels is None else labels[:n].to(device)
 
 
-def latents(flow: Flow, n: int, temperature: float = 1.0) -> Tensor:
-    """Samples of the base, (n, *event)."""
+def draw_latents(flow: Flow, n: int, temperature: float = 1.0) -> Tensor:
+    """Draws samples of the base, (n, *event)."""
     return flow.base.sample(n, temperature=temperature, like=flow.like)
 
 
-def where_inside(
+def evaluate_inside_range(
     flow: Density, x: Tensor, function: Callable[[Tensor], Tensor], elsewhere: float, *columns: int
 ) -> Tensor:
-    """The values of a function at rows of x (B, d), shape (B, *columns), on the device of the flow.
+    """Returns the values of a function at rows of x (B, d), shape (B, *columns), on the device of the flow.
 
-    Rows outside the range of a flow with a logit, to which a grid around the data can extend, have the value
-    `elsewhere`.
+    A flow with a logit has a limited range, and a grid around the data can extend beyond. The value of rows outside the
+    range is `elsewhere`.
     """
     x = x.to(flow.data_like)
     if flow.levels is None:

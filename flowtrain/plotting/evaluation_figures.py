@@ -25,12 +25,14 @@ CALIBRATION_COLOURS = (style.BLUE, style.ORANGE, style.GREEN)
 BAND = "#E4E4E4"
 # the 95% quantile of sqrt(n) sup |F_n(u) - u| for uniform u (Kolmogorov's distribution)
 KOLMOGOROV = 1.358
-# the largest number of points of a curve; more points do not change how it looks
-CORNERS = 400
+# the largest number of points of a curve. A curve with more points looks the same
+CURVE_POINTS = 400
 # the largest number of latents in one pair of panels, and the number of letters for their names in the legend
 TOGETHER, TOGETHER_LETTERS = 3, 51
-# inches: the height of the figure of few latents; for many, the panels, the gaps between them, and the room above
+# inches: the height of the calibration figure of few latents
 CALIBRATION_HEIGHT = 3.55
+# the calibration figure of many latents: the number of panels in a row, and in inches the position and height of the
+# panels, the gaps between them, the room above each panel, and the room above all panels
 PANELS_ACROSS, PANEL_LEFT, PANEL_BOTTOM, PANEL_HEIGHT = 3, 0.78, 0.52, 1.25
 PANEL_GAP, PANEL_ABOVE, PANELS_HEAD = 0.44, 0.34, 0.9
 # width in inches of a letter in the name of a panel
@@ -46,15 +48,16 @@ def draw_calibration(
     note: str = "",
     options: PlotOptions = DEFAULT,
 ) -> None:
-    """Draws probability integral transforms u (n,), which are uniform on [0, 1] if the model is the truth.
+    """Draws probability integral transforms u (n,), which are uniform on [0, 1] for a perfect model.
 
-    Up to TOGETHER latents are drawn in one pair of panels: their histograms, and F_n(u) - u, where F_n(u) is the share
-    of the n points that are at most u. For more latents, each has a panel with F_n(u) - u. The bands contain 95% of
-    the heights of a bin, with counts ~ B(n, 1/K) of K bins, and 95% of whole curves, +-1.358/sqrt(n).
+    Up to TOGETHER latents are drawn in one pair of panels. The panels show histograms of u, and F_n(u) - u, where
+    F_n(u) is the share of the n points that are at most u. If there are more latents, each has a panel with F_n(u) - u.
+    The bands are for a perfect model. The height of a bin is in its band with a probability of 95%; the count of one of
+    K bins has the distribution B(n, 1/K). A whole curve F_n(u) - u is within +-1.358/sqrt(n) with a probability of 95%.
 
     Args:
         pit: the transforms by name: z1, z2, ... and "radius".
-        labels: the names of the columns of transforms.
+        labels: the names of columns, by the names of their transforms.
         note: a line below the title.
 
     Raises:
@@ -65,7 +68,9 @@ def draw_calibration(
     transforms = {name: _transforms(name, pit[name]) for name in names}
     counts = {len(u) for u in transforms.values()}
     if len(counts) != 1:
-        raise FlowtrainError(f"a calibration is drawn of one number of points, not of {sorted(counts)}")
+        raise FlowtrainError(
+            f"cannot plot transforms of {sorted(counts)} points: give the same number for all, at least 1"
+        )
     (n,) = counts
     with style.styled():
         if len(transforms.keys() - {RADIUS}) <= TOGETHER:
@@ -78,7 +83,7 @@ def draw_calibration(
 def _calibration_together(
     transforms: Mapping[str, Array], labels: Mapping[str, str], n: int, title: str, options: PlotOptions
 ) -> Figure:
-    """Histograms of all transforms, and their deviations from a uniform distribution."""
+    """Draws histograms of all transforms, and their deviations from a uniform distribution."""
     bins = int(np.clip(n // 10, 5, 20))
     figure = style.new_figure(CALIBRATION_HEIGHT, title, options)
     left, right = (style.add_axes(figure, edge, 0.52, 3.72, 2.38) for edge in (0.68, 5.18))
@@ -101,7 +106,7 @@ def _calibration_together(
 def _calibration_panels(
     transforms: Mapping[str, Array], labels: Mapping[str, str], n: int, title: str, note: str, options: PlotOptions
 ) -> Figure:
-    """A panel for each transform with its deviation from a uniform distribution; all latents have the same limits."""
+    """Draws a panel for each transform with its deviation from a uniform distribution. Latents have the same limits."""
     rows = math.ceil(len(transforms) / PANELS_ACROSS)
     step = PANEL_HEIGHT + PANEL_ABOVE
     figure = style.new_figure(PANEL_BOTTOM + rows * step - PANEL_ABOVE + PANELS_HEAD, title, options)
@@ -109,7 +114,7 @@ def _calibration_panels(
     band = KOLMOGOROV / n**0.5
     curves = {name: deviation(u) for name, u in transforms.items()}
     largest = {name: float(np.abs(y).max()) for name, (_, y) in curves.items()}
-    # the radius has another scale, because it often deviates much more than the latents
+    # the radius has another scale, because its deviation is often much larger
     half = 1.12 * max(band, *(value for name, value in largest.items() if name != RADIUS))
     for place, (name, (u, difference)) in enumerate(curves.items()):
         row, column = divmod(place, PANELS_ACROSS)
@@ -131,31 +136,31 @@ def _calibration_panels(
             axes.set_xlabel("u, the quantile under the model")
     middle = (PANEL_BOTTOM + (rows * step - PANEL_ABOVE) / 2) / figure.get_size_inches()[1]
     figure.text(0.16 / style.WIDTH, middle, "share of points below u, minus u", rotation=90, va="center", size=9)
-    own = "the radius has a scale of its own" if RADIUS in curves else ""
-    words = "; ".join(filter(None, (note, "band: 95% of perfect models", own)))
+    radius_note = "the radius has another scale" if RADIUS in curves else ""
+    words = "; ".join(filter(None, (note, "band: 95% of perfect models", radius_note)))
     top = PANEL_BOTTOM + rows * step
     figure.text(PANEL_LEFT, top + 0.1, words, transform=figure.dpi_scale_trans, color=style.MUTED, size=8.5)
     return figure
 
 
 def _named(name: str, labels: Mapping[str, str], most: int) -> str:
-    """The name of a transform with its column, such as "price (z3)", in at most so many characters."""
+    """Returns the name of a transform with its column, such as "price (z3)", in at most `most` characters."""
     if name not in labels:
         return style.abbreviated(name, most)
     return f"{style.abbreviated(labels[name], most - len(name) - 3)} ({name})"
 
 
 def _transforms(name: str, u: Tensor) -> Array:
-    """The values u in ascending order, (n,)."""
+    """Returns u (n,) as an array in ascending order. Raises FlowtrainError for values outside [0, 1]."""
     values = points.to_numpy(u)
-    # also refuses NaN; allows for rounding errors
+    # the comparison is false for NaN. 1e-6 allows for rounding errors
     if values.ndim != 1 or values.size == 0 or not (np.abs(values - 0.5) <= 0.5 + 1e-6).all():
         raise FlowtrainError(f"cannot plot the transforms {name!r}: give at least one number from 0 to 1, as (n,)")
     return np.sort(values.clip(0, 1))
 
 
 def bin_band(n: int, bins: int) -> tuple[float, float]:
-    """The 2.5% and 97.5% quantiles of B(n, 1/bins), over the expected n/bins."""
+    """Returns the 2.5% and 97.5% quantiles of B(n, 1/bins), divided by its mean n/bins."""
     k = torch.arange(n + 1, dtype=torch.float64)
     choices = torch.lgamma(k[-1] + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
     below = (choices - k * math.log(bins) + (n - k) * math.log1p(-1 / bins)).exp().cumsum(0)
@@ -164,10 +169,13 @@ def bin_band(n: int, bins: int) -> tuple[float, float]:
 
 
 def deviation(u: Array) -> tuple[Array, Array]:
-    """Points (u, F_n(u) - u) on both sides of the steps of F_n, for ascending u (n,), at most CORNERS steps."""
+    """Returns points (u, F_n(u) - u) at both ends of the steps of F_n, for ascending u (n,).
+
+    Of more than CURVE_POINTS steps, only CURVE_POINTS are kept.
+    """
     n = len(u)
-    # chosen by rank, so that many equal u keep their vertical step and dense regions keep more steps
-    rank = np.unique(np.linspace(0, n - 1, CORNERS).astype(int))
+    # the steps are chosen by rank, so that many equal u keep their vertical step and dense regions keep more steps
+    rank = np.unique(np.linspace(0, n - 1, CURVE_POINTS).astype(int))
     x = np.repeat(u[rank], 2)
     share = np.stack((rank, rank + 1), axis=1).ravel() / n
     return np.concatenate(([0.0], x, [1.0])), np.concatenate(([0.0], share - x, [0.0]))
@@ -178,7 +186,7 @@ def _band(axes: Axes, low: float, high: float, label: str | None = None) -> None
 
 
 def _calibration_frame(left: Axes, right: Axes) -> None:
-    """Sets the limits, so that bands and lines are in view, and the labels of the axes."""
+    """Sets the labels of the axes, and limits that show all bands and lines."""
     for axes, middle, least in ((left, 1.0, 0.25), (right, 0.0, 0.0)):
         low, high = axes.dataLim.intervaly
         half = max(least, 1.12 * max(middle - low, high - middle))
@@ -193,14 +201,14 @@ def _calibration_frame(left: Axes, right: Axes) -> None:
 OOD_HEIGHT, OOD_BOTTOM, OOD_SIDE = 3.45, 0.52, 2.2
 OOD_PANELS = ((0.7, 2.42), (3.62, 2.42), (6.62, OOD_SIDE))
 OOD_COLOURS = (style.DATA, style.SAMPLES)
-# the looks of the ROC curves of -log p and of the typicality, which can be the same curve
+# the styles of the ROC curves of -log p and of the typicality. Both are visible even if the curves coincide
 ROC_LOOKS: tuple[dict[str, Any], ...] = (
     {"color": style.INK, "linewidth": 2.6},
     {"color": style.ORANGE, "linewidth": 1.2},
 )
 # an axis is compressed if it is longer than this many times the reach of the known set
 OOD_LONGEST = 20.0
-# the axis of heights ends at this multiple of the peak of the lower histogram
+# the axis of heights ends at most at this multiple of the smaller of the two peaks
 TALLEST = 6.0
 MOST_BINS = 80
 
@@ -219,14 +227,14 @@ def draw_ood(
 ) -> None:
     """Draws histograms of log p and of the typicality |log p + H| of two sets, and their ROC curves, to `path`.
 
-    The histograms leave out the outermost half percent of each set. Their axes are logarithmic far from the known set
-    if it would be a needle on a linear axis. A height is the share of a set in a bin, and bins are equally wide as
-    drawn.
+    The histograms leave out the lowest and the highest 0.5% of each set. An axis is logarithmic far from the known set
+    if a linear axis would make the known set too narrow. The height of a bin is the share of a set in the bin. All bins
+    have the same width in the drawing.
 
     Args:
         names: the names of the set that the model knows and of the other set.
-        log_p: log p of both, (n,) and (m,), in `unit`. Values that are not finite are left out of the histograms. In
-            the ROC curves they are the lowest values.
+        log_p: log p of both sets, (n,) and (m,), in `unit`. Values that are not finite are left out of the histograms,
+            and count as -inf in the ROC curves.
         entropy: H in `unit`, the mean of -log p over the known set.
         auroc: the area under the ROC curve of the score -log p.
         typicality_auroc: the area for the score |log p + H| (Nalisnick et al. 2019).
@@ -247,7 +255,7 @@ def draw_ood(
         figure = style.new_figure(OOD_HEIGHT, title, options)
         left, middle, right = (style.add_axes(figure, x, OOD_BOTTOM, w, OOD_SIDE) for x, w in OOD_PANELS)
         _histograms(left, known, other, centre=float(np.median(known)), shown=(-entropy,))
-        _name_line(left, -entropy, unit)
+        _draw_entropy_line(left, -entropy, unit)
         _histograms(middle, np.abs(known + entropy), np.abs(other + entropy), centre=0.0, floor=0.0)
         left.set_xlabel(_axis_name("log p(x)", left, unit))
         middle.set_xlabel(_axis_name("|log p(x) + H|", middle, unit))
@@ -259,7 +267,7 @@ def draw_ood(
 
 
 def _roc_curves(axes: Axes, log_p: Sequence[Array], entropy: float, areas: Mapping[str, float]) -> None:
-    """The ROC curves of both scores, with their areas in the legend."""
+    """Draws the ROC curves of both scores, with their areas in the legend."""
     inside, outside = (np.where(np.isfinite(values), values, -np.inf) for values in log_p)
     scores = ((-inside, -outside), (np.abs(inside + entropy), np.abs(outside + entropy)))
     axes.plot([0, 1], [0, 1], color=style.HAIRLINE, linestyle=style.DASHES, linewidth=1.0)
@@ -273,9 +281,10 @@ def _roc_curves(axes: Axes, log_p: Sequence[Array], entropy: float, areas: Mappi
 
 
 def roc_curve(inside: Array, outside: Array) -> tuple[Array, Array]:
-    """The false and the true positive rates of a score at all thresholds, from (0, 0) to (1, 1), each (k,).
+    """Returns the false and the true positive rates of a score at all thresholds, from (0, 0) to (1, 1), each (k,).
 
-    Tied scores give a straight segment, so that the area counts them half. Long curves are thinned to CORNERS points.
+    Tied scores give a straight segment, so that the area counts them half. Long curves are reduced to CURVE_POINTS
+    points.
 
     Args:
         inside: scores of the known set, (n,); higher scores are more anomalous.
@@ -291,9 +300,9 @@ def roc_curve(inside: Array, outside: Array) -> tuple[Array, Array]:
     thresholds = np.unique(np.concatenate([inside, outside]))[::-1]
     rates = [1 - np.searchsorted(np.sort(each), thresholds) / len(each) for each in (inside, outside)]
     false, true = (np.concatenate([[0.0], rate]) for rate in rates)
-    if len(false) > CORNERS:
-        # evenly along the curve, which is 2 long
-        along = np.searchsorted(false + true, np.linspace(0, 2, CORNERS)).clip(0, len(false) - 1)
+    if len(false) > CURVE_POINTS:
+        # the kept points are evenly spaced along the curve. false + true is the length from (0, 0), and 2 at the end
+        along = np.searchsorted(false + true, np.linspace(0, 2, CURVE_POINTS)).clip(0, len(false) - 1)
         kept = np.unique(np.concatenate([along, [0, len(false) - 1]]))
         false, true = false[kept], true[kept]
     return false, true
@@ -319,14 +328,14 @@ def _histograms(
     shown: tuple[float, ...] = (),
     floor: float = -math.inf,
 ) -> None:
-    """Histograms of two sets, known (n,) and other (m,).
+    """Draws histograms of two sets, known (n,) and other (m,).
 
     Args:
         centre: the centre of a compressed axis.
         shown: values that the axis must show.
         floor: the lowest value of the axis.
     """
-    inner = np.array([*_ends(known), *_ends(other), *shown])
+    inner = np.array([*_outer_quantiles(known), *_outer_quantiles(other), *shown])
     reach = float(np.quantile(np.abs(known - centre), 0.9))
     compressed = 0 < OOD_LONGEST * reach < np.ptp(inner)
     if compressed:
@@ -334,14 +343,15 @@ def _histograms(
     scale = axes.xaxis.get_transform()
     low, high = points.robust_range(scale.transform(inner))
     low = max(low, float(scale.transform(floor)))
-    places = np.linspace(low, high, _bins(known, other, np.ptp(scale.transform(_ends(known))) / (high - low)) + 1)
+    known_share = np.ptp(scale.transform(_outer_quantiles(known))) / (high - low)
+    places = np.linspace(low, high, _bins(known, other, known_share) + 1)
     edges = scale.inverted().transform(places)
     sets = [np.histogram(scale.transform(each), places)[0] / max(len(each), 1) for each in (known, other)]
     for heights, colour in zip(sets, OOD_COLOURS, strict=True):
         axes.stairs(heights, edges, fill=True, color=colour, alpha=0.4, linewidth=0)
         axes.stairs(heights, edges, color=colour, linewidth=1.1, baseline=None)
     peaks = [float(heights.max()) for heights in sets if heights.any()]
-    # leaves room for the name of a line
+    # the factor 1.2 leaves room for the text beside a line
     top = 1.2 * min(max(peaks), TALLEST * min(peaks))
     if top < max(peaks):
         style.annotate(axes, f"highest bin at {max(peaks):.0%}", x=1.0, y=1.045, align="right")
@@ -357,13 +367,13 @@ def _histograms(
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
 
 
-def _ends(values: Array) -> Array:
-    """The 0.5% and 99.5% quantiles, (2,); empty if there are no values."""
+def _outer_quantiles(values: Array) -> Array:
+    """Returns the 0.5% and 99.5% quantiles, (2,); empty if there are no values."""
     return np.quantile(values, (0.005, 0.995)) if len(values) else values
 
 
 def _bins(known: Array, other: Array, share: float) -> int:
-    """The number of bins of an axis. It is larger if the known set covers only a small share of the axis."""
+    """Returns the number of bins of an axis. It is larger if the known set covers only a small share of the axis."""
     usual = points.bins_1d(points.common_count(known, other))
     return int(np.clip(usual / max(3 * share, 1e-3), min(usual, MOST_BINS), MOST_BINS))
 
@@ -376,8 +386,8 @@ def _compress(axes: Axes, centre: float, reach: float) -> None:
     )
 
 
-def _name_line(axes: Axes, place: float, unit: str) -> None:
-    """A dashed line at -H, named beside it on the side that has more room."""
+def _draw_entropy_line(axes: Axes, place: float, unit: str) -> None:
+    """Draws a dashed line at -H, with its value on the side that has more room."""
     axes.axvline(place, color=style.INK, linestyle=style.DASHES, linewidth=1.1)
     across = axes.transAxes.inverted().transform(axes.transData.transform((place, 0)))[0]
     side = -1 if across > 0.5 else 1
@@ -391,7 +401,7 @@ def _name_line(axes: Axes, place: float, unit: str) -> None:
         ha="left" if side > 0 else "right",
         va="top",
         size=8,
-        # stays readable in front of a bar
+        # a white box keeps the text readable in front of a bar
         bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
     )
 
@@ -402,7 +412,7 @@ def _axis_name(what: str, axes: Axes, unit: str) -> str:
 
 
 def _legend(figure: Figure, labels: list[str]) -> None:
-    """The colours of the two sets, below the title."""
+    """Draws the legend of the two sets below the title."""
     handles = [Patch(facecolor=f"{colour}66", edgecolor=colour) for colour in OOD_COLOURS]
     figure.legend(
         handles,
@@ -440,7 +450,8 @@ def draw_quality(
     Args:
         lines: the distances of each method.
         exact: NFE, distance and standard error with the solver of the flow.
-        data: the distance between two sets of data and its standard error. Samples can be expected to come no nearer.
+        data: the distance between two sets of data and its standard error. Even samples of a perfect model would have
+            about this distance.
     """
     with style.styled():
         figure = style.new_figure(4.2, title, options)
@@ -475,11 +486,11 @@ def draw_quality(
 
 
 def _above_zero(value: float, error: float) -> float:
-    """The lower end of an error bar, which a logarithmic axis can show."""
+    """Returns the lower end of an error bar, above zero, because the axis is logarithmic."""
     return max(value - error, 0.05 * value)
 
 
 def _bars(line: Distances) -> tuple[list[float], list[float]]:
-    """The lengths of error bars below and above, 0 where the error is unknown."""
+    """Returns the lengths of error bars below and above, 0 where the error is unknown."""
     errors = [error if math.isfinite(error) else 0.0 for error in line.errors]
     return [value - _above_zero(value, error) for value, error in zip(line.values, errors, strict=True)], errors

@@ -29,19 +29,19 @@ Named = Sequence[tuple[str, Tensor]]
 # inches
 HEAD, LINE, NAME, NOTE, GAP, ROW_GAP = 0.63, 0.18, 0.08, 0.12, 0.01, 0.05
 TALLEST, LARGEST = 7.0, 1.5
-# smallest width of an image: two screen pixels for each of 32, and the gap
+# the smallest width of an image in inches: two screen pixels for each of 32 pixels, and the gap
 LEAST = 0.33
-# images are enlarged by a fraction if a whole number would fill less than this share of their place
+# images are enlarged by a whole number, unless they would then fill less than this share of their place
 FULL = 0.95
 LETTER, WIDEST_LABEL = 0.075, 2.4
 
-# height of the colour bar of differences with its numbers; height and width of the bar itself
+# inches: the height of the colour bar of differences with its numbers, and the height and width of the bar
 BAR, BAR_HEIGHT, BAR_WIDTH = 0.42, 0.1, 2.4
 
 MOST_PANELS = 6
 # blue, white and red can be distinguished with every common kind of colour blindness
 SIGNED = matplotlib.colormaps["RdBu_r"]
-# magenta: no figure uses it otherwise, and photographs hardly ever
+# magenta, which is used nowhere else in figures and is rare in photographs
 NOT_FINITE = (255, 0, 255)
 
 
@@ -54,15 +54,15 @@ class Cell:
     gap: int
 
     def down(self, rows: int) -> int:
-        """The height of `rows` images."""
+        """Returns the height of `rows` images."""
         return rows * (self.height + self.gap) - self.gap
 
     def across(self, columns: int) -> int:
-        """The width of `columns` images."""
+        """Returns the width of `columns` images."""
         return columns * (self.width + self.gap) - self.gap
 
     def halved(self, size: tuple[int, int]) -> "Cell":
-        """The cell at half the resolution, for images (H, W) that stay enlarged by a whole number."""
+        """Returns the cell at half the resolution, in which images (H, W) are still enlarged by a whole number."""
         times = self.height // size[0]
         height, width = (
             times // 2 * n if times > 1 else max(1, m // 2)
@@ -182,7 +182,7 @@ def moving_panel(
     cell = _cell(size, rows, columns, room).halved(size)
     columns = max(1, min((room // 2 + cell.gap) // (cell.width + cell.gap), len(images)))
     rows = math.ceil(len(images) / columns)
-    # an even number of pixels, because the resolution is halved
+    # the number of pixels is even, because the resolution is halved
     figure = style.new_figure((2 * (edge // 2 + cell.down(rows)) + _pixels(HEAD - LINE)) / style.DPI, title, options)
     shades = partial(_shades, levels=levels)
     return figure, lambda shown: _sheet(shown[: rows * columns], cell, rows, columns, shades), edge // 2
@@ -193,7 +193,7 @@ def _pixels(inches: float) -> int:
 
 
 def _common_size(named: Named, levels: float) -> tuple[int, int]:
-    """The size (H, W) that all images of a figure have.
+    """Returns the size (H, W) that all images of a figure have.
 
     Raises:
         FlowtrainError: there are no images, they differ in size, or `levels` is not a positive number.
@@ -215,7 +215,7 @@ def _common_size(named: Named, levels: float) -> tuple[int, int]:
 
 
 def _grid(count: int, columns: int | None, aspect: float, most: int) -> tuple[int, int]:
-    """Returns the rows and columns of a grid for `count` images, or for the first of them.
+    """Returns the numbers of rows and columns of a grid for `count` images, or for the first of these images.
 
     Args:
         columns: the number of columns; None: at most `most`.
@@ -229,14 +229,17 @@ def _grid(count: int, columns: int | None, aspect: float, most: int) -> tuple[in
 
 
 def _near(ideal: float, count: int) -> int:
-    """The number of columns nearest to `ideal` without empty places, if it is near enough; else `ideal`, rounded up."""
+    """Returns the number of columns nearest to `ideal` that leaves no empty places.
+
+    If this number is not within a factor 1.5 of `ideal`, returns `ideal`, rounded up.
+    """
     exact = [columns for columns in range(math.ceil(ideal / 1.5), int(1.5 * ideal) + 1) if count % columns == 0]
-    # divisors come in pairs around the square root, equally near: 0.01 prefers the wider grid
+    # two divisors can be equally near to the square root. The term 0.01 then selects the larger one, for a wider grid
     return min(exact, key=lambda columns: abs(math.log(columns / ideal) - 0.01), default=math.ceil(ideal))
 
 
 def _cell(size: tuple[int, int], rows: int, columns: int, room: int) -> Cell:
-    """The largest cell for rows by columns of images of `size` (H, W) in `room` pixels of width.
+    """Returns the largest cell for rows by columns of images of `size` (H, W) in `room` pixels of width.
 
     Small images are enlarged by a whole number, or by a fraction if a whole number leaves too much room. The remaining
     room widens the gaps by a little.
@@ -276,7 +279,7 @@ def _shades(image: Tensor, cell: Cell, levels: float) -> Pixels:
         shades = shades.mean(0, keepdim=True)
     size = (cell.height, cell.width)
     shades = (255 * _resized(shades, size) + 0.5).to(torch.uint8).expand(3, *size).permute(1, 2, 0)
-    # the maximum, because an average would hide a single pixel that is not finite
+    # the largest value is used, because an average would hide a single pixel that is not finite
     lost = F.adaptive_max_pool2d(lost.to(torch.float64), size)[0] > 0
     return np.where(lost.numpy()[..., None], np.array(NOT_FINITE, dtype=np.uint8), shades.numpy())
 
@@ -287,7 +290,7 @@ def _signed_shades(image: Tensor, cell: Cell, largest: float) -> Pixels:
     size = (cell.height, cell.width)
     lost = F.adaptive_max_pool2d((~values.isfinite()).any(0, keepdim=True).to(torch.float64), size)[0] > 0
     values = values.nan_to_num(0.0, 0.0, 0.0)
-    # extremes instead of averages, because differences of opposite sign would cancel
+    # extremes are used, because in averages differences of opposite sign would cancel
     high, low = values.amax(0, keepdim=True), values.amin(0, keepdim=True)
     high, low = (_largest_resized(each, size) for each in (high, -low))
     worst = torch.where(high >= low, high, -low)[0]
@@ -303,7 +306,7 @@ def _largest_resized(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _largest(images: Tensor) -> float:
-    """The largest magnitude of the finite values; 0 without finite values."""
+    """Returns the largest magnitude of the finite values; 0 without finite values."""
     finite = images.detach()[images.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0
 
@@ -335,7 +338,7 @@ def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _noted(name: str, images: Tensor, drawn: int, plainly: bool = True) -> str:
-    """The name of some images, with notes on how they are drawn.
+    """Returns the name of some images, with notes on how they are drawn.
 
     Args:
         drawn: the number of images that are drawn.
@@ -353,17 +356,17 @@ def _noted(name: str, images: Tensor, drawn: int, plainly: bool = True) -> str:
 
 
 def _first(drawn: int, count: int, things: str = "") -> str:
-    """A note such as "first 5 of 9 rows"; empty if all are drawn."""
+    """Returns a note such as "first 5 of 9 rows"; empty if all are drawn."""
     return f"first {drawn:,} of {count:,}{things}" if drawn < count else ""
 
 
 def _figure(top: int, head: float, title: str, options: PlotOptions) -> Figure:
-    """A figure with images up to `top` pixels, and `head` inches above them."""
-    # half a pixel more, because a height that is rounded down loses its last row of pixels
+    """Returns a figure with images up to `top` pixels, and `head` inches above them."""
+    # half a pixel is added, because a height that is rounded down loses the last row of pixels
     return style.new_figure((top + _pixels(head) + 0.5) / style.DPI, title, options)
 
 
 def _write(figure: Figure, x: float, y: float, words: str, room: float, *, size: float, **look: Any) -> None:
-    """Writes words at screen pixels (x, y) from the lower left, smaller if they would be wider than `room`."""
+    """Writes words at screen pixels (x, y) from the lower left, in smaller letters if `room` is too narrow."""
     size *= min(1.0, room / (_pixels(LETTER) * size / 9 * max(1, *(len(line) for line in words.split("\n")))))
     figure.text(x / style.DPI, y / style.DPI, words, transform=figure.dpi_scale_trans, size=size, **look)

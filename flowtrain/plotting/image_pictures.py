@@ -11,7 +11,7 @@ from flowtrain.bases import StandardNormal
 from flowtrain.data.base import Dataset
 from flowtrain.flow import Density, Flow
 from flowtrain.plotting import points
-from flowtrain.plotting.drawing import drawing, first, latents, warn_if_plotting_fails
+from flowtrain.plotting.drawing import draw_latents, drawing, first_test_samples, warn_if_plotting_fails
 from flowtrain.plotting.image_grids import draw_panels, draw_rows
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.utils.errors import FlowtrainError
@@ -20,8 +20,8 @@ from flowtrain.utils.process import seeded
 IMAGES = 100
 TEMPERATURES = (0.5, 0.7, 0.8, 0.9, 1.0)
 # images in a row of reconstructions, of interpolations and of samples
-ROW, WEIGHTS, SAMPLED = 10, 11, 16
-# pairs of images that are interpolated, and test images among which they are found
+RECONSTRUCTED, WEIGHTS, SAMPLED = 10, 11, 16
+# the number of pairs of images that are interpolated, and the number of test images that are searched for pairs
 PAIRS, SEARCHED = 6, 120
 
 
@@ -35,8 +35,8 @@ def draw(
     options: PlotOptions = DEFAULT,
 ) -> None:
     """Draws samples beside data; see `flowtrain.plotting.pictures.draw`."""
-    show = Shown(flow, data)
-    real, labels = first(flow, data, IMAGES, label)
+    show = UnitRange(flow, data)
+    real, labels = first_test_samples(flow, data, IMAGES, label)
     if samples is None:
         samples = flow.sample(len(real), label=labels)
     of = "" if flow.classes is None else "same classes" if label is None else f"class {label}"
@@ -44,40 +44,40 @@ def draw(
     draw_panels(path, panels=panels, levels=1, title=title, options=options)
 
 
-def draw_more(
-    flow: Flow, data: Dataset, place: Callable[[str], Path], title: str, options: PlotOptions = DEFAULT
+def draw_other_figures(
+    flow: Flow, data: Dataset, path_of: Callable[[str], Path], title: str, options: PlotOptions = DEFAULT
 ) -> list[Path]:
-    """Draws reconstructions, interpolations, temperatures and classes; see `flowtrain.plotting.pictures.draw_more`."""
-    show = Shown(flow, data)
+    """Draws reconstructions, interpolations, temperatures and classes. See `pictures.draw_other_figures`."""
+    show = UnitRange(flow, data)
     classes_of_columns = [] if flow.classes is None else [f"class {y}" for y in flow.in_turn(SAMPLED).tolist()]
     figures = {
-        "interpolation": Figure(
+        "interpolation": RowsFigure(
             interpolations,
             "interpolation between test images",
             "on the great circle between the latents; columns: weight of the image at the right end",
             [f"{weight:.1f}" for weight in torch.linspace(0, 1, WEIGHTS).tolist()],
         ),
-        "temperature": Figure(
+        "temperature": RowsFigure(
             temperatures,
             "samples by temperature",
             "columns: the same base noise, multiplied by the temperature T",
             classes_of_columns,
         ),
-        "classes": Figure(classes, "samples by class", "columns: the same base noise"),
+        "classes": RowsFigure(classes, "samples by class", "columns: the same base noise"),
     }
     if flow.classes is None:
         del figures["classes"]
     files = []
     with warn_if_plotting_fails("reconstructions"):
-        _draw_reconstructions(flow, data, show, place("reconstructions"), title, options)
-        files += options.files(place("reconstructions"))
+        _draw_reconstructions(flow, data, show, path_of("reconstructions"), title, options)
+        files += options.files(path_of("reconstructions"))
     for name, figure in figures.items():
         with warn_if_plotting_fails(name), drawing(flow) as flow:
             rows = [(words, show(images)) for words, images in figure.rows(flow, data)]
-            # without two test images of one class there is nothing to interpolate
+            # interpolations have no rows if no two test images have the same class
             if rows:
                 draw_rows(
-                    place(name),
+                    path_of(name),
                     rows=rows,
                     levels=1,
                     title=f"{title}: {figure.title}",
@@ -85,15 +85,15 @@ def draw_more(
                     heads=figure.heads,
                     options=options,
                 )
-                files += options.files(place(name))
+                files += options.files(path_of(name))
     return files
 
 
 def _draw_reconstructions(
-    flow: Flow, data: Dataset, show: "Shown", path: Path, title: str, options: PlotOptions
+    flow: Flow, data: Dataset, show: "UnitRange", path: Path, title: str, options: PlotOptions
 ) -> None:
     """Draws test images, their round trips through the latents, and the differences with a colour bar."""
-    # the tolerance of an evaluation, because the figure states the size of the error
+    # tolerance=0.0 keeps the tolerance of an evaluation, because the figure states the size of the error
     with drawing(flow, tolerance=0.0) as flow:
         x, back = reconstructed(flow, data)
         draw_rows(
@@ -108,7 +108,7 @@ def _draw_reconstructions(
         )
 
 
-class Shown:
+class UnitRange:
     """Scales images to the range from 0 (black) to 1 (white).
 
     Integer values are divided by the largest level. Other values are scaled by the range of the test data.
@@ -120,13 +120,13 @@ class Shown:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.float()
-        # the figure marks values that are not finite
+        # values that are not finite are kept, because the figure marks them
         x = torch.where(x.isfinite(), self.flow.quantized(x).float(), x)
         return (x - self.low) / (self.high - self.low or 1.0)
 
 
 def value_range(flow: Density, data: Dataset) -> tuple[float, float]:
-    """The values that are drawn in black and in white."""
+    """Returns the value that is drawn in black and the value that is drawn in white."""
     if flow.levels is not None:
         return 0.0, flow.levels - 1.0
     return float(data.test.min()), float(data.test.max())
@@ -135,7 +135,7 @@ def value_range(flow: Density, data: Dataset) -> tuple[float, float]:
 Rows = list[tuple[str, Tensor]]
 
 
-class Figure(NamedTuple):
+class RowsFigure(NamedTuple):
     """Named rows of images, with the title of the figure, a note, and the names of the columns."""
 
     rows: Callable[[Flow, Dataset], Rows]
@@ -145,8 +145,8 @@ class Figure(NamedTuple):
 
 
 def reconstructed(flow: Flow, data: Dataset) -> tuple[Tensor, Tensor]:
-    """Test images (dequantized if integer-valued) and their round trips through the latents, both (ROW, C, H, W)."""
-    x, label = first(flow, data, ROW)
+    """Returns test images, dequantized if integer-valued, and their round trips, both (RECONSTRUCTED, C, H, W)."""
+    x, label = first_test_samples(flow, data, RECONSTRUCTED)
     x = flow.dequantized(x)
     return x, flow(flow.inverse(x, label), label)
 
@@ -154,8 +154,8 @@ def reconstructed(flow: Flow, data: Dataset) -> tuple[Tensor, Tensor]:
 def interpolations(flow: Flow, data: Dataset) -> Rows:
     """Interpolates between pairs of test images along the great circle between their latents.
 
-    The images of a pair have the same class if the flow is conditional. Each row is named by the classes, if they are
-    known, and the positions of its two test images.
+    The images of a pair have the same class if the flow is conditional. The name of a row contains the classes of its
+    two test images, if they are known, and the positions of the images in the test set.
 
     Raises:
         FlowtrainError: the base is not a standard normal, so latents do not lie near a sphere.
@@ -165,7 +165,7 @@ def interpolations(flow: Flow, data: Dataset) -> Rows:
             f"images are interpolated on the sphere near which standard normal latents lie, but the base of this flow "
             f"is {type(flow.base).__name__}"
         )
-    x, label = first(flow, data, SEARCHED)
+    x, label = first_test_samples(flow, data, SEARCHED)
     known = None if data.test_labels is None else data.test_labels[:SEARCHED].tolist()
     z = flow.inverse(x, label)
     t = torch.linspace(0, 1, WEIGHTS, device=z.device)
@@ -196,7 +196,7 @@ def pairs(label: Tensor | None, n: int) -> tuple[list[int], list[int]]:
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     """Interpolates spherically: (sin((1 - t) w) a + sin(t w) b) / sin w, with w the angle between a and b.
 
-    Unlike linear interpolation, it keeps the length of latents.
+    Unlike linear interpolation, spherical interpolation keeps the length of latents.
 
     Shapes: a and b (*event), t (n,), result (n, *event).
 
@@ -209,16 +209,16 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def temperatures(flow: Flow, data: Dataset) -> Rows:
-    """Samples from the same base noise at several temperatures."""
+    """Draws samples from the same base noise at several temperatures."""
     label, rows = None if flow.classes is None else flow.in_turn(SAMPLED), []
     for t in TEMPERATURES:
         with seeded(0, flow.like.device):
-            z = latents(flow, SAMPLED, t)
+            z = draw_latents(flow, SAMPLED, t)
         rows.append((f"T = {t}", flow(z, label)))
     return rows
 
 
 def classes(flow: Flow, data: Dataset) -> Rows:
-    """Samples of each class with training rows, from the same base noise."""
-    z = latents(flow, SAMPLED)
+    """Draws samples of each class with training rows, from the same base noise."""
+    z = draw_latents(flow, SAMPLED)
     return [(f"class {label}", flow(z, label)) for label in flow.seen]

@@ -10,7 +10,7 @@ from flowtrain.utils.arguments import choose, flag, one_of
 from flowtrain.utils.errors import ConfigError
 
 FORMATS = ("png", "pdf", "svg")
-# the values of a config that was written before the keys existed
+# the values for configs that were written before these keys existed
 DEFAULTS: dict[str, Any] = {"format": ["png"], "title": True, "columns": None}
 # corner plots show tables of at least this many columns
 LEAST_COLUMNS = 3
@@ -32,7 +32,7 @@ class PlotOptions:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "PlotOptions":
-        """The options in the config of a run, with the defaults for keys that an older config lacks.
+        """Returns the options in the config of a run, with the defaults for keys that an older config lacks.
 
         Raises:
             ConfigError: an unknown key, or a value that is not valid.
@@ -51,7 +51,7 @@ class PlotOptions:
         return cls(_formats(values["format"]), flag("plots.title", values["title"]), _columns(values["columns"]))
 
     def files(self, path: Path) -> list[Path]:
-        """The files of a figure: `path` with the ending of each format.
+        """Returns the files of a figure: `path` with the ending of each format.
 
         Example:
             >>> [file.name for file in PlotOptions(("png", "pdf")).files(Path("plots/curves.png"))]
@@ -60,7 +60,7 @@ class PlotOptions:
         return [path.with_suffix(f".{name}") for name in self.formats]
 
     def positions(self, event_shape: Sequence[int], names: Sequence[str] = ()) -> list[int] | None:
-        """The positions of the chosen columns in the order given; None if no columns are chosen.
+        """Returns the positions of the chosen columns in the order given; None if no columns are chosen.
 
         Args:
             event_shape: the shape of one sample.
@@ -80,7 +80,7 @@ class PlotOptions:
 
 
 def _formats(given: Any) -> tuple[str, ...]:
-    """The formats, each once."""
+    """Returns the formats, each once."""
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, list | tuple) or not names:
         raise ConfigError(

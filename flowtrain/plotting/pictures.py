@@ -1,4 +1,4 @@
-"""Draws the figures that suit a flow and its data: samples, evaluation and others."""
+"""Draws the figures of a flow: samples, evaluation, and others that depend on the kind of data."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from flowtrain.plotting.evaluation_figures import draw_calibration, draw_ood
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.transport_pictures import draw_transport_pictures
 
-# the name of the only transform of an ensemble in the figure
+# the name, in the figure of the calibration, of the only transform that an ensemble has
 RANKS = "rank of log p"
 
 
@@ -25,18 +25,18 @@ def draw_evaluation(
     data: Dataset,
     title: str,
     name: str,
-    place: Callable[[str], Path],
+    path_of: Callable[[str], Path],
     options: PlotOptions = DEFAULT,
 ) -> list[Path]:
-    """Draws the calibration, and the OOD detection if there is one.
+    """Draws the calibration, and the OOD detection if the evaluation includes it.
 
     Args:
         title: the model and the data.
         name: the name of the data.
-        place: the path of a figure by its name.
+        path_of: returns the path of a figure from its name.
 
     Returns:
-        The files.
+        The files that were written.
     """
     drawn: list[Path] = []
     found = result.calibration
@@ -47,14 +47,14 @@ def draw_evaluation(
         note = calibration_note(
             len(pit.keys() - {RADIUS}), math.prod(data.event_shape), "column" if data.columns else "latent"
         )
-        draw_calibration(place("calibration"), pit=pit, title=words, labels=labels, note=note, options=options)
-        drawn += options.files(place("calibration"))
+        draw_calibration(path_of("calibration"), pit=pit, title=words, labels=labels, note=note, options=options)
+        drawn += options.files(path_of("calibration"))
     if result.ood is None or result.sets is None:
         return drawn
     unit, scale = result.unit
     with warn_if_plotting_fails("ood"):
         draw_ood(
-            place("ood"),
+            path_of("ood"),
             names=(name, result.ood.name),
             log_p=(scale * result.sets[0], scale * result.sets[1]),
             entropy=scale * result.ood.entropy,
@@ -64,12 +64,12 @@ def draw_evaluation(
             title=f"{title}, OOD detection of {result.ood.name}",
             options=options,
         )
-        drawn += options.files(place("ood"))
+        drawn += options.files(path_of("ood"))
     return drawn
 
 
 def calibration_note(shown: int, latents: int, what: str) -> str:
-    """Says which latents the figure of the calibration shows, if not all.
+    """Returns a note on the latents that the figure of the calibration shows; empty if it shows all.
 
     Example:
         >>> calibration_note(8, 30, "column"), calibration_note(8, 8, "column")
@@ -95,9 +95,9 @@ def draw(
     The random state of torch is unchanged. Samples of a conditional flow have the labels of the data.
 
     Args:
-        samples: samples of the flow; None: they are drawn here.
-        label: the class of `samples`; the data are then of this class too.
-        log_scale: shows densities of one or two columns by their logarithm.
+        samples: samples of the flow. None: this function draws them.
+        label: the class of `samples`. Only data of this class are drawn.
+        log_scale: whether densities of one or two columns are shown on a logarithmic scale.
     """
     with drawing(flow) as flow:
         if len(flow.event_shape) == 3:
@@ -106,20 +106,20 @@ def draw(
             vector_pictures.draw(flow, data, path, title, samples, label, log_scale, options)
 
 
-def draw_more(
-    flow: Flow, data: Dataset, place: Callable[[str], Path], title: str, options: PlotOptions = DEFAULT
+def draw_other_figures(
+    flow: Flow, data: Dataset, path_of: Callable[[str], Path], title: str, options: PlotOptions = DEFAULT
 ) -> list[Path]:
-    """Draws the other figures of a flow.
+    """Draws the figures of a flow other than samples and evaluation.
 
     For images, these are reconstructions, interpolations, temperatures and classes. For two columns, they show the
     transport from the base to the data.
 
     Args:
-        place: the path of a figure by its name.
+        path_of: returns the path of a figure from its name.
 
     Returns:
-        The files.
+        The files that were written.
     """
     if len(flow.event_shape) == 3:
-        return image_pictures.draw_more(flow, data, place, title, options)
-    return draw_transport_pictures(flow, data, place, title, options) if flow.event_shape == (2,) else []
+        return image_pictures.draw_other_figures(flow, data, path_of, title, options)
+    return draw_transport_pictures(flow, data, path_of, title, options) if flow.event_shape == (2,) else []

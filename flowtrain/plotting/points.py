@@ -25,19 +25,19 @@ class Points:
     values: Array
     dropped: int
 
-    def lost(self) -> str:
-        """A note such as "3 not finite"; empty if all rows are finite."""
+    def dropped_note(self) -> str:
+        """Returns a note such as "3 not finite"; empty if all rows are finite."""
         return f"{self.dropped:,} not finite" if self.dropped else ""
 
 
 def noted(name: str, *notes: str) -> str:
-    """Appends the notes that are not empty to a name, in brackets."""
+    """Returns a name with its notes in brackets. Empty notes are left out."""
     said = ", ".join(note for note in notes if note)
     return f"{name} ({said})" if said else name
 
 
-def missing(density: Array) -> str:
-    """A note with the share of a density that is not finite; empty if all of it is finite."""
+def missing_note(density: Array) -> str:
+    """Returns a note with the share of density values that are not finite; empty if all are finite."""
     share = float(np.isnan(density).mean())
     return f"{share:.1%} not finite" if share else ""
 
@@ -98,13 +98,14 @@ def is_finite(values: Array) -> NDArray[np.bool_]:
 def require_width(points: Points, width: int) -> None:
     """Raises FlowtrainError if the points do not have `width` columns."""
     if points.values.shape[1] != width:
-        raise FlowtrainError(f"this figure is for {width} columns, the data has {points.values.shape[1]}")
+        raise FlowtrainError(f"this figure is for {width} columns, but the data have {points.values.shape[1]}")
 
 
 def robust_range(values: Array, margin: float = 0.12) -> Range:
-    """The range between the 0.5% and 99.5% quantiles of `values` (N,), with `margin` times its length on each side.
+    """Returns the range between the 0.5% and 99.5% quantiles of `values` (N,), widened on both sides.
 
-    A range without length is widened, so that it can be the limits of an axis.
+    Each side is widened by `margin` times the length of the range. A range of length 0 is widened to a positive length,
+    so that its ends can be the limits of an axis.
     """
     low, high = (float(edge) for edge in np.quantile(values, (0.005, 0.995)))
     span = high - low
@@ -116,27 +117,27 @@ def robust_range(values: Array, margin: float = 0.12) -> Range:
 
 
 def centres(limits: Range, count: int) -> Array:
-    """The centres of `count` equal cells of a range, shape (count,)."""
+    """Returns the centres of `count` equal cells of a range, shape (count,)."""
     low, high = limits
     return np.asarray(low + (np.arange(count) + 0.5) * ((high - low) / count), dtype=np.float64)
 
 
 def grid_2d(limits: tuple[Range, Range], count: int) -> Array:
-    """The centres of count by count equal cells, shape (count**2, 2). The second coordinate varies fastest."""
+    """Returns the centres of count x count equal cells, shape (count**2, 2). The second coordinate varies fastest."""
     x, y = np.meshgrid(*(centres(edge, count) for edge in limits), indexing="ij")
     return np.stack((x.ravel(), y.ravel()), axis=1)
 
 
 def evaluate(log_density: LogDensity, grid: Array, moments: int = 1) -> Array:
-    """Evaluates exp(log_density) at `grid` (G, d), shape (moments * G,); NaN where it is not finite.
+    """Evaluates exp(log_density) at `grid` (G, d), shape (moments * G,). Values that are not finite become NaN.
 
-    `log_density` is called once, with a float32 tensor on the CPU. The gradient mode is the caller's, because a density
+    `log_density` is called once, with a float32 tensor on the CPU. The gradient mode does not change, because a density
     may differentiate internally.
     """
     answer = log_density(torch.from_numpy(grid).to(torch.float32))
     if answer.numel() != moments * len(grid):
         raise FlowtrainError(f"log_density returned shape {tuple(answer.shape)} for {len(grid)} points")
-    # torch, because numpy warns where exp overflows
+    # torch computes exp, because NumPy would warn of overflows
     density = to_numpy(torch.exp(torch.as_tensor(to_numpy(answer)))).reshape(moments * len(grid))
     density[~np.isfinite(density)] = np.nan
     return density
@@ -152,27 +153,27 @@ def moments_2d(log_density: LogDensity, limits: tuple[Range, Range], count: int,
 
 
 def common_count(real: Array, model: Array) -> int:
-    """The number of points that sets the width of bins, the same for data and samples.
+    """Returns the number of points from which the width of bins is computed, for both data and samples.
 
-    It is the smaller of the two numbers, but at least a twentieth of the data: a few samples do not make the bins of
-    the data coarse.
+    It is the smaller of the two numbers, but at least a twentieth of the number of data, so that a small number of
+    samples does not make the bins of the data coarse.
     """
     return max(min(len(real), len(model)), len(real) // 20, 1)
 
 
 def bins_1d(count: int) -> int:
-    """Bins for a histogram of `count` points by the Rice rule, between 12 and 100."""
+    """Returns the number of bins for a histogram of `count` points by the Rice rule, between 12 and 100."""
     return int(np.clip(2 * count ** (1 / 3), 12, 100))
 
 
-# smallest number of bins of a histogram
+# the smallest number of bins that `count_bins` returns
 FEWEST_BINS = 20
-# ratio of the interquartile range to the length of the shortest interval with a quarter of the mass, of a Gaussian
+# for a Gaussian, the interquartile range divided by the length of the shortest interval with a quarter of the mass
 QUARTER = 2.117
 
 
 def count_bins(values: Array, limits: Range, count: int, most: int = 200) -> int:
-    """The number of bins of a histogram over `limits`, between 20 and `most`.
+    """Returns the number of bins of a histogram over `limits`, between 20 and `most`.
 
     The rule by Freedman and Diaconis makes bins 2 IQR count^(-1/3) wide. The interquartile range (IQR) of
     `values` (N,) is replaced by 2.117 times the length of the shortest interval that contains a quarter of the values.
@@ -187,13 +188,13 @@ def count_bins(values: Array, limits: Range, count: int, most: int = 200) -> int
     quarter = max(1, len(ordered) // 4)
     shortest = float((ordered[quarter:] - ordered[:-quarter]).min()) if len(ordered) > quarter else 0.0
     width = 2 * QUARTER * shortest * count ** (-1 / 3)
-    # the shortest interval is empty if values are equal; then the number depends on the count only
+    # if a quarter of the values are equal, the shortest interval has length 0. Then the Rice rule sets the number
     wanted = (limits[1] - limits[0]) / width if width > 0 else 2 * count ** (1 / 3)
     return int(np.clip(wanted, FEWEST_BINS, most))
 
 
-def outside(points: Points, limits: Sequence[Range]) -> str:
-    """A note with the share of points (N, d) outside the limits; empty below 5%."""
+def outside_note(points: Points, limits: Sequence[Range]) -> str:
+    """Returns a note with the share of points (N, d) outside the limits; empty below 5%."""
     lows, highs = np.array(limits).T
     beyond = ((points.values < lows) | (points.values > highs)).any(axis=1)
     share = float(beyond.mean()) if len(beyond) else 0.0
@@ -201,7 +202,7 @@ def outside(points: Points, limits: Sequence[Range]) -> str:
 
 
 def blur_2d(count: int) -> float:
-    """The standard deviation, in bins, of the blur of a two-dimensional histogram of `count` points.
+    """Returns the standard deviation, in bins, of the blur of a two-dimensional histogram of `count` points.
 
     The blur reduces the counting noise and hardly moves an edge.
     """
@@ -233,24 +234,24 @@ def histogram_2d(values: Array, limits: tuple[Range, Range], bins: int, blur: fl
         for (low, high), extra, cell in zip(limits, beyond, cells, strict=True)
     ]
     counts, *_ = np.histogram2d(values[:, 0], values[:, 1], bins=[bins + 2 * extra for extra in beyond], range=wide)
-    across, up = (_blurring(bins, extra, each) for extra, each in zip(beyond, blurs, strict=True))
+    across, up = (_blur_weights(bins, extra, each) for extra, each in zip(beyond, blurs, strict=True))
     return np.asarray(across @ (counts / (max(len(values), 1) * cells[0] * cells[1])) @ up.T, dtype=np.float64)
 
 
-def _blurring(bins: int, beyond: int, blur: float) -> Array:
-    """The weights (bins, bins + 2 beyond) that blur a histogram with `beyond` more bins at each end."""
+def _blur_weights(bins: int, beyond: int, blur: float) -> Array:
+    """Returns the weights (bins, bins + 2 beyond) that blur a histogram with `beyond` more bins at each end."""
     place = np.arange(-beyond, bins + beyond)
     return np.asarray(np.exp(-0.5 * ((np.arange(bins)[:, None] - place) / blur) ** 2) / (blur * np.sqrt(2 * np.pi)))
 
 
 def peak(density: Array, mass: float = 0.99) -> float:
-    """The height below which `mass` of the probability lies; 0 if the density is 0 everywhere.
+    """Returns the height below which `mass` of the probability lies; 0 if the density is 0 everywhere.
 
-    Unlike the maximum, it hardly depends on a single bin or on a narrow peak.
+    Unlike the maximum, this height hardly depends on a single bin or on a narrow peak.
     """
     heights = np.sort(density[np.isfinite(density) & (density > 0)])
     if len(heights) == 0:
         return 0.0
-    # scaled first: the sum of heights near the largest float would overflow
+    # the heights are divided by the largest one, because their sum could overflow
     below = np.cumsum(heights / heights[-1])
     return float(heights[np.searchsorted(below, mass * below[-1])])

@@ -17,15 +17,15 @@ Rows = Sequence[Mapping[str, Any]]
 LEFT, BOTTOM, TALL, GAP, ABOVE, LEGEND_LINE = 0.72, 0.5, 2.9, 0.35, 0.5, 0.2
 COLOURS = (style.BLUE, style.VERMILLION, style.GREEN, style.ORANGE, style.PURPLE, style.INK, style.MUTED)
 LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
-# the most runs whose lines differ in colour or style
+# the largest number of runs whose lines differ in colour or style
 MOST_RUNS = len(COLOURS) * len(LINES)
 
 
 def draw_runs(path: Path, *, runs: Mapping[str, Rows], title: str) -> None:
     """Draws the validation NLL of each run against the step and against the seconds of training.
 
-    The NLL is in bits per dimension if every validation row has them, else in nats. Rows without a finite NLL are left
-    out.
+    The NLL is in bits per dimension if every validation row contains this unit, else in nats. Rows without a finite NLL
+    are left out.
 
     Args:
         runs: the rows of metrics.jsonl by the name of the run; at least one row of one run has a validation NLL.
@@ -65,7 +65,7 @@ def draw_runs(path: Path, *, runs: Mapping[str, Rows], title: str) -> None:
 
 
 def _curve(axes: Axes, rows: Rows, x: str, y: str, look: Mapping[str, Any]) -> np.ndarray:
-    """Draws a curve, and returns its values of y. Of several rows with the same x, the last one counts."""
+    """Draws a curve, and returns its values of y. If several rows have the same x, the last one counts."""
     found = {float(row[x]): float(row[y]) for row in rows if _is_finite(row.get(x)) and _is_finite(row.get(y))}
     places = sorted(found)
     values = np.array([found[place] for place in places])
@@ -75,10 +75,10 @@ def _curve(axes: Axes, rows: Rows, x: str, y: str, look: Mapping[str, Any]) -> n
 
 
 def _limits(curves: Sequence[np.ndarray]) -> tuple[float, float]:
-    """The range of the NLL to show. Steep starts and divergences leave the frame.
+    """Returns the range of the NLL axis. It does not cover steep starts and divergences.
 
-    It reaches from the lowest value to the largest third quartile of a curve, and further by the same distance if there
-    are values.
+    Let q be the largest third quartile of a curve. The range begins at the lowest value. It ends at the highest value,
+    or at most as far above q as the lowest value is below q.
     """
     low = min(float(values.min()) for values in curves)
     high = max(float(values.max()) for values in curves)

@@ -1,4 +1,4 @@
-"""Scales and ticks of axes: compressed axes for heavy tails, round ticks, and tick labels of one format per axis."""
+"""Scales and ticks of axes: compressed axes for heavy tails, round ticks, and labels in the same format on an axis."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -47,15 +47,15 @@ class Scale:
         return self.reach is None
 
     def places(self, values: Array) -> Array:
-        """The positions of values along the axis, of any shape."""
+        """Returns the positions of values along the axis, of any shape."""
         return values if self.reach is None else np.arcsinh((values - self.centre) / self.reach)
 
     def values(self, places: Tensor) -> Tensor:
-        """The values at positions along the axis, of any shape."""
+        """Returns the values at positions along the axis, of any shape."""
         return places if self.reach is None else self.centre + self.reach * places.sinh()
 
     def log_slope(self, places: Tensor) -> Tensor:
-        """log dx/dy at positions along the axis, of any shape; the log density of y minus the log density of x."""
+        """Returns log dx/dy at positions along the axis, of any shape. log p(y) = log p(x) + log dx/dy."""
         if self.reach is None:
             return torch.zeros_like(places)
         return math.log(self.reach) + places.cosh().log()
@@ -64,12 +64,12 @@ class Scale:
 LINEAR = Scale()
 
 
-def suited(values: Array) -> Scale:
-    """The scale of an axis that shows the shape of values (N,), heavy tails or not.
+def choose_scale(values: Array) -> Scale:
+    """Returns the scale of an axis that shows the shape of values (N,): compressed for heavy tails, else linear.
 
     Example:
         >>> rng = np.random.default_rng(0)
-        >>> suited(rng.normal(size=1000)).plain, suited(np.exp(2 * rng.normal(size=1000))).plain
+        >>> choose_scale(rng.normal(size=1000)).plain, choose_scale(np.exp(2 * rng.normal(size=1000))).plain
         (True, False)
     """
     low, first, middle, third, high = (float(q) for q in np.quantile(values, (0.005, 0.25, 0.5, 0.75, 0.995)))
@@ -85,27 +85,27 @@ def suited(values: Array) -> Scale:
     return Scale(centre, reach) if reach > 1e-9 * max(abs(low), abs(high)) else Scale()
 
 
-def along(scales: Sequence[Scale], points: Points) -> Points:
-    """The positions of points (N, d) along axes of these scales."""
+def on_axes(scales: Sequence[Scale], points: Points) -> Points:
+    """Converts points (N, d) to their positions along axes with these scales."""
     places = [scale.places(column) for scale, column in zip(scales, points.values.T, strict=True)]
     return Points(np.stack(places, axis=1), points.dropped)
 
 
-def density_along(scales: Sequence[Scale], log_density: LogDensity) -> LogDensity:
-    """The log density per unit of axes of these scales, (G, d) to (G,), from the log density of x."""
+def density_on_axes(scales: Sequence[Scale], log_density: LogDensity) -> LogDensity:
+    """Converts the log density of x to the log density per unit of axes with these scales, from (G, d) to (G,)."""
     if all(scale.plain for scale in scales):
         return log_density
 
-    def log_density_along(places: Tensor) -> Tensor:
+    def log_density_on_axes(places: Tensor) -> Tensor:
         columns = list(zip(scales, places.unbind(1), strict=True))
         x = torch.stack([scale.values(column) for scale, column in columns], 1)
         return log_density(x).cpu() + torch.stack([scale.log_slope(column) for scale, column in columns]).sum(0)
 
-    return log_density_along
+    return log_density_on_axes
 
 
-def mark(axis: Axis, scale: Scale = LINEAR, *, most: int = 6, size: float = 8.0, gap: float = 0.3) -> str:
-    """Sets round ticks on an axis and labels them in one format. The limits and the place of its axes must be set.
+def set_ticks(axis: Axis, scale: Scale = LINEAR, *, most: int = 6, size: float = 8.0, gap: float = 0.3) -> str:
+    """Sets round ticks on an axis and labels them in one format. The axes must already have their limits and size.
 
     The labels do not touch. They end at most half of `gap` beyond the axis, so the labels of two panels that are `gap`
     apart do not touch either.
@@ -125,7 +125,7 @@ def mark(axis: Axis, scale: Scale = LINEAR, *, most: int = 6, size: float = 8.0,
     length = (box.width if across else box.height) / style.DPI
 
     def fitting(places: Array, labels: Sequence[str]) -> list[int]:
-        """The positions in the lists of ticks whose labels fit at the ends; none if two others touch."""
+        """Returns the indices of the ticks whose labels fit at the ends; empty if the labels of two of them touch."""
         sizes = np.array([_extent(label, size, across) for label in labels])
         at = (places - low) / (high - low) * length
         inside = (at - sizes / 2 >= -gap / 2) & (at + sizes / 2 <= length + gap / 2)
@@ -144,7 +144,7 @@ def mark(axis: Axis, scale: Scale = LINEAR, *, most: int = 6, size: float = 8.0,
 
 
 def axis_label(name: str, note: str, room: float) -> str:
-    """The label of an axis on one line: its name, with the note that `mark` returns in brackets.
+    """Returns the label of an axis on one line: its name, with the note that `set_ticks` returns in brackets.
 
     Args:
         room: the length of the label in inches; a longer name is cut.
@@ -162,7 +162,7 @@ def _extent(label: str, size: float, across: bool) -> float:
 
 
 def _plain_ticks(limits: Range, most: int, fitting: Fitting) -> Ticks:
-    """Multiples of 1, 2 or 5 times a power of ten within the limits: as many as fit, but not more than `most`."""
+    """Returns multiples of 1, 2 or 5 times a power of ten within the limits: as many as fit, but at most `most`."""
     found: Ticks = [], [], ""
     for count in range(1, 3 * most):
         locator = MaxNLocator(count, steps=(1, 2, 5, 10), min_n_ticks=1)
@@ -211,12 +211,12 @@ def numbers(values: Array, step: float | None = None) -> tuple[list[str], str]:
 
 
 def _decimals(step: float) -> int:
-    """The decimals of a step between ticks, 1, 2 or 5 times a power of ten."""
+    """Returns the decimals of a step between ticks, 1, 2 or 5 times a power of ten."""
     return -math.floor(math.log10(step) + 1e-6)
 
 
 def _compressed_ticks(limits: Range, scale: Scale, fitting: Fitting) -> Ticks:
-    """Round values of x on a compressed axis whose labels fit."""
+    """Returns round values of x whose labels fit on a compressed axis."""
     assert scale.reach is not None
     low, high = (scale.centre + scale.reach * math.sinh(y) for y in limits)
 
@@ -228,18 +228,19 @@ def _compressed_ticks(limits: Range, scale: Scale, fitting: Fitting) -> Ticks:
 
 
 def round_values(limits: Range, scale: Scale, fit: Callable[[list[float]], bool] | None = None) -> list[float]:
-    """Round numbers within the limits of x in ascending order, for a compressed axis.
+    """Returns round numbers within the limits of x in ascending order, for a compressed axis.
 
     The roundest numbers have priority: zero, then powers of ten from the largest.
 
     Args:
-        fit: whether numbers fit on the axis together; None: they are at least TICKS_APART of the axis apart.
+        fit: returns whether numbers fit together on the axis. None: their distances must be more than TICKS_APART of
+            the axis.
     """
     assert scale.reach is not None
     (low, high), (begin, end) = limits, scale.places(np.array(limits))
     decades = range(math.floor(math.log10(max(abs(low), abs(high)))), math.floor(math.log10(scale.reach)) - 1, -1)
     wanted = [0.0, *(sign * digit * 10.0**k for digit in (1, 5, 2) for k in decades for sign in (-1, 1))]
-    # values far from zero may contain no such number
+    # limits far from zero may contain no such number
     wanted += list(MaxNLocator(3, steps=(1, 2, 5, 10)).tick_values(low, high))
     taken: list[float] = []
     for value in wanted:
@@ -251,7 +252,7 @@ def round_values(limits: Range, scale: Scale, fit: Callable[[list[float]], bool]
 
 
 def short(value: float) -> str:
-    """Formats a number with four digits: -200, 5e4, 1.25e6."""
+    """Formats a number with at most four significant digits, such as -200, 5e4 and 1.25e6."""
     return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
 
@@ -266,7 +267,7 @@ def decades(values: Sequence[float]) -> list[str]:
 
 
 def powers(values: Sequence[float]) -> list[str]:
-    """Round numbers of any size in one format: plain ones, or all with powers of ten.
+    """Returns the labels of round numbers of any size in one format: all plain, or all with powers of ten.
 
     Example:
         >>> powers([0, 5, 100]), powers([0, 1e6, 5e7])

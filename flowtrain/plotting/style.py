@@ -78,7 +78,7 @@ _RC: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
     # Agg refuses to draw a path of a million points in one piece
     "agg.path.chunksize": 10_000,
-    # TrueType fonts in PDF, because journals refuse Type 3 fonts, and text elements in SVG
+    # PDF files contain TrueType fonts, because journals refuse Type 3 fonts. SVG files contain text elements
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
     # identical figures give identical files
@@ -92,17 +92,17 @@ _LOCK = threading.RLock()
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """A context with the style of all figures. Figures must be built and saved inside it.
+    """Applies the style of all figures inside a context. Figures must be built and saved inside.
 
-    It starts from matplotlib's defaults, so that a user's own matplotlibrc does not change sizes or need LaTeX.
-    Only one thread at a time is inside: matplotlib's rcParams and its font renderer belong to the process.
+    The style starts from matplotlib's defaults, so that a user's matplotlibrc does not change sizes or need LaTeX.
+    Only one thread at a time is inside, because all threads share matplotlib's rcParams and its font renderer.
     """
     with _LOCK, matplotlib.style.context(["default", _RC]):
         yield
 
 
 def new_figure(height: float, title: str, options: PlotOptions = DEFAULT) -> Figure:
-    """A figure `WIDTH` by `height` inches with its title at the top left.
+    """Returns a figure `WIDTH` by `height` inches with its title at the top left.
 
     Without titles, the figure is lower by TITLE_HEIGHT. Distances from the lower left corner stay the same.
     """
@@ -116,7 +116,7 @@ def new_figure(height: float, title: str, options: PlotOptions = DEFAULT) -> Fig
 
 
 def add_axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
-    """Axes placed by inches from the figure's lower left corner."""
+    """Adds axes to a figure. Positions are in inches from its lower left corner."""
     across, up = figure.get_size_inches()
     axes = figure.add_axes((left / across, bottom / up, width / across, height / up))
     mark_numbers(axes)
@@ -136,11 +136,11 @@ class TickNumbers(Formatter):
     """
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        """The label of a single tick."""
+        """Returns the label of a single tick."""
         return self.format_ticks([x])[0]
 
     def format_ticks(self, values: Sequence[float]) -> list[str]:
-        """The labels of all ticks; those outside the axis do not affect the format."""
+        """Returns the labels of all ticks; those outside the axis do not affect the format."""
         shown = [float(value) for value in values]
         if self.axis is not None:
             low, high = sorted(self.axis.get_view_interval())
@@ -153,7 +153,7 @@ class TickNumbers(Formatter):
 
 
 def _number_format(values: Sequence[float], linear: bool) -> Callable[[float], str]:
-    """A function that writes numbers in full if they are short, else in scientific notation if that is shorter."""
+    """Returns a function that formats numbers. It uses scientific notation for long numbers, if this is shorter."""
     # an axis may have no ticks
     ordered = sorted({*values}) or [0.0]
     apart = min((b - a for a, b in itertools.pairwise(ordered)), default=abs(ordered[0]) or 1.0)
@@ -181,7 +181,7 @@ def _number_format(values: Sequence[float], linear: bool) -> Callable[[float], s
 
 
 def mark_numbers(axes: Axes) -> None:
-    """Sets `TickNumbers` for both axes. matplotlib removes it when the scale of an axis is changed."""
+    """Sets the formatter `TickNumbers` for both axes. matplotlib removes it when the scale of an axis is changed."""
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(TickNumbers())
 
@@ -208,7 +208,7 @@ def round_ticks(axes: Axes, most: int, prune: Literal["both"] | None = None) -> 
 
 
 def legend_above(axes: Axes, *others: Axes, width: float | None = None) -> None:
-    """A legend above the upper left corner of `axes`, which names the lines of `others` too, see `legend_columns`.
+    """Draws a legend of `axes` and `others` above the upper left corner of `axes`, see `legend_columns`.
 
     Args:
         width: the largest width in inches; None: the width of the axes.
@@ -226,7 +226,7 @@ LEGEND_LETTER, LEGEND_ENTRY, LEGEND_ROW = 0.072, 0.5, 0.19
 
 
 def legend_columns(labels: Sequence[str], width: float) -> int:
-    """The number of columns of a legend that is at most `width` inches wide; one row if there is room.
+    """Returns the number of columns of a legend that is at most `width` inches wide; one row if there is room.
 
     Example:
         >>> legend_columns(["training", "validation"], 8), legend_columns(["a rather long name"] * 9, 8)
@@ -239,12 +239,12 @@ def legend_columns(labels: Sequence[str], width: float) -> int:
 
 
 def legend_height(labels: Sequence[str], width: float) -> float:
-    """The height in inches of the rows of a legend after the first one."""
+    """Returns the height in inches of the rows of a legend after the first one."""
     return (math.ceil(len(labels) / legend_columns(labels, width)) - 1) * LEGEND_ROW if labels else 0.0
 
 
 def literal(text: str, most: int = 120) -> str:
-    """Text on one line of at most `most` characters, with TeX characters escaped and +- as one sign."""
+    """Returns a text on one line of at most `most` characters, with TeX characters escaped and +- as one sign."""
     line = " ".join(text.split())
     if len(line) > most:
         line = line[: most - 1].rstrip() + "…"
@@ -252,7 +252,7 @@ def literal(text: str, most: int = 120) -> str:
 
 
 def abbreviated(text: str, most: int) -> str:
-    """Text on one line as by `literal`; a long text loses its middle, because similar names often differ at the end.
+    """Returns a text like `literal`, but shortens long text in the middle, because similar names differ at the end.
 
     Example:
         >>> abbreviated("average delay of department 7", 15)
@@ -273,7 +273,7 @@ def annotate(axes: Axes, text: str, *, x: float = 0.5, y: float = 0.5, align: st
 def save(figure: Figure, path: Path, options: PlotOptions = DEFAULT) -> None:
     """Writes `figure` in each format, to `path` with the ending of the format.
 
-    Each file is replaced as a whole: a reader finds the old figure or the new one, never a part of it.
+    A file is replaced when the new figure is complete, so it never contains a part of a figure.
     """
     FigureCanvasAgg(figure)
     for file in options.files(path):

@@ -28,13 +28,14 @@ LOOKS = {
     "nfe": ("NFE", style.GREEN, "o"),
     "solver_error": ("solver error", style.PURPLE, "o"),
 }
-# an axis is logarithmic if the largest value is so many times the smallest
+# an axis is logarithmic if the largest value is at least this many times the smallest
 FAR = 8
-# NLLs this many interquartile ranges above the median are out of the frame
+# an NLL is outside the frame if its distance above the median is more than this many times the difference between the
+# third quartile and the minimum
 OUTLYING = 20
-# inches: the height of a panel, the distances of panels, the room above them, and at the left
+# inches: the height of panels, the vertical and horizontal gaps between them, the room above them, the left margin
 PANEL_HEIGHT, BETWEEN, GAP, HEAD, LEFT = 1.9, 0.22, 0.75, 0.7, 0.85
-# inches that a letter of a tick's label takes
+# the width of a letter of a tick label in inches
 LETTER = 0.075
 # points by which validation and test are drawn to the left and to the right of their value
 APART = 2.5
@@ -99,7 +100,7 @@ def _panel(axes: Axes, swept: Swept, names: Sequence[str], logarithmic: bool) ->
         bars = [bar for row in _errors(swept, name) for bar in row]
         every = [v for row in runs for v in row]
         known = [(at, v, e) for (at, v, e) in zip(_repeated(x, runs), every, bars, strict=False) if v + e < math.inf]
-        # in points, so that the distance is the same on every axis
+        # the distance is in points, so that it is the same on every axis
         scale = axes.figure.dpi_scale_trans
         look: dict[str, Any] = {"color": colour, "transform": axes.transData + ScaledTranslation(side / 72, 0, scale)}
         if known:
@@ -109,7 +110,7 @@ def _panel(axes: Axes, swept: Swept, names: Sequence[str], logarithmic: bool) ->
         if len(points) > len(means):
             axes.plot(*zip(*points, strict=True), marker, markersize=3, alpha=0.45, linewidth=0, **look)
         if means:
-            # no line between values without an order
+            # values that are not numbers have no order, so no line connects them
             line = "-" if swept.numbers else ""
             axes.plot(*zip(*means, strict=True), f"{line}{marker}", markersize=4.5, label=words, **look)
     pairs = [
@@ -120,24 +121,24 @@ def _panel(axes: Axes, swept: Swept, names: Sequence[str], logarithmic: bool) ->
         if math.isfinite(v)
     ]
     shown = [value for value, _ in pairs]
-    _mark_values(axes, swept, x)
+    _set_value_ticks(axes, swept, x)
     if shown and logarithmic and min(shown) > 0:
         style.make_logarithmic(axes.yaxis, shown)
     elif shown:
-        _zoom(axes, shown, [error for _, error in pairs])
+        _set_y_limits(axes, shown, [error for _, error in pairs])
     axes.grid(axis="y")
     if not shown:
         style.annotate(axes, "not measured")
 
 
-def _mark_values(axes: Axes, swept: Swept, x: Sequence[float]) -> None:
-    """Ticks at the values of the key, as far as there is room for their labels."""
+def _set_value_ticks(axes: Axes, swept: Swept, x: Sequence[float]) -> None:
+    """Sets ticks at the values of the key if there is room for their labels, otherwise round ticks."""
     # matplotlib ignores lines with another transform when it chooses limits
     low, high = min(x), max(x)
     if swept.numbers is None:
-        _name(axes, swept.values)
+        _set_named_ticks(axes, swept.values)
         return
-    if _spread(x):
+    if _needs_log_axis(x):
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
         room = (high / low) ** 0.04
@@ -151,34 +152,34 @@ def _mark_values(axes: Axes, swept: Swept, x: Sequence[float]) -> None:
         axes.set_xticks(list(x), labels)
     else:
         axes.xaxis.set_major_formatter(style.TickNumbers())
-        if not _spread(x):
+        if not _needs_log_axis(x):
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=all(at == round(at) for at in x)))
 
 
 def _errors(swept: Swept, name: str) -> list[list[float]]:
-    """The standard errors of the results of a quantity, NaN if unknown."""
+    """Returns the standard errors of the results of a quantity, NaN if unknown."""
     runs = swept.found.get(name, [])
     return swept.errors[name] if runs and name in swept.errors else [[math.nan] * len(row) for row in runs]
 
 
 def _repeated(x: Sequence[float], runs: Sequence[Sequence[float]]) -> list[float]:
-    """The position of each run on the x axis; runs with the same value share it."""
+    """Returns the position of each run on the x axis; runs with the same value share it."""
     return [at for at, row in zip(x, runs, strict=False) for _ in row]
 
 
 def _names(values: Sequence[str]) -> list[str]:
-    """The labels of values; for paths, their last parts if these differ."""
+    """Returns the labels of values; for paths, their last parts if these differ."""
     names = [value.rstrip("/").rpartition("/")[2] for value in values]
     return [style.literal(name, most=18) for name in (names if len(set(names)) == len(names) else values)]
 
 
 def _fits(names: Sequence[str], width: float) -> bool:
-    """Whether names fit side by side into so many inches."""
+    """Whether names fit side by side into `width` inches."""
     return len(names) * (max(map(len, names)) + 2) * LETTER <= width
 
 
-def _name(axes: Axes, values: Sequence[str]) -> None:
-    """Ticks for values that are not numbers, as many as there is room for."""
+def _set_named_ticks(axes: Axes, values: Sequence[str]) -> None:
+    """Sets ticks for values that are not numbers, as many as there is room for."""
     names, width = _names(values), axes.get_position().width * style.WIDTH
     flat = _fits(names, width)
     ticks = range(0, len(names), 1 if flat else math.ceil(2.5 * LETTER * len(names) / width))
@@ -188,8 +189,8 @@ def _name(axes: Axes, values: Sequence[str]) -> None:
     axes.set_xlim(-0.5, len(names) - 0.5)
 
 
-def _zoom(axes: Axes, values: Sequence[float], errors: Sequence[float]) -> None:
-    """Limits of the y axis; values far above the others are out of the frame, and their number is written there.
+def _set_y_limits(axes: Axes, values: Sequence[float], errors: Sequence[float]) -> None:
+    """Sets the limits of the y axis. Values far above the others are outside the frame, which shows their number.
 
     Args:
         errors: the standard error of each value; NaN if unknown.
@@ -205,5 +206,5 @@ def _zoom(axes: Axes, values: Sequence[float], errors: Sequence[float]) -> None:
         axes.text(0.99, 0.97, words, transform=axes.transAxes, color=style.MUTED, size=size, ha="right", va="top")
 
 
-def _spread(x: Sequence[float]) -> bool:
+def _needs_log_axis(x: Sequence[float]) -> bool:
     return min(x) > 0 and max(x) >= FAR * min(x)

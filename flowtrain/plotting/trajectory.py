@@ -10,21 +10,21 @@ from torch import Tensor
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.coupling import Coupling
-from flowtrain.bijections.decomposition import between, innermost, stages, through
+from flowtrain.bijections.decomposition import between, evaluate_inside, innermost, stages
 from flowtrain.bijections.linear import GaussianStart, InvertibleLinear, Permutation
 from flowtrain.bijections.logit import Logit
 from flowtrain.bijections.scale import ActNorm, BatchNorm, Standardize
 from flowtrain.flow import Flow
 from flowtrain.utils.errors import FlowtrainError
 
-# layers at the data end that give samples their units. They are applied to the states of all moments
+# the types of layers at the data end that convert states to data units. They are applied to the states of all moments
 FRAMES = (ActNorm, BatchNorm, Standardize, Logit, GaussianStart)
-# layers that are part of the step before them, because they change next to nothing
+# the types of layers that belong to the step before them, because they change a density very little
 QUIET = (*FRAMES, Permutation, InvertibleLinear)
 
 
 class Moment(NamedTuple):
-    """A moment after `step` steps and the share `part` of the next one, which is the time of a continuous flow."""
+    """A moment after `step` steps and the share `part` of the next step. In a continuous flow, `part` is the time."""
 
     step: int
     part: float
@@ -33,8 +33,8 @@ class Moment(NamedTuple):
 class Step:
     """One stage of a flow with the QUIET layers after it.
 
-    A continuous flow has a state at each time. A coupling has none in between: pictures move each point on a straight
-    line from its position before the step to that after it.
+    A continuous flow has a state at each time. A coupling has no states between its ends. Pictures move each point on a
+    straight line from its position before the step to its position after the step.
     """
 
     def __init__(self, found: list[Bijection]) -> None:
@@ -60,7 +60,7 @@ class Step:
                 y, after = between(self.first, begin, end).map_forward(state, label), None
             if after is None:
                 after = self.rest.map_forward(y, label)
-            yield torch.lerp(y, after, eased(end))
+            yield torch.lerp(y, after, smoothstep(end))
 
 
 class Trajectory:
@@ -68,7 +68,7 @@ class Trajectory:
 
     A step is a continuous flow, or a coupling with the scales, permutations and linear maps after it. Densities are
     exact after each step, and at each time of a continuous flow up to the error of the solver. Within other steps, the
-    density before the step fades into the density after it.
+    density is a mixture of the densities before and after the step.
 
     Args:
         flow: a flow in evaluation mode.
@@ -98,7 +98,7 @@ class Trajectory:
         self.moments = [Moment(i * n // intervals, i * n % intervals / intervals) for i in range(intervals + 1)]
 
     def exact(self, count: int) -> list[Moment]:
-        """At most `count` of the moments, evenly spread, without moments within a step that is not continuous."""
+        """Returns up to `count` evenly spread moments. Moments inside steps that are not continuous are left out."""
         found = [m for m in self.moments if not m.part or self.steps[m.step].is_continuous]
         last = len(found) - 1
         return [found[round(i * last / (count - 1))] for i in range(count)] if last >= count else found
@@ -124,7 +124,7 @@ class Trajectory:
         return "time t" if len(self.steps) == 1 else "time t, one unit for each flow"
 
     def name(self, moment: Moment) -> str:
-        """The name of a moment, such as "t = 0.25", "flow 2 of 3, t = 0.25" and "after 3 of 8 couplings".
+        """Returns the name of a moment, such as "t = 0.25", "flow 2 of 3, t = 0.25" and "after 3 of 8 couplings".
 
         A moment within the fourth of eight couplings is "coupling 4 of 8".
         """
@@ -139,12 +139,12 @@ class Trajectory:
         return f"after {moment.step} of {n} {self.kind}s" if n > 1 else f"after the {self.kind}"
 
     def _within(self, moment: Moment) -> tuple[int, float]:
-        """The number of the step that contains a moment, and the time in it. The last moment is the end of a step."""
+        """Returns the number of the step that contains a moment, and the time in this step."""
         last = len(self.steps) - 1
         return (last, 1.0) if moment.step > last else (moment.step, moment.part)
 
     def states(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        """The states at all moments, (K, B, *event) in data units, from z (B, *event)."""
+        """Returns the states at all moments, (K, B, *event) in data units, from z (B, *event)."""
         found: list[Tensor] = []
         z = self.base.map_forward(z, label)
         for number, step in enumerate(self.steps):
@@ -155,7 +155,7 @@ class Trajectory:
         return torch.stack([self.frame.map_forward(y) for y in (*found, z)])
 
     def log_density(self, x: Tensor, moment: Moment, label: Tensor | None = None) -> Tensor:
-        """log p_t(x) at a moment, (B,) in nats, for x (B, *event) in data units and labels (B,)."""
+        """Returns log p_t(x) at a moment, (B,) in nats, for x (B, *event) in data units and labels (B,)."""
         y, log_det = self.frame.inverse(x)
         number, part = moment
         if not part:
@@ -164,12 +164,12 @@ class Trajectory:
         if first is not None and self.steps[number].is_continuous:
             start, behind = between(first, 0.0, part).inverse(y, label)
             return log_det + behind + self._pulled_back(start, number, label)
-        p = y.new_tensor(eased(part))
+        p = y.new_tensor(smoothstep(part))
         before, after = (self._pulled_back(y, n, label) for n in (number, number + 1))
         return log_det + torch.logaddexp(before + (1 - p).log(), after + p.log())
 
     def _pulled_back(self, y: Tensor, number: int, label: Tensor | None) -> Tensor:
-        """The log density at y after the first `number` steps, without the frame."""
+        """Returns the log density at y after the first `number` steps, without the frame."""
         total = y.new_zeros(len(y))
         for step in reversed(self.steps[:number]):
             y, log_det = step.whole.inverse(y, label)
@@ -178,16 +178,16 @@ class Trajectory:
         return total + log_det + self.flow.base_log_prob(z)
 
     def velocity(self, x: Tensor, moment: Moment, label: Tensor | None = None) -> Tensor | None:
-        """dx/dt at x (B, *event) in data units, at a moment of a continuous flow; None for other steps."""
+        """Returns dx/dt at x (B, *event) in data units, at a moment of a continuous flow; None for other steps."""
         number, time = self._within(moment)
         first = self.steps[number].first
         if first is None or not self.steps[number].is_continuous:
             return None
         flow, y = innermost(first), self.frame.map_inverse(x)
         assert isinstance(flow, Continuous)
-        v = through(first, lambda inside: flow.velocity(label)(inside.new_tensor(time), inside), y)
+        v = evaluate_inside(first, lambda inside: flow.velocity(label)(inside.new_tensor(time), inside), y)
         if not list(self.frame):
-            # avoids the first jvp of a process, which takes a second
+            # v is already in data units. This avoids the first jvp of a process, which takes a second
             return v
         velocity: Tensor = torch.func.jvp(self.frame.map_forward, (y,), (v,))[1]
         return velocity
@@ -199,17 +199,17 @@ def _adaptive(stage: Bijection) -> bool:
     return isinstance(flow, Continuous) and flow.solver.adaptive
 
 
-def eased(part: float) -> float:
-    """The smooth step 3 p^2 - 2 p^3, which rises from 0 to 1 with slope 0 at both ends.
+def smoothstep(part: float) -> float:
+    """Returns the smooth step 3 p^2 - 2 p^3, which rises from 0 to 1 with slope 0 at both ends.
 
-    >>> eased(0.0), eased(0.5), eased(1.0)
+    >>> smoothstep(0.0), smoothstep(0.5), smoothstep(1.0)
     (0.0, 0.5, 1.0)
     """
     return part * part * (3 - 2 * part)
 
 
 def _steps(found: list[Bijection]) -> list[Step]:
-    """Groups stages into steps: each starts with a stage that is not QUIET. QUIET stages at the base are one step."""
+    """Groups stages into steps. A step starts with a stage that is not QUIET. QUIET stages at the base are one step."""
     groups: list[list[Bijection]] = []
     for stage in found:
         if groups and isinstance(innermost(stage), QUIET):

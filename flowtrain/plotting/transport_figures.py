@@ -17,7 +17,7 @@ from flowtrain.plotting import points, style
 from flowtrain.plotting.densities import add_colour_bar, paint, picture_limits
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import Array, LogDensity, Range
-from flowtrain.plotting.scales import axis_label, mark
+from flowtrain.plotting.scales import axis_label, set_ticks
 from flowtrain.utils.errors import FlowtrainError
 
 Velocity = Callable[[Tensor], Tensor]
@@ -27,11 +27,11 @@ Forward = Callable[[Tensor], Tensor]
 LEFT, RIGHT, BOTTOM, GAP, ROW_GAP, TOP = 0.76, 0.1, 0.46, 0.1, 0.12, 0.46
 HEADING, NAMES, TICKS = 0.2, 0.2, 0.22
 RESOLUTION, ARROWS = 90, 15
-# the share of its peak below which a density has no samples
+# a region has no samples if the density is below this share of its peak
 LEAST = 0.01
-# of the grid in the base: its half width, its lines in each direction, and the points of a line
+# the grid in the base: its half width, the number of lines in each direction, and the number of points on a line
 REACH, LINES, ALONG = 3.0, 13, 241
-# panels with the warped grid, which are larger than the others, and the largest side of a panel in inches
+# the largest number of panels with the warped grid, and the largest side of a panel in inches
 GRIDS, LARGEST = 3, 2.7
 
 
@@ -55,9 +55,9 @@ def draw_transport(
 
     Args:
         names: the names of the K moments.
-        log_density: (G, 2) to (K, G), in nats.
-        velocity: (G, 2) to (K, G, 2), or None.
-        forward: points of the base (P, 2) to their positions at each moment, (K, P, 2).
+        log_density: maps (G, 2) to (K, G), in nats.
+        velocity: maps (G, 2) to (K, G, 2). None: no velocities.
+        forward: maps points of the base (P, 2) to their positions at each moment, (K, P, 2).
         columns: the names of the columns.
     """
     real = points.data_points(data, width=2)
@@ -84,7 +84,7 @@ def draw_transport(
         moved = points.to_numpy(forward(torch.from_numpy(lines.reshape(-1, 2)).to(torch.float32)))
         placed = moved.reshape(len(names), *lines.shape)
         for axes, moment in zip(panels[-1], grids, strict=True):
-            _warped(axes, placed[moment])
+            _draw_warped_lines(axes, placed[moment])
         style.save(figure, path, options)
 
 
@@ -99,13 +99,13 @@ def _panels(
     title: str,
     options: PlotOptions,
 ) -> tuple[Figure, list[list[Axes]]]:
-    """Square panels with the same limits.
+    """Creates square panels with the same limits.
 
     Args:
         rows: for each row its heading, its moments, and whether the panels are named.
     """
     sides = [min(LARGEST, (style.WIDTH - LEFT - RIGHT - GAP * (len(row[1]) - 1)) / len(row[1])) for row in rows]
-    # the panels of a row below have the same moments, unless the number of panels differs
+    # a row below with the same number of panels shows the same moments
     ticked = [i + 1 == len(rows) or len(rows[i][1]) != len(rows[i + 1][1]) for i in range(len(rows))]
     heads = [HEADING + NAMES * row[2] for row in rows]
     feet = [TICKS * labelled for labelled in ticked[:-1]]
@@ -137,7 +137,7 @@ def _frame(
     """Sets limits, ticks and names. Only the first panel of a row has labels on its y axis."""
     side = axes.get_window_extent().width / style.DPI
     axes.set(xlim=limits[0], ylim=limits[1])
-    notes = [mark(axis, most=5, size=7, gap=GAP) for axis in (axes.xaxis, axes.yaxis)]
+    notes = [set_ticks(axis, most=5, size=7, gap=GAP) for axis in (axes.xaxis, axes.yaxis)]
     axes.tick_params(length=2.5, left=first, labelleft=first, bottom=ticked, labelbottom=ticked)
     axes.spines[:].set_visible(True)
     if last:
@@ -159,7 +159,7 @@ def _arrows(panels: Sequence[Axes], at: Array, v: Array, inhabited: NDArray[np.b
     speed = np.sqrt((v**2).sum(-1))
     seen = speed[inhabited & np.isfinite(speed)]
     top = (float(np.quantile(seen, 0.98)) if seen.size else 0.0) or 1.0
-    # velocities without samples are not trained, and may be much larger
+    # velocities outside regions with samples are not trained, and may be much larger
     v = v * np.minimum(1.0, top / np.maximum(speed, 1e-12))[..., None]
     scale = top * ARROWS * 0.62
     for axes, one, here in zip(panels, v, inhabited, strict=True):
@@ -168,13 +168,16 @@ def _arrows(panels: Sequence[Axes], at: Array, v: Array, inhabited: NDArray[np.b
 
 
 def _lattice() -> Array:
-    """The lines of the grid in the base, (2, LINES, ALONG, 2): along the second coordinate, then along the first."""
+    """Returns the lines of the grid in the base, (2, LINES, ALONG, 2).
+
+    The first coordinate is constant on each line of the first family, and the second coordinate in the second family.
+    """
     across, along = np.linspace(-REACH, REACH, LINES), np.linspace(-REACH, REACH, ALONG)
     first = np.stack(np.meshgrid(across, along, indexing="ij"), -1)
     return np.stack([first, first[..., ::-1]])
 
 
-def _warped(axes: Axes, lines: Array) -> None:
+def _draw_warped_lines(axes: Axes, lines: Array) -> None:
     """Draws both families of lines (2, LINES, ALONG, 2) in two colours, with the middle lines in bold."""
     for family, colour in zip(lines, (style.BLUE, style.VERMILLION), strict=True):
         widths = [1.5 if i == LINES // 2 else 0.7 for i in range(LINES)]
@@ -185,7 +188,7 @@ def _warped(axes: Axes, lines: Array) -> None:
 PATHS_HEIGHT, SIDE = 4.78, 3.55
 # range of the colours, in nats
 PATHS_DEPTH = 6.0
-# data that are drawn as dots
+# the largest number of rows that are drawn as dots
 DOTS = 3000
 BASE, SAMPLE, DATA = style.INK, style.VERMILLION, style.DATA_SHADES[0]
 
@@ -228,13 +231,13 @@ def draw_paths(
         figure = style.new_figure(PATHS_HEIGHT, title, options)
         plane = style.add_axes(figure, LEFT, 0.52, SIDE, SIDE)
         plane.plot(*real.values[:DOTS].T, ".", color=DATA, markersize=1.5, zorder=0)
-        _coloured(plane, x, log_p, top)
+        _draw_coloured_paths(plane, x, log_p, top)
         plane.plot(*x[0].T, "o", color=BASE, markersize=2.4, zorder=3)
         plane.plot(*x[-1].T, "o", color=SAMPLE, markersize=4.2, markeredgecolor="white", markeredgewidth=0.5, zorder=4)
         plane.set(xlim=limits[0], ylim=limits[1])
-        plane.set_xlabel(axis_label(columns[0], mark(plane.xaxis), SIDE))
-        plane.set_ylabel(axis_label(columns[1], mark(plane.yaxis), SIDE))
-        # empty lines, because the dots of the data are too small for a legend
+        plane.set_xlabel(axis_label(columns[0], set_ticks(plane.xaxis), SIDE))
+        plane.set_ylabel(axis_label(columns[1], set_ticks(plane.yaxis), SIDE))
+        # the legend shows separate markers, because the dots of the data are too small
         for colour, name in (
             (BASE, "base"),
             (SAMPLE, points.noted("samples", f"{x.shape[1]} paths", lost)),
@@ -246,11 +249,11 @@ def draw_paths(
         left = LEFT + SIDE + 0.12
         add_colour_bar(figure, left, 0.52, SIDE, limits_of_colours, "log density", "nats", "both", _colours())
         course = style.add_axes(figure, left + 1.5, 0.52, style.WIDTH - left - 1.5 - 0.14, SIDE)
-        _course(course, np.asarray(at, dtype=np.float64), log_p, top, axis)
+        _draw_log_densities(course, np.asarray(at, dtype=np.float64), log_p, top, axis)
         style.save(figure, path, options)
 
 
-def _coloured(axes: Axes, x: Array, log_p: Array, top: float) -> None:
+def _draw_coloured_paths(axes: Axes, x: Array, log_p: Array, top: float) -> None:
     """Draws a line through x (K, P, 2) for each particle, coloured by log_p (K, P)."""
     segments = np.stack([x[:-1], x[1:]], 2).reshape(-1, 2, 2)
     lines = LineCollection(list(segments), cmap=_colours(), linewidths=0.9, alpha=0.9, capstyle="round")
@@ -265,15 +268,17 @@ def _colours() -> matplotlib.colors.Colormap:
     return matplotlib.colors.ListedColormap(shades)
 
 
-def _course(axes: Axes, at: Array, log_p: Array, top: float, axis: str) -> None:
+def _draw_log_densities(axes: Axes, at: Array, log_p: Array, top: float, axis: str) -> None:
     """Draws the log density of each particle against the moments, and the mean."""
-    _coloured(axes, np.stack([np.broadcast_to(at[:, None], log_p.shape), log_p], -1), log_p, top)
+    _draw_coloured_paths(axes, np.stack([np.broadcast_to(at[:, None], log_p.shape), log_p], -1), log_p, top)
     axes.plot(at, log_p.mean(1), color=style.INK, linewidth=2.0, label="mean of all particles")
     low = float(np.quantile(log_p, 0.01))
     high = float(log_p.max())
     margin = 0.06 * (high - low) or 0.5
     axes.set(xlim=(at[0], at[-1]), ylim=(low - margin, high + margin))
-    axes.set_xlabel(points.noted(axis, mark(axes.xaxis, most=9)))
-    axes.set_ylabel(points.noted("log density at the particle", " ".join(filter(None, (mark(axes.yaxis), "nats")))))
+    axes.set_xlabel(points.noted(axis, set_ticks(axes.xaxis, most=9)))
+    axes.set_ylabel(
+        points.noted("log density at the particle", " ".join(filter(None, (set_ticks(axes.yaxis), "nats"))))
+    )
     axes.grid(axis="y")
     style.legend_above(axes)

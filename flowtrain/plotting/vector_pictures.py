@@ -1,4 +1,4 @@
-"""Figures of samples beside data for tables: which rows, densities and classes they show."""
+"""Chooses the rows, densities and classes for the figures of samples beside the data of a table."""
 
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,12 @@ from flowtrain.evaluation.log_likelihood import marginal
 from flowtrain.flow import Density
 from flowtrain.plotting.corner import Classes, draw_corner
 from flowtrain.plotting.densities import draw_flow_1d, draw_flow_2d
-from flowtrain.plotting.drawing import first, where_inside
+from flowtrain.plotting.drawing import evaluate_inside_range, first_test_samples
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import LogDensity
 from flowtrain.utils.errors import FlowtrainError
 
-# rows of the data; samples of one or two columns, and of more
+# the numbers of rows of the data, of samples of one or two columns, and of samples of more columns
 POINTS, SAMPLES, SAMPLES_OF_MANY = 10_000, 10_000, 2000
 
 
@@ -34,7 +34,7 @@ def draw(
 ) -> None:
     """Draws rows of a table beside samples; see `flowtrain.plotting.pictures.draw`."""
     label = None if flow.classes is None else label
-    real, _ = first(flow, data, POINTS, label)
+    real, _ = first_test_samples(flow, data, POINTS, label)
     width = flow.event_shape[0]
     drawn = None
     if samples is None:
@@ -47,7 +47,7 @@ def draw(
 
     def density(x: Tensor) -> Tensor:
         function = partial(marginal, flow) if label is None else partial(flow.log_prob, label=label)
-        return where_inside(flow, x, function, -torch.inf)
+        return evaluate_inside_range(flow, x, function, -torch.inf)
 
     draw_flow(
         path,
@@ -64,7 +64,7 @@ def draw(
 
 
 def true_log_density(data: Dataset) -> LogDensity | None:
-    """The log density of the data, (B, d) to (B,) in nats; None if it is not known."""
+    """Returns the log density of the data, which maps (B, d) to (B,), in nats; None if it is not known."""
     if data.integer_valued or data.log_prob(data.test[:1]) is None:
         return None
 
@@ -91,15 +91,15 @@ def draw_flow(
 ) -> None:
     """Draws data (N, d) and samples (M, d) in the figure for their number of columns d.
 
-    One and two columns are drawn with the density of the model, and with the true density if it is known. Further
-    columns are drawn as a corner plot without densities, because a slice through a density of many columns shows next
-    to nothing.
+    One and two columns are drawn with the density of the model, and with the true density if it is known. More than two
+    columns are drawn as a corner plot without densities, because a slice through a density of many columns shows almost
+    nothing.
 
     Args:
-        log_density: (G, d) to (G,), in nats. It is called once, and not at all for more than two columns.
+        log_density: maps (G, d) to (G,), in nats. It is called once for one or two columns, otherwise never.
         columns: the names of the columns; (): c0, c1, ...
         classes: the classes of the rows, for a corner plot.
-        log_scale: whether densities of one and two columns are drawn by their logarithm.
+        log_scale: whether densities of one and two columns are drawn on a logarithmic scale.
     """
     if data.ndim != 2:
         raise FlowtrainError(f"cannot plot data of shape {tuple(data.shape)}: give it as (rows, columns)")
@@ -108,7 +108,7 @@ def draw_flow(
         draw_corner(path, data=data, samples=samples, columns=columns, title=title, classes=classes, options=options)
         return
     names = list(columns) or default_names(range(width))
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "data": data,
         "samples": samples,
         "log_density": log_density,
@@ -118,6 +118,6 @@ def draw_flow(
         "options": options,
     }
     if width == 1:
-        draw_flow_1d(path, column=names[0], **given)
+        draw_flow_1d(path, column=names[0], **arguments)
     else:
-        draw_flow_2d(path, columns=names, **given)
+        draw_flow_2d(path, columns=names, **arguments)

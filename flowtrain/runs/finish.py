@@ -108,7 +108,7 @@ def draw_figures(
     if isinstance(flow, Flow) and (
         time_budget is None or time_budget.has_time_for("the flow in more detail", more=True)
     ):
-        drawn += pictures.draw_more(flow, data, place, title, options)
+        drawn += pictures.draw_other_figures(flow, data, place, title, options)
     return drawn
 
 

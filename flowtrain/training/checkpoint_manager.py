@@ -142,7 +142,7 @@ class CheckpointManager:
         self.progress.load(saved)
         # checkpoints of older versions have no step plans
         saved_plans = saved.get("histories", ())
-        self.flow.set_step_plans([StepPlan(tuple((h, suited) for h, suited in steps)) for steps in saved_plans])
+        self.flow.set_step_plans([StepPlan(tuple((h, ideal) for h, ideal in steps)) for steps in saved_plans])
         self.saved_step = self.progress.step
 
     def rewind(self) -> None:

@@ -46,7 +46,7 @@ def _none_or(check: Check) -> Check:
 
 
 def _steps(value: Any) -> bool:
-    """Returns whether a value is a step plan: a list of pairs (length, suited length), see `StepPlan`."""
+    """Returns whether a value is a step plan: a list of pairs (length, ideal length), see `StepPlan`."""
     pairs = isinstance(value, list | tuple) and all(isinstance(p, list | tuple) and len(p) == 2 for p in value)
     # extreme ratios of the lengths would make a plan with more steps than fit into memory
     return pairs and all(_positive(n) for p in value for n in p) and sum(a / b for a, b in value) < 1e6

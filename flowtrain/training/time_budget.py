@@ -24,7 +24,7 @@ BASELINES = 0.05
 # rows that the error budget and the checks of an evaluation pass through the flow (9,000 to 10,000 measured on moons, a
 # table of 36 columns and MNIST), and the number of such rows without the checks
 CHECKED, BRIEF = 10_000, 500
-# rows that a picture of each kind of data needs, and further rows that `pictures.draw_more` needs
+# rows that a picture of each kind of data needs, and further rows that `pictures.draw_other_figures` needs
 DRAWN, MORE = {"plane": 16_000, "vectors": 2_000, "images": 100}, {"plane": 45_000, "vectors": 0, "images": 400}
 # rows of a probe's first pass, the factor to the next pass, and the share of the time left at which a probe stops
 FEWEST, MORE_ROWS, SHARE = 8, 4, 0.005

@@ -8,6 +8,6 @@ from flowtrain.runs import finish
 
 def skip_figures(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pictures, "draw", lambda *arguments, **named: None)
-    patch.setattr(pictures, "draw_more", lambda *arguments, **named: [])
+    patch.setattr(pictures, "draw_other_figures", lambda *arguments, **named: [])
     patch.setattr(pictures, "draw_evaluation", lambda *arguments, **named: [])
     patch.setattr(finish, "draw_curves", lambda *arguments, **named: None)

@@ -102,13 +102,13 @@ def test_curves_are_drawn_for_any_entropy(
 def test_an_early_spike_leaves_the_frame_and_the_curves_stay() -> None:
     rows = train_rows(400)
     rows[3]["nll"] = 1e4
-    low, high = curves._frame(curves.course(rows, "nll"), [curves.course(val_rows(5), "nll")])
+    low, high = curves._frame(curves.series_of(rows, "nll"), [curves.series_of(val_rows(5), "nll")])
     assert low == pytest.approx(1, abs=0.05)
     assert 1.2 <= high < 3.5
 
 
 def test_the_last_row_of_a_step_counts() -> None:
-    course = curves.course([*train_rows(5), {"step": 2, "split": "train", "nll": 7.0}], "nll")
+    course = curves.series_of([*train_rows(5), {"step": 2, "split": "train", "nll": 7.0}], "nll")
     assert course.steps.tolist() == [0, 1, 2, 3, 4]
     assert course.values[2] == 7
 
@@ -116,7 +116,7 @@ def test_the_last_row_of_a_step_counts() -> None:
 def test_running_median_drops_spikes() -> None:
     values = np.ones(1000)
     values[::50] = 1e6
-    assert curves.Course(np.arange(1000.0), values).median().values == pytest.approx(1)
+    assert curves.Series(np.arange(1000.0), values).median().values == pytest.approx(1)
 
 
 def test_numbers_fit_a_tick_label() -> None:

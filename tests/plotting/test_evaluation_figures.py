@@ -78,8 +78,8 @@ def test_calibration_of_any_model(monkeypatch: pytest.MonkeyPatch, pit: dict[str
 @pytest.mark.parametrize(
     ("pit", "words"),
     [
-        ({}, r"not of \[\]"),
-        ({"z1": torch.rand(5), "radius": torch.rand(6)}, r"not of \[5, 6\]"),
+        ({}, r"transforms of \[\]"),
+        ({"z1": torch.rand(5), "radius": torch.rand(6)}, r"transforms of \[5, 6\]"),
         ({"z1": torch.rand(5, 2)}, "'z1'"),
         ({"z1": torch.rand(0)}, "'z1'"),
         ({"z1": torch.tensor([0.5, math.nan])}, "'z1'"),

@@ -178,7 +178,7 @@ def test_reconstructions_show_the_error_itself(tmp_path: Path, monkeypatch: pyte
         flow = (
             Flow((1, 4, 4), Chain([Flat(part), Logit(levels, 0.05)]), integer_valued=True, levels=levels).float().eval()
         )
-        show = pictures.Shown(flow, data)  # type: ignore[arg-type]
+        show = pictures.UnitRange(flow, data)  # type: ignore[arg-type]
         pictures._draw_reconstructions(flow, data, show, tmp_path / "r.png", "t", DEFAULT)  # type: ignore[arg-type]
         ((name, difference),) = given["signed"]
         size = difference.abs()

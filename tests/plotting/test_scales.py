@@ -31,7 +31,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_only_heavy_tails_are_compressed(name: str) -> None:
     values, plain = SHAPES[name]
-    scale = scales.suited(values)
+    scale = scales.choose_scale(values)
     assert scale.plain is plain
     places = scale.places(values)
     np.testing.assert_allclose(scale.values(torch.from_numpy(places)), values, rtol=1e-9, atol=1e-9)
@@ -40,7 +40,7 @@ def test_only_heavy_tails_are_compressed(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["lognormal", "mirrored", "cauchy"])
 def test_no_bin_contains_most_rows(name: str) -> None:
-    values = scales.suited(SHAPES[name][0]).places(SHAPES[name][0])
+    values = scales.choose_scale(SHAPES[name][0]).places(SHAPES[name][0])
     limits = points.robust_range(values)
     shares = np.histogram(values, points.count_bins(values, limits, 3000), limits)[0] / 3000
     assert shares.max() < 0.2
@@ -48,16 +48,16 @@ def test_no_bin_contains_most_rows(name: str) -> None:
 
 
 def test_density_along_the_axis_integrates_to_one() -> None:
-    scale = scales.suited(LOGNORMAL)
+    scale = scales.choose_scale(LOGNORMAL)
     exact = torch.distributions.LogNormal(0.0, 2.0)
 
     def log_prob(x: Tensor) -> Tensor:
         return torch.where(x > 0, exact.log_prob(x.clamp_min(1e-30)), -torch.inf).sum(1)
 
     y = torch.linspace(-1, 15, 20_001).double()
-    density = scales.density_along([scale], log_prob)(y[:, None]).exp()
+    density = scales.density_on_axes([scale], log_prob)(y[:, None]).exp()
     assert float(torch.trapezoid(density, y)) == pytest.approx(1, abs=0.01)
-    both = scales.density_along([scale, scales.LINEAR], lambda x: log_prob(x[:, :1]) - x[:, 1].square())
+    both = scales.density_on_axes([scale, scales.LINEAR], lambda x: log_prob(x[:, :1]) - x[:, 1].square())
     torch.testing.assert_close(both(torch.stack([y, torch.zeros_like(y)], 1)).exp(), density)
 
 
@@ -78,7 +78,7 @@ def test_ticks_of_a_compressed_axis_tell_the_values(tmp_path: Path, monkeypatch:
     draw_flow_1d(tmp_path / "a.png", data=data, samples=-data, log_density=lambda x: -x[:, 0].square(), title="t")
     axes = figures[0].axes[0]
     words = [label.get_text() for label in axes.get_xticklabels()]
-    scale = scales.suited(LOGNORMAL)
+    scale = scales.choose_scale(LOGNORMAL)
     assert {"0", "1", "100"} <= set(words)
     np.testing.assert_allclose(axes.get_xticks(), scale.places(np.array([number(w) for w in words])), atol=1e-9)
     # samples on the other side of zero are counted
@@ -96,8 +96,8 @@ def test_ticks_are_few_and_apart_and_their_labels_have_one_format(limits: tuple[
         FigureCanvasAgg(figure)
         axes = style.add_axes(figure, 0.5, 0.5, inches, inches)
         axes.set(xlim=limits, ylim=limits)
-        note = scales.mark(axes.xaxis, most=5, gap=0.1)
-        scales.mark(axes.yaxis, most=5, gap=0.1)
+        note = scales.set_ticks(axes.xaxis, most=5, gap=0.1)
+        scales.set_ticks(axes.yaxis, most=5, gap=0.1)
         figure.canvas.draw()
         labels = [each for each in axes.get_xticklabels() if each.get_text()]
         boxes = [each.get_window_extent() for each in labels]

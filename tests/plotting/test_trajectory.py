@@ -8,7 +8,7 @@ from helpers.flows import IMAGES, VECTORS, images, vectors
 from torch import Tensor
 
 from flowtrain.bijections.decomposition import between, innermost, stages
-from flowtrain.plotting.trajectory import Moment, Trajectory, eased
+from flowtrain.plotting.trajectory import Moment, Trajectory, smoothstep
 from flowtrain.utils.errors import FlowtrainError
 
 
@@ -74,7 +74,7 @@ def test_between_steps_densities_fade_and_stay_densities(name: str) -> None:
         p, before, after = (
             way.log_density(grid, m).exp() for m in (moment, Moment(moment.step, 0), Moment(moment.step + 1, 0))
         )
-    weight = eased(moment.part)
+    weight = smoothstep(moment.part)
     torch.testing.assert_close(p, (1 - weight) * before + weight * after)
     assert float(p.sum() * (line[1] - line[0]) ** 2) == pytest.approx(1, abs=1e-3)
     assert moment not in way.exact(12)
