@@ -113,7 +113,7 @@ def train(data: str, methods: Sequence[str], out: Path, extra: Sequence[str]) ->
             continue
         begins = method == "rectified"
         keys = [f"from={out / 'runs' / f'{data}-flow_matching'}"] if begins else keys_of(data)
-        # the run that it starts from determines model and data
+        # the run `from` determines model and data
         more = [key for key in extra if not (begins and key.startswith(("model.", "data.")))]
         # delete interrupted runs: their seconds would include the pause
         shutil.rmtree(run_dir, ignore_errors=True)

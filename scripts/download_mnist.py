@@ -4,9 +4,9 @@
     python scripts/download_mnist.py mnist fashion_mnist --root ~/data
     python scripts/download_mnist.py --mirror http://my.server/mnist/
 
-The script needs only Python. It writes files into ROOT/NAME/; the default ROOT is the folder that flowtrain reads. A
-file gets its name only after its SHA-256 has been verified. An incomplete download is kept as NAME.part, and the next
-mirror or the next run continues it.
+The script needs only Python. It writes files into ROOT/NAME/. The default ROOT is the folder that flowtrain
+reads. A file gets its name only after its SHA-256 has been verified. An incomplete download is kept as NAME.part, and
+the next mirror or the next run continues it.
 """
 
 import argparse
@@ -56,7 +56,7 @@ FILES = {
 
 # seconds without data after which a mirror is abandoned
 TIMEOUT = 30.0
-# attempts per mirror, as long as each one receives data
+# largest number of attempts per mirror. An attempt that receives no data is the last
 TRIES = 4
 BLOCK = 1 << 16
 
@@ -104,7 +104,7 @@ def obtain(target: Path, expected: Sum, urls: Sequence[str], timeout: float = TI
 
 
 def fetch(url: str, part: Path, expected: Sum, timeout: float) -> None:
-    """Downloads the expected file to `part`, with further attempts as long as each one receives data.
+    """Downloads the expected file to `part`. After an attempt that received data, another attempt continues it.
 
     Raises:
         OSError, HTTPException, ValueError: this URL does not serve the file.
@@ -120,7 +120,7 @@ def fetch(url: str, part: Path, expected: Sum, timeout: float) -> None:
             return
         except MismatchError:
             part.unlink()
-            # the beginning may be wrong, if it came from another mirror or a damaged disk
+            # the beginning of the file may be wrong, if another mirror sent it or if the disk is damaged
             if not begun or not left:
                 raise
         except (OSError, HTTPException):
@@ -141,12 +141,12 @@ def transfer(url: str, part: Path, begun: int, size: int, timeout: float) -> Non
         resumed = answer.status == 206
         offered = answer.headers.get("Content-Range", "")
         if resumed and not offered.startswith(f"bytes {begun}-"):
-            raise OSError(f"bytes from {begun} on were requested, but it sends {offered or 'others'}")
+            raise OSError(f"bytes from {begun} on were requested, but the server sends {offered or 'others'}")
         start = begun if resumed else 0
         rest = answer.headers.get("Content-Length")
         # checked before opening the part, because an error page must not overwrite it
         if rest is not None and start + int(rest) != size:
-            raise OSError(f"its file has {start + int(rest)} bytes, but {size} are expected")
+            raise OSError(f"the server's file has {start + int(rest)} bytes, but {size} are expected")
         with part.open("ab" if resumed else "wb") as file:
             copy(answer, file, size - start)
 
@@ -154,10 +154,10 @@ def transfer(url: str, part: Path, begun: int, size: int, timeout: float) -> Non
 def copy(source: IO[bytes], target: IO[bytes], count: int) -> None:
     """Copies exactly `count` bytes, each block as soon as it arrives."""
     left = count
-    # read would lose its buffered bytes when the connection breaks, so use read1
+    # read1 is used, because read would lose its buffered bytes when the connection breaks
     while block := source.read1(BLOCK):  # type: ignore[attr-defined]
         if len(block) > left:
-            raise MismatchError("it sends more bytes than expected")
+            raise MismatchError("the server sends more bytes than expected")
         target.write(block)
         left -= len(block)
     if left:
@@ -172,7 +172,7 @@ def verifies(path: Path, expected: Sum) -> bool:
 def verify(path: Path, expected: Sum) -> None:
     found = digest(path)
     if found != expected.sha256:
-        raise MismatchError(f"its file has the SHA-256 {found}, but {expected.sha256} is expected")
+        raise MismatchError(f"the server's file has the SHA-256 {found}, but {expected.sha256} is expected")
 
 
 def digest(path: Path) -> str:

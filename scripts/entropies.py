@@ -1,4 +1,4 @@
-"""Computes the entropy of every toy again by quadrature. Its output is the source of the values in the toy classes.
+"""Computes the entropy of every toy again by quadrature. The toy classes contain the values that this script prints.
 
     python scripts/entropies.py
 

@@ -4,8 +4,8 @@
     python scripts/gallery.py --runs DIR --still  # without the animations and the digits
 
 Runs are written to DIR; finished runs in DIR are used again. The pictures are written to `.pictures`. Each clone of the
-repository contains them, so figures are stored smaller than flowtrain writes them. MNIST is read from FLOWTRAIN_DATA or
-fetched by scripts/download_mnist.py.
+repository contains the pictures, so they are stored smaller than flowtrain writes them. MNIST is read from
+FLOWTRAIN_DATA or fetched by scripts/download_mnist.py.
 """
 
 import argparse

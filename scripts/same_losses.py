@@ -1,4 +1,4 @@
-"""Checks that a change of the code changes no number: short seeded runs with this checkout and with another one.
+"""Checks that a change of the code changes no number: short seeded runs with this checkout and with another checkout.
 
     git clone -q . /tmp/base && git -C /tmp/base checkout -q HEAD~1 && python scripts/same_losses.py /tmp/base
 

@@ -6,8 +6,9 @@
 
 Each row is a run of `flowtrain model=MODEL data=array` with no other argument. The flow is scored on 10,000 new rows of
 the same distribution, and so is a Gaussian with the shrunk covariance of the training rows (`shrunk_covariance`).
-`excess` is the mean difference of their NLL in nats, with its standard error over the new rows. The script fails if an
-excess is above 0.5 nats plus three standard errors. Tables have at least four rows for each column.
+`excess` is the mean NLL of the flow minus the mean NLL of the Gaussian, in nats, with the standard error over the new
+rows. The script fails if an excess is above 0.5 nats plus three standard errors. Tables have at least four rows for
+each column.
 """
 
 import argparse

@@ -7,8 +7,8 @@
 - kills: training runs of realnvp and ffjord are killed with SIGKILL and resumed. The random moments are during startup,
   training, validation, the writing of a checkpoint, and the final evaluation. metrics.jsonl, last.pt, best.pt and
   result.json of every completed run must equal the files of an uninterrupted run bit by bit, except for seconds.
-- corruptions: checkpoints are loaded after bits were flipped, or bytes were removed, zeroed, inserted or swapped. They
-  must be refused in one line or give the original flow bit by bit.
+- corruptions: checkpoints are loaded after bits were flipped, or bytes were removed, zeroed, inserted or swapped.
+Damaged checkpoints must be refused in one line or give the original flow bit by bit.
 - configs: random options of every config group, and random keys with valid and invalid values. Two steps must be
   trained, or one line must explain the error.
 - arrays: damaged and unusual .npy, .npz and text files, with the same rule.
@@ -16,7 +16,7 @@
 All parts except the kills run each case in a forked process with limits on memory and time, so a crash is counted and
 does not stop the script. All random choices depend on --seed only, except for the exact moment of a kill. --minutes
 limits the total time: a part that runs out of time reports how many cases it tried. The script prints a Markdown table.
-Failures follow it, with the command or the file that reproduces them, and make the exit code 1.
+The report lists each failure with the command or the file that reproduces it. With failures, the exit code is 1.
 """
 
 import argparse
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if not hasattr(os, "fork"):
     raise SystemExit("this script needs os.fork, which this system lacks: run it on Linux or macOS")
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "bench")]
-# set before torch is imported: a thread pool must not be forked, and these small problems need one thread
+# set before torch is imported, because a thread pool must not be forked. One thread is enough for these small problems
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from common import machine, table  # noqa: E402

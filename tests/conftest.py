@@ -125,7 +125,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     for name, few in (("PANEL_MOMENTS", 2), ("PATH_MOMENTS", 4), ("PARTICLES", 9)):
         monkeypatch.setattr(transport_pictures, name, few)
     monkeypatch.chdir(tmp_path)
-    # with HYDRA_FULL_ERROR set, Hydra prints a full traceback for a broken config; the commands set it themselves
+    # with HYDRA_FULL_ERROR set, Hydra prints a full traceback for a broken config. The commands set this variable
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     # sweeps set this variable, and monkeypatch restores only variables that it has seen
     monkeypatch.setenv("TQDM_DISABLE", "")

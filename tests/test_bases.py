@@ -41,7 +41,7 @@ BASES: dict[str, Callable[..., Base]] = {
 
 
 def closed_form(base: Base) -> D.Distribution:
-    """Returns the same distribution over flattened z."""
+    """Returns torch's distribution that equals the base, over flattened z."""
     d = math.prod(base.event_shape)
     if isinstance(base, StudentT):
         return D.Independent(D.StudentT(base.df.flatten()), 1)
@@ -69,7 +69,7 @@ def test_log_prob_equals_the_closed_form(make: Callable[..., Base], shape: tuple
 
 
 def test_sample_marginals_match_the_density(make: Callable[..., Base]) -> None:
-    """Random projections of the draws pass a Kolmogorov-Smirnov test against draws from torch.distributions."""
+    """Projections of the samples pass a Kolmogorov-Smirnov test against samples of torch.distributions."""
     base, n = make(), 4000
     ours, theirs = base.sample(n), closed_form(base).sample((n,))
     for direction in torch.cat([torch.eye(3), torch.randn(2, 3)]):
@@ -88,11 +88,11 @@ def test_probability_transforms_are_uniform_and_independent(make: Callable[..., 
 
 
 def test_probability_transform_jacobian_equals_the_density(make: Callable[..., Base]) -> None:
-    """log|det du/dz| of a Rosenblatt transformation is log p0(z)."""
+    """For the Rosenblatt transformation u(z), log |det du/dz| equals log p0(z)."""
     base = make()
     z = base.sample(5)
     if isinstance(base, StudentT):
-        # central differences, because to_uniform computes no gradients
+        # central differences are used, because to_uniform computes no gradients
         h = 1e-5
         columns = [(base.to_uniform(z + h * e) - base.to_uniform(z - h * e)) / (2 * h) for e in torch.eye(3)]
         jacobian = torch.stack(columns, 2)
@@ -152,7 +152,7 @@ def test_standard_normal_has_no_state_and_samples_like_randn() -> None:
 
 
 def test_bases_can_be_built_on_the_meta_device() -> None:
-    """Bases can be built on the meta device, as loading a checkpoint does to compare the shapes of weights."""
+    """Loading a checkpoint builds bases on the meta device, to compare the shapes of weights."""
 
     def shapes() -> list[dict[str, torch.Size]]:
         bases = [StudentT((2,), 3.0), UniformBox([0.0, 0.0], [1.0, 1.0]), GaussianMixture(2, 3)]
@@ -190,7 +190,7 @@ def test_uniform_box_density_is_zero_outside() -> None:
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal"])
 def test_mixture_rsample_gradients_match_the_expectation(covariance: str) -> None:
-    """The estimate from draws matches E[a^T z + |z|^2] = sum_k w_k (a^T m_k + |m_k|^2 + |L_k|^2)."""
+    """The expectation is E[a^T z + |z|^2] = sum_k w_k (a^T m_k + |m_k|^2 + |L_k|^2)."""
     base, a = mixture((2,), covariance), torch.tensor([0.3, -1.0])
     parameters = list(base.parameters())
     z = base.rsample(60_000)
@@ -202,7 +202,7 @@ def test_mixture_rsample_gradients_match_the_expectation(covariance: str) -> Non
 
 
 def test_rsample_gradients_keep_the_transform_constant() -> None:
-    """The implicit derivative keeps u(z(parameters), parameters) constant."""
+    """u(z(parameters), parameters) is constant if z moves along its implicit derivative."""
     base = mixture((2,))
     direction = [torch.randn_like(p) for p in base.parameters()]
     z = base.rsample(4)
@@ -266,7 +266,7 @@ def test_em_with_one_component_equals_the_sample_gaussian() -> None:
 
 
 def test_prior_does_not_change_one_component() -> None:
-    """The prior's target is the covariance within clusters, and there is only one cluster."""
+    """The prior pulls covariances toward the covariance within clusters. Both are equal if there is one cluster."""
     x = torch.randn(50, 3) @ torch.randn(3, 3) + 5
     base = GaussianMixture((3,), 1, prior=20).fit(x, floor=0.0)
     torch.testing.assert_close((base.scale_tril @ base.scale_tril.mT)[0], torch.cov(x.T, correction=0))
@@ -285,7 +285,7 @@ def test_initialization_does_not_depend_on_row_order() -> None:
 
 
 def test_float32_fit_computes_in_float64() -> None:
-    """The rows are far from 0, so float32 does not resolve their covariance."""
+    """The rows are so far from 0 that a covariance computed in float32 would be wrong."""
     x = (1e4 + torch.randn(400, 2)).float()
     base = GaussianMixture(2, 1).float()
     torch.manual_seed(2)

@@ -31,7 +31,7 @@ def test_every_image_experiment_trains(experiment: str, run: Run, tmp_path: Path
 
 
 def test_runs_have_more_validations_than_patience() -> None:
-    """A run with fewer validations than its patience would never stop early."""
+    """A run with fewer validations than the patience would never stop early."""
     for keys in (
         ["data=array", "data.path=x"],
         ["data=array", "data.path=x", "model=realnvp"],

@@ -306,7 +306,7 @@ def test_hutchinson_program_uses_the_probes_of_a_single_row(tmp_path: Path) -> N
 
 
 def test_large_samples_use_estimated_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    # the first scale has 144 elements; the second has half of them, so its trace is exact
+    # the first scale has 144 elements. The second has 72, so its trace is exact
     flow = fixed_step_flow((1, 12, 12), steps=1, scales=1)
     x = flow.sample(3)
     monkeypatch.setitem(export.TIGHT, "rtol", 1e-2)

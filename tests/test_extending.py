@@ -1,4 +1,4 @@
-"""The section Extending of flowtrain/README.md: its files as printed there, and its commands with fewer steps."""
+"""The section Extending of flowtrain/README.md: the files are used as printed, the commands with fewer steps."""
 
 import importlib
 import json
@@ -49,7 +49,7 @@ def fast_overrides(line: str) -> list[str]:
 
 @pytest.fixture
 def project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Creates a working directory with the files of the section. No other test sees their package."""
+    """Creates a working directory with the files of the section. Other tests cannot import the package in it."""
     for name, text in FILES.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 def package_module(name: str) -> ModuleType:
-    """Imports a module of the package before any other test has looked for it."""
+    """Imports a module of the package in the working directory."""
     sys.path.append(str(Path.cwd()))
     return importlib.import_module(f"mypkg.{name}")
 
@@ -197,14 +197,14 @@ def test_untrusted_package_is_not_imported(run: Run, project: Path) -> None:
     assert str(project) not in sys.path
     with pytest.raises(CheckpointError, match="trust"):
         importlib.import_module("flowtrain").load(run_dir)
-    # trusting another package does not allow the import of the package beside the checkpoint
+    # trust in another package does not permit the import of this package
     code, _, err = run("floweval", f"ckpt={run_dir}", "trust=[torch]")
     assert code == 2
     assert "mypkg" not in sys.modules
 
 
 def test_every_command_finds_user_configs(run: Run, project: Path) -> None:
-    """User configs are found beside flowtrain's runs too, and help, error messages and sweeps include them."""
+    """Every command finds the user's configs, also with a checkpoint. Help and error messages list them."""
     own = ("--config-dir", "conf")
     code, out, err = run("flowtrain", *own, "data=banana", "model=affine", *SHORT)
     assert code == 0, err

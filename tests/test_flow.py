@@ -28,7 +28,7 @@ A = torch.tensor([[0.6, -0.3], [0.9, 0.2]], dtype=torch.float64)
 
 
 class Linear(nn.Module):
-    """v = A x: transporting a standard normal along v gives N(0, expm(A) expm(A)^T)."""
+    """The field v = A x. Its flow transports a standard normal to N(0, expm(A) expm(A)^T)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def true_density() -> torch.distributions.MultivariateNormal:
 
 
 class Gaussian(Dataset):
-    """Samples of the linear flow's own density, so that its KL divergence is zero."""
+    """Samples of the density of `linear_flow`, so the KL divergence of this flow is zero."""
 
     def __init__(self, n: int = 4000) -> None:
         self.event_shape = (2,)

@@ -22,7 +22,7 @@ Array = NDArray[Any]
 
 @dataclass
 class Frame:
-    """A data frame with the fewest attributes that flows accept."""
+    """A data frame with only the attributes that flows need."""
 
     columns: list[Any]
     values: Array
@@ -39,7 +39,7 @@ class Indexed(Frame):
 
 
 def trained_on(flow: Flow, columns: tuple[str, ...], label: str | None = None) -> Flow:
-    """Returns the flow with a record of its columns, as a run returns it."""
+    """Gives a flow the record of columns that training would give it."""
     samples = Samples(flow.event_shape, columns=columns, label=label, classes=flow.classes)
     flow.record = SimpleNamespace(samples=samples)  # type: ignore[assignment]
     return flow
@@ -171,7 +171,7 @@ def test_data_frame_columns_are_selected_by_name(kind: type[Frame]) -> None:
     for names, said in ((["a", "c"], "'b'"), (["a", "b", "a"], "'a'")):
         with pytest.raises(DataError, match=said):
             flow.log_prob(kind(names, array(7, len(names))))
-    # latents have no names
+    # the columns of latents have no names, so the names of the frame are ignored
     np.testing.assert_array_equal(flow.forward(kind(["b", "a"], x)), flow.forward(x))
 
 

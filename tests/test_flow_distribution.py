@@ -281,7 +281,7 @@ def test_generator_determines_the_samples() -> None:
         assert torch.equal(first, flow.sample(9, generator=generator(4), chunk=2))
         assert torch.equal(torch.rand(2), expected)
         assert not torch.equal(first, flow.sample(9, generator=generator(5)))
-    # a generator in the state of the global one gives the same samples
+    # a generator in the same state as the global generator gives the same samples
     torch.manual_seed(7)
     assert torch.equal(flows[0].sample(9), flows[0].sample(9, generator=generator(7)))
 

@@ -19,7 +19,7 @@ from flowtrain.nn.divergence import TraceRule
 from flowtrain.ode import SolveOptions, ode_solver
 from flowtrain.utils.errors import ConfigError, FlowtrainError
 
-# one of each kind: both engines, fixed and adaptive steps, quadrature on stages and on dense output
+# one solver of each kind: both engines, fixed and adaptive steps, quadrature on stages and on dense output
 SOLVERS: list[dict[str, Any]] = [
     {"method": "dopri5", "rtol": 1e-9},
     {"method": "dopri5", "rtol": 1e-9, "gradient": "adjoint"},
@@ -47,7 +47,7 @@ def test_grad_and_vmap_match_autograd_for_every_solver(settings: dict[str, Any],
     (expected,) = torch.autograd.grad(log_p.sum(), x)
     tolerance = 1e-2 if settings["method"] == "adaptive_heun" else 1e-6
     if settings.get("gradient") == "adjoint" or settings["method"] in ("heun3", "implicit_adams"):
-        # the adjoint approximates the gradient of the exact solution; torch.func differentiates the steps
+        # the adjoint approximates the gradient of the exact solution, but torch.func differentiates the steps
         tolerance = max(tolerance, 1e-5)
 
     def of_row(row: Tensor) -> Tensor:
@@ -63,7 +63,8 @@ def test_grad_and_vmap_match_autograd_for_every_solver(settings: dict[str, Any],
     ("settings", "training"), [({"method": "dopri5", "rtol": 1e-8}, True), ({"method": "rk4", "steps": 10}, False)]
 )
 def test_jacobian_and_hessian_match_references(settings: dict[str, Any], training: bool) -> None:
-    """Second derivatives match finite differences of first ones, and the Jacobian matches the log-determinant."""
+    """Second derivatives match finite differences of first derivatives, and the Jacobian matches the
+    log-determinant."""
     flow, x = ode_flow(settings, training), torch.randn(2)
 
     def log_p(row: Tensor) -> Tensor:

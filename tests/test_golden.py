@@ -1,6 +1,7 @@
 """Checkpoints of earlier versions keep their density, and evaluate, sample and resume to the same numbers.
 
-tests/golden/README.md explains how they were made. If a test here fails, the code is wrong, not the golden.
+tests/golden/README.md explains how these checkpoints were made. If a test here fails, the code is wrong, not the
+golden.
 """
 
 import json

@@ -63,7 +63,7 @@ def test_gradients_match_the_cpu(gradient: str, images: bool) -> None:
     for p in field.parameters():
         nn.init.normal_(p, std=0.3)
     x = torch.randn(16, 1, 8, 8) if images else torch.randn(64, 2)
-    # one probe per pixel makes the trace exact, so the devices have no noise to differ in
+    # with one probe per pixel the trace is exact, so the results do not depend on the noise of the device
     flow = Continuous(field, ode_solver("dopri5", gradient, rtol=1e-4), TraceRule("exact"))
     expected = step_gradients(flow, x)
     found = step_gradients(flow.to("cuda"), x.to("cuda"))
@@ -127,7 +127,7 @@ def test_flow_matching_objectives_and_reflow_train(objective: str, tmp_path: Pat
     keys = ["device=cuda", "trainer.steps=40", "trainer.val_every=20", "data.n_test=100"]
     config = compose_defaults([f"objective={objective}", *keys, "objective.coupling=optimal"])
     again = compose_defaults(["objective=rectified", *keys, f"from={tmp_path / 'first'}", "objective.pairs=1000"])
-    # the command does this when it composes the config
+    # the command makes this change when it composes the config
     again["model"] = config["model"]
     with messages():
         assert train(config, tmp_path / "first")[1] == 0

@@ -1,4 +1,4 @@
-"""Malicious files run no code, fill no memory and reach no other file. Each is refused with a one-line message."""
+"""Malicious files run no code, fill no memory and reach no other file. Each file is refused with a one-line message."""
 
 import os
 import pickle
@@ -27,7 +27,7 @@ from flowtrain.utils.errors import CheckpointError, DataError
 
 
 class Bomb:
-    """An object whose unpickling calls a function, here one that creates a file."""
+    """An object whose unpickling calls a function that creates a file."""
 
     def __init__(self, path: Path, call: Callable[..., Any] = os.system) -> None:
         self.path, self.call = path, call

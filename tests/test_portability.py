@@ -14,8 +14,9 @@ import torch
 from flowtrain.training import checkpoint
 from flowtrain.utils import arguments, files, process
 
-# This script runs in a new process. It removes the modules and names that Windows or other systems lack, then imports
-# flowtrain, and imports filelock again because torch has already imported it. To save time, it runs all commands.
+# This script runs in a new process. The script removes the modules and names that Windows or other systems lack, and
+# imports flowtrain. It imports filelock again, because torch has already imported it. To save time, it runs all
+# commands.
 WITHOUT = """
 import os, pathlib, signal, sys, time, types, warnings
 import matplotlib.pyplot, numpy, torch

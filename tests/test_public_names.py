@@ -78,7 +78,7 @@ assert not avoided & set(sys.modules), "of a fit"
 
 
 def test_model_functions_and_modules_are_importable_by_name() -> None:
-    # each module can be imported first; torch is imported once, because it takes most of the time
+    # each module can be the first import. torch is imported only once, because its import takes most of the time
     code = """
 import sys, torch
 from importlib import import_module

@@ -58,7 +58,7 @@ def record_of(file: tuple[int, str], rows: Iterable[tuple[str, NDArray[np.int64]
 
 
 def changes(before: Record, now: Record, sets: Iterable[str] = (FILE, "val", "test")) -> str | None:
-    """Describes how these sets have changed. Returns None if they are the same or missing from either record.
+    """Describes how sets have changed between two records. Returns None if no set that is in both records has changed.
 
     Example:
         >>> before = ("file", 150, "a5"), ("test", 15, "07@a5")
@@ -115,11 +115,12 @@ class Samples:
     of sample. The comparison ignores `class_counts` and `record`.
 
     Attributes:
-        columns: the names of the columns if the training file has names. New data are read by these names.
-        label: the name of the column of labels if it has a name. New data are read by this name.
+        columns: the names of the columns if the training file has names. They select the columns of new data.
+        label: the name of the column of labels if it has a name. It selects the labels of new data.
         centered: whether float32 cannot resolve the samples. The samples are then float64, and the flow subtracts
             `Dataset.offset` from them.
-        noisy: the columns of whole numbers to which the data set adds noise. Only vectors of real numbers have them.
+        noisy: the columns of whole numbers to which the data set adds noise. Only data of real-valued vectors have such
+            columns.
         class_counts: the number of training rows of each class; () if unknown.
         record: row counts and checksums of the data, see `record_of`; () if unknown.
     """

@@ -145,7 +145,7 @@ class IDXImages(Finite):
         val_labels, test_labels: (n,), int64.
 
     Raises:
-        ConfigError: an invalid argument, or one that leaves no images for training.
+        ConfigError: an invalid argument, or arguments that leave no images for training.
         DataError: files that are missing, damaged, inconsistent or of another data set.
     """
 
@@ -197,7 +197,7 @@ class IDXImages(Finite):
         """Returns the rows `share` of the batch, (k, 1, H, W), uint8, on the device of the training set."""
         images = super().train_share(step, batch_size, seed, share)
         if self._crop:
-            # drawn for the whole batch, so the shift of an image does not depend on the share
+            # shifts are drawn for the whole batch, so the shift of an image does not depend on the share
             generator = step_generator(seed, _STREAM, _CROP, step)
             left = torch.randint(2 * self._crop + 1, (batch_size, 1, 1, 1), generator=generator)
             images = _shifted(images, self._crop, left[share])
@@ -220,7 +220,7 @@ def _root(root: str | None) -> Path:
 
 
 def _find(dataset: str, root: Path, advice: str) -> list[Path]:
-    """Finds the four files. All come from one folder, so two data sets are never mixed."""
+    """Finds the four files. All files come from the same folder, so two data sets are never mixed."""
     places = []
     for folder in (root / dataset, root):
         found = {name: _plain_or_gzipped(folder / name) for name in _FILES}
@@ -261,7 +261,7 @@ def _pair(image_file: Path, label_file: Path, advice: str) -> tuple[Tensor, Tens
 
 
 def _check_set(dataset: str, labels: Tensor, path: Path, advice: str) -> None:
-    """Raises DataError if the labels are those of another data set."""
+    """Raises DataError if the labels belong to another data set."""
     for name, first in _FIRST_LABELS.items():
         if name != dataset and tuple(labels[: len(first)].tolist()) == first:
             raise DataError(f"{path} belongs to {name}, not to {dataset}: choose data={name}, or {advice}")

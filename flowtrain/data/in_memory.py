@@ -19,7 +19,8 @@ class Epochs:
 
     Args:
         n: the number of rows in an epoch, at least 1.
-        stream: the key of the random stream that the orders are drawn from. The number of the epoch is appended to it.
+        stream: the key of the random stream that the orders are drawn from. The number of the epoch is appended to this
+            key.
     """
 
     def __init__(self, n: int, *stream: int) -> None:

@@ -85,10 +85,10 @@ class Fitted(NamedTuple):
 
 
 def has_baselines(flow: Density, data: Dataset) -> bool:
-    """Whether the mixture and the kernel density estimate can be compared with the flow.
+    """Returns whether the mixture and the kernel density estimate can be compared with the flow.
 
-    True for vectors from a finite training set. False for images, and for conditional flows, because the baselines
-    ignore labels.
+    They can for vectors from a finite training set. They cannot for images, and for conditional flows, because the
+    baselines ignore labels.
     """
     return len(data.event_shape) == 1 and data.n_train is not None and flow.classes is None
 
@@ -96,8 +96,8 @@ def has_baselines(flow: Density, data: Dataset) -> bool:
 def affordable_seconds(train_seconds: float) -> float:
     """Returns the time limit in seconds for the mixture and the kernel density estimate.
 
-    It is a tenth of the training time, at least 2 s and at most 20 s. For less than 2 s of training it is 0, because
-    importing scikit-learn takes 0.8 s.
+    The limit is a tenth of the training time, at least 2 s and at most 20 s. For less than 2 s of training it is 0,
+    because importing scikit-learn takes 0.8 s.
 
     Example:
         >>> affordable_seconds(1.0), affordable_seconds(5.0), affordable_seconds(100.0), affordable_seconds(3600.0)
@@ -307,8 +307,8 @@ def _kernels(table: StandardisedRows, seconds: float, scoring: int) -> Fitted | 
     m^(-1/(d+4)), which is then refined around its best value.
 
     `sklearn.neighbors.KernelDensity` is not used, because its tree loses digits in the tails. In version 1.9.1 with 5
-    columns, log p of points at 3 standard deviations was wrong by up to 600 nats. It agrees with `kernel_log_probs` if
-    all rows are in one leaf of the tree.
+    columns, log p of points at 3 standard deviations was wrong by up to 600 nats. scikit-learn agrees with
+    `kernel_log_probs` if all rows are in one leaf of the tree.
 
     Args:
         seconds: the time limit, which may reduce the number of kernels.
@@ -428,7 +428,7 @@ def _divided(data: Dataset, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Returns training rows (k, d) and validation rows (m, d) for the mixture and the kernel density estimate.
 
     Args:
-        rows: all training rows, (n, d). They are split if the data set has no validation set.
+        rows: all training rows, (n, d). The training rows are split if the data set has no validation set.
     """
     if not isinstance(data, RowsInMemory):
         # the validation rows of a file may be sorted, so a random subset is used

@@ -26,7 +26,7 @@ def calibration(z: Tensor, base: Base) -> tuple[Calibration, dict[str, Tensor]]:
     - F(|y|^2), where y_j = Phi^-1(u_j) and F is the chi-square distribution function with d degrees of freedom.
 
     Each transform is tested separately. The radius |y| also shows dependence between dimensions. Latents with NaN are
-    left out. If all have NaN, the statistic is NaN.
+    left out. If all rows have NaN, the statistic is NaN.
 
     Returns:
         (result of the test, transforms for the figure by name, (n,) each).
@@ -54,12 +54,12 @@ def calibration(z: Tensor, base: Base) -> tuple[Calibration, dict[str, Tensor]]:
 
 
 def density_calibration(log_p: Tensor, of_samples: Tensor) -> tuple[Calibration, dict[str, Tensor]]:
-    """Tests whether data are draws from an ensemble, which has no latents, by the ranks of log p among samples.
+    """Tests whether data are draws from an ensemble, by the ranks of log p among samples. An ensemble has no latents.
 
-    u_i is the fraction of samples whose log p is below log p of row i; ties count half. This is 1 minus the probability
+    u_i is the fraction of samples whose log p is below log p of row i. Ties count half. u_i is 1 minus the probability
     of the smallest highest-density region that contains the row (Hyndman 1996, Computing and graphing highest density
     regions). u_i is uniform if the data are draws from the model. The test does not detect how rows are distributed
-    within a level set of the density. The p-value is that of a two-sample test.
+    within a level set of the density. The p-value comes from a two-sample test.
 
     Args:
         log_p: log p of the data, (n,). Rows with NaN are left out.

@@ -25,14 +25,14 @@ from flowtrain.utils.status import status
 
 # Largest deviation of the mass from 1, and error at which the grid is fine enough
 MISS, ENOUGH = 1e-3, 7e-4
-# Largest number of evaluated points, which the last doubling may exceed; and of nodes per side, by number of columns
+# Largest number of points before the last doubling, and of nodes per side by number of columns
 MOST_POINTS, SIDE = 70_000, {1: 2**17 + 1, 2: 2**11 + 1}
 FIRST_SIDE = {1: 257, 2: 33}
 # Extent of the grid divided by the extent of the samples, both measured from the median
 REACH = 1.5
 # For heavy tails: largest fraction of the mass beyond the farthest sample that may lie outside the grid
 LEFT_OUT = 1 / 20
-# The next grid leaves out the neighbours of nodes with less mass, whose total is negligible
+# The next grid leaves out the neighbours of nodes with less mass than this. The mass of all these nodes is negligible
 NO_MASS = 1e-9
 
 
@@ -144,7 +144,7 @@ def remaining_error(changes: list[float]) -> float:
     """Estimates the error of an integral after doublings of the grid that changed it by c_1, ..., c_k (`changes`).
 
     The estimate is c_k q / (1 - q) with q = c_k / c_(k-1): the remainder of a geometric series with the ratio of the
-    last two changes (Aitken 1926). It is exact for a rule of any order, and too large if the rule converges
+    last two changes (Aitken 1926). The estimate is exact for a rule of any order, and too large if the rule converges
     geometrically.
     """
     last = changes[-1]
@@ -166,10 +166,10 @@ def _near(coarse: Tensor) -> Tensor:
 ROUND_TRIP = 1e-2
 # Limit of differences between log-determinants, as a fraction of 1 + |log det|, by whether ODEs are solved
 LOG_DET = {False: 1e-6, True: 2e-4}
-# Tolerance of the solves that checks compare, tight enough that solver errors do not matter; and the tolerance for
-# samples too large for a Jacobian, whose solves are slower and whose log-determinants are thousands of nats
+# Tolerances at which checks solve ODEs. With TIGHT, solver errors are negligible. TIGHT_MANY is for samples too large
+# for a Jacobian. Their solves are slower, and their log-determinants are thousands of nats
 TIGHT, TIGHT_MANY = 1e-7, 1e-5
-# Relative rounding error of an NLL that is accepted in float32: its epsilon is 1.2e-7, and couplings amplify it
+# Relative rounding error of an NLL that is accepted in float32. Its epsilon is 1.2e-7, and couplings amplify the error
 ROUNDED = 1e-5
 # If a map passes these checks, its density integrates to 1
 IMPLY_MASS = ("log-det", "round trip", "own samples")
@@ -190,7 +190,8 @@ def checks(
 ) -> list[Check]:
     """Makes all checks of a flow in evaluation mode. The message of a check that was not made gives the reason.
 
-    For an ensemble, checks of a map are made for each member. The worst is returned with the name of the member.
+    For an ensemble, checks of a map are made for each member. The worst of these checks is returned with the name of
+    the member.
 
     Args:
         subset: rows for the checks that need data.
@@ -242,7 +243,7 @@ def check_each_map(density: Density, name: str, make: Callable[[Flow], Check]) -
 
 
 def _badness(check: Check) -> tuple[bool, bool, float]:
-    """Sort key for checks: failed checks are the worst, then checks that were not made, then by value / limit."""
+    """Returns a sort key: failed checks are the worst, then checks that were not made, then by value / limit."""
     share = check.value / check.limit if check.value is not None and check.limit else 0.0
     return check.passed is False, check.passed is None, share if math.isfinite(share) else math.inf
 
@@ -303,15 +304,18 @@ def check_precision(flow: Density, budget: Budget, nll: float, nll_stderr: float
 def largest_bias(flow: Density, nll_stderr: float) -> float:
     """Returns the largest tolerated bias of the NLL in nats: a tenth of the sampling error, which hides a smaller bias.
 
-    It is at most PAIRED plus PAIRED_PER_COLUMN for each column, because the sampling error cancels in the difference of
-    two flows on the same rows (as in a KL).
+    The bias is at most PAIRED plus PAIRED_PER_COLUMN for each column, because the sampling error cancels in the
+    difference of two flows on the same rows (as in a KL).
     """
     most = PAIRED + PAIRED_PER_COLUMN * math.prod(flow.event_shape)
     return max(SMALL, min(nll_stderr / 10, most)) if math.isfinite(nll_stderr) else SMALL
 
 
 def check_mass(exact: Density) -> Check | None:
-    """Checks that p integrates to 1, for one or two columns. A logit is excluded: some mass is outside its levels."""
+    """Checks that p integrates to 1, for one or two columns.
+
+    A flow with a logit is not checked, because some mass is outside the levels.
+    """
     if len(exact.event_shape) != 1 or exact.event_shape[0] > 2 or exact.levels is not None:
         return None
     found = measured_mass(exact)
@@ -356,7 +360,8 @@ def check_log_det(exact: Flow, subset: Subset) -> Check:
         log_p, z = exact.log_prob_and_latents(x, label)
         log_det = log_p - exact.base_log_prob(z)
     try:
-        # not as a batch, because torch 2.13 with oneMKL on several threads factorizes batches of large matrices wrongly
+        # one matrix at a time, because torch 2.13 with oneMKL on several threads factorizes batches of large matrices
+        # wrongly
         expected = torch.stack([torch.linalg.slogdet(one).logabsdet for one in jacobians(exact, x, label)])
     except RuntimeError as e:
         why = f"the derivative of the inverse could not be computed: {first_line(e)}"
@@ -392,7 +397,7 @@ def jacobians(flow: Flow, x: Tensor, label: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class BaseRoundTrip:
-    """Draws z from the base, mapped to samples x by `forward` and back by `inverse`.
+    """The round trip of base samples z: mapped to samples x by `forward`, and back by `inverse`.
 
     Attributes:
         z: draws from the base, (B, *event_shape).
@@ -443,7 +448,7 @@ def check_round_trip(exact: Flow, subset: Subset, drawn: BaseRoundTrip) -> Check
 
 def check_own_samples(exact: Flow, drawn: BaseRoundTrip) -> Check:
     """Checks log p(x) of the flow's own samples x = forward(z) against log p0(z) - log|det dx/dz|."""
-    # computed by a second formula, because the log density of the base is checked too
+    # The log density of the base is computed by a second formula, because this check also tests the base
     of_base = log_prob_by_formula(exact.base, drawn.z)
     if of_base is None:
         why = f"there is no second formula for the density of the base {type(exact.base).__name__} to compare with"
@@ -454,7 +459,8 @@ def check_own_samples(exact: Flow, drawn: BaseRoundTrip) -> Check:
     if estimates_trace(exact):
         value, limit = float(gap.mean().abs()), limit + 4 * stderr(gap)
     else:
-        # a quantile, because a few samples that float64 rounds to the edge of the range of the data have no valid log p
+        # The quantile ignores the few samples without a valid log p, which float64 rounds to the edge of the range of
+        # the data
         value = upper_quartile(gap.abs())
     return check_limit(
         "own samples",

@@ -68,9 +68,9 @@ def rows_of_checks(event_shape: tuple[int, ...]) -> int:
 def budget(flow: Density, subset: Subset, log_p: Tensor, draws: int) -> Budget:
     """Measures the error budget of the NLL -mean(log_p).
 
-    For an ensemble, the solver and precision errors are measured on log p of the ensemble. To first order its error is
-    the mean of the members' errors d log p_m(x), weighted by the responsibilities r_m(x) = w_m p_m(x) / p(x). It is
-    therefore at most the largest error of a member.
+    For an ensemble, the solver and precision errors are measured on log p of the ensemble. To first order, the error of
+    log p is the mean of the members' errors d log p_m(x), weighted by the responsibilities r_m(x) = w_m p_m(x) / p(x).
+    This mean is at most the largest error of a member.
 
     Args:
         subset: the rows that solver, trace and precision errors are measured on.
@@ -135,8 +135,8 @@ def stderr(values: Tensor) -> float:
 def trace_error(flow: Density, subset: Subset, n: int, draws: int) -> float:
     """Returns the standard error of the mean of n rows due to the noise of an estimated trace; 0 if the trace is exact.
 
-    It is computed from the variance of each row over DRAWS draws. With several dequantization draws, and for ensembles,
-    log p is the mean of two passes with independent probes (see `score_rows`), which halves the variance.
+    The error is computed from the variance of each row over DRAWS draws. With several dequantization draws, and for
+    ensembles, log p is the mean of two passes with independent probes (see `score_rows`), which halves the variance.
     """
     if not estimates_trace(flow):
         return 0.0

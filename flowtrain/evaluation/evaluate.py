@@ -367,7 +367,7 @@ def score_members(
 ) -> dict[str, Any]:
     """Returns the attributes of an `Evaluation` that describe the members of an ensemble.
 
-    Members of weight 0 are scored here. A member whose ODE cannot be solved gets NaN for all rows.
+    Only members of weight 0 are scored by this function. A member whose ODE cannot be solved gets NaN for all rows.
 
     Args:
         log_p: log p of the members with a positive weight, (n, M).
@@ -489,7 +489,8 @@ def check_fits(flow: Density, data: Dataset, dequantization_samples: int = 1) ->
     if dequantization_samples > 1 and not flow.integer_valued:
         why = "the noise on its columns is drawn once" if flow.noisy else "no noise is added to its data"
         raise ConfigError(
-            f"dequantization_samples={dequantization_samples}: this flow is not integer-valued, and {why}; omit it"
+            f"dequantization_samples={dequantization_samples}: this flow is not integer-valued, and {why}; omit this "
+            "setting"
         )
 
 

@@ -76,10 +76,10 @@ def score_rows(
 ) -> Scores:
     """Computes log p(x) in nats for all rows of x, and latents of some rows.
 
-    For whole numbers this is log 1/K sum_k p(x + u_k) with uniform u_k and K = `draws`. In expectation it increases
-    with K towards log P(x) (Burda et al. 2016, Importance weighted autoencoders, theorem 1, for a uniform proposal).
-    The members of an ensemble score the same points x + u_k. If the trace is estimated, the log of a sum is replaced by
-    `bound_of_estimates`, which needs twice as many solves.
+    For whole numbers this is log 1/K sum_k p(x + u_k) with uniform u_k and K = `draws`. The expectation of this
+    estimate increases with K towards log P(x) (Burda et al. 2016, Importance weighted autoencoders, theorem 1, for a
+    uniform proposal). The members of an ensemble score the same points x + u_k. If the trace is estimated, the log of a
+    sum is replaced by `bound_of_estimates`, which needs twice as many solves.
 
     Args:
         x: rows (n, *event_shape) in data units.

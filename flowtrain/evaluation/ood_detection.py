@@ -41,10 +41,10 @@ def ood_detection(name: str, inside: Tensor, outside: Tensor, entropy: float, en
 def auroc(inside: Tensor, outside: Tensor) -> tuple[float, float]:
     """Computes the area under the receiver operating characteristic (ROC), and its standard error.
 
-    The area is P(outside > inside) + P(outside = inside) / 2 over all pairs of scores (n,) and (m,). It is computed
-    from ranks (Mann and Whitney 1947). For the error, each score gets the fraction of scores of the other set that it
-    exceeds, and the variance of these fractions is taken over both sets (DeLong et al. 1988, Comparing the areas under
-    two or more correlated ROC curves). The error is NaN if a set has fewer than two scores.
+    The area is P(outside > inside) + P(outside = inside) / 2 over all pairs of scores (n,) and (m,). The area is
+    computed from ranks (Mann and Whitney 1947). For the error, each score gets the fraction of scores of the other set
+    that it exceeds, and the variance of these fractions is taken over both sets (DeLong et al. 1988, Comparing the
+    areas under two or more correlated ROC curves). The error is NaN if a set has fewer than two scores.
 
     Example:
         >>> area, error = auroc(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.5, 4.0]))

@@ -31,10 +31,10 @@ def concentration(
     sets from a standard normal distribution whose density is known exactly.
 
     Valid densities were simulated: log p of normal distributions in 1, 4 and 30 dimensions, of Student's t with 1 and 3
-    degrees of freedom, and with exponential and Gumbel tails. They failed in at most 1.8% of sets of 10 rows, 0.2% of
-    20 rows, 0.05% of 50 rows, and never with 100 to 10,000 rows. A Gaussian fitted to heavy tails may fail, and this is
-    intended. Fitted to Student's t with 3 degrees of freedom, it fails in 13% of sets of 20 rows and in 55% of sets of
-    1,000 rows.
+    degrees of freedom, and with exponential and Gumbel tails. The check failed in at most 1.8% of sets of 10 rows, 0.2%
+    of 20 rows, 0.05% of 50 rows, and never with 100 to 10,000 rows. The check is intended to fail for a Gaussian fitted
+    to heavy tails. For a Gaussian fitted to Student's t with 3 degrees of freedom, it fails in 13% of sets of 20 rows
+    and in 55% of sets of 1,000 rows.
 
     A row whose log p is not finite always fails the check.
 
@@ -96,7 +96,7 @@ def outlying(log_p: Tensor) -> tuple[float, Tensor]:
     Returns:
         (share, rows). `share` is the largest fraction of the variance that a few far rows carry, and 0 if no row is far
         from the others. `rows` is the smallest set of rows that carries more than half of the variance, as positions in
-        log_p, the farthest first. It is empty if the share is at most half.
+        log_p, the farthest first. The set is empty if `share` is at most half.
     """
     n = len(log_p)
     most = min(max(FEW, int(SHARE * n)), n // 5)

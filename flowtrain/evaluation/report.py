@@ -22,7 +22,7 @@ class Table:
 
     Attributes:
         heading: the heading above it.
-        words: a sentence about its content; may be empty.
+        words: a sentence about the content of the table; may be empty.
         head: the names of its columns.
         rows: its cells.
     """
@@ -65,7 +65,7 @@ def write_report(
 
 
 def chosen_figures(figures: Sequence[Path]) -> list[Path]:
-    """One file of each figure, PNG before SVG before other formats.
+    """Returns one file of each figure, PNG before SVG before other formats.
 
     Example:
         >>> [str(path) for path in chosen_figures([Path("a.pdf"), Path("a.png"), Path("b.pdf")])]
@@ -79,7 +79,7 @@ def chosen_figures(figures: Sequence[Path]) -> list[Path]:
 
 
 def tables_of(result: Evaluation) -> list[Table]:
-    """The tables of the report: the numbers, the error budget and the checks."""
+    """Returns the tables of the report: the numbers, the error budget and the checks."""
     unit = result.unit[0]
     return [
         Table("Results", "", ("", ""), list(result.rows())),
@@ -102,7 +102,7 @@ def tables_of(result: Evaluation) -> list[Table]:
 
 
 def budget_rows(result: Evaluation) -> list[Row]:
-    """The measured parts of the error budget: name, size and method."""
+    """Returns the measured parts of the error budget: name, size and method."""
     b, (_, scale) = result.budget, result.unit
     low, high = (scale * end for end in b.interval)
     parts = [
@@ -135,12 +135,12 @@ def _verdict(check: Check) -> str:
 
 
 def _links(page: Path, figures: Sequence[Path]) -> list[str]:
-    """The figures by their paths relative to the page."""
+    """Returns the figures by their paths relative to the page."""
     return [Path(os.path.relpath(figure, page.parent)).as_posix() for figure in figures]
 
 
 def as_markdown(title: str, headline: str, about: str, tables: Sequence[Table], links: Sequence[str]) -> str:
-    """The report in Markdown, with links to its figures."""
+    """Returns the report in Markdown, with links to its figures."""
     parts = [f"# {cell(title)}", f"**{cell(headline)}**", cell(about)]
     for table in tables:
         parts += [f"## {table.heading}", *([table.words] if table.words else []), as_table(table.head, table.rows)]
@@ -170,7 +170,7 @@ figcaption { color: #6b6b6b; font-size: .9rem; }
 def as_html(
     title: str, headline: str, about: str, tables: Sequence[Table], figures: Sequence[Path], links: Sequence[str]
 ) -> str:
-    """The report in HTML as one file: PNG and SVG figures are embedded, others are links."""
+    """Returns the report in HTML as one file: PNG and SVG figures are embedded, others are links."""
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="headline">{escape(headline)}</p>',
@@ -205,7 +205,7 @@ FRAGMENT_STYLE = """
 
 
 def as_fragment(result: Evaluation) -> str:
-    """The headline and the tables of the report in HTML, for a page such as a notebook."""
+    """Returns the headline and the tables of the report in HTML, for a page such as a notebook."""
     parts = [f"<style>{FRAGMENT_STYLE}</style>", f'<p class="headline">{escape(result.headline)}</p>']
     for table in tables_of(result):
         parts += _html_table(table)

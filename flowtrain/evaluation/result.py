@@ -123,7 +123,7 @@ class Member:
     Attributes:
         path: the file of the member, or its name.
         weight: its weight in the ensemble.
-        nll: its own negative log-likelihood; NaN if it could not be computed.
+        nll: the negative log-likelihood of the member; NaN if it could not be computed.
         nll_stderr: the standard error over the rows.
     """
 
@@ -161,8 +161,8 @@ class OODDetection:
     Attributes:
         name: the name of the other set.
         n: the number of its samples.
-        infinite: the number of its samples without a finite log p, which count as the least likely.
-        nll: the NLL of its samples with finite log p.
+        infinite: the number of samples in the other set without a finite log p. They count as the least likely.
+        nll: the NLL of the samples in the other set with finite log p.
         auroc: the area under the ROC curve with -log p as the OOD score. This is P(log p of a sample of the other set <
             log p of a sample of the evaluated set), where ties count half.
         typicality_auroc: the area with |log p + entropy| as the OOD score (Nalisnick et al. 2019, Detecting

@@ -22,14 +22,14 @@ from flowtrain.utils.status import status
 
 METHODS = ("euler", "midpoint")
 PROJECTIONS = 256
-# the jackknife: groups of rows, and projections. With fewer projections the error over rows is nearly the same
+# Number of groups of rows, and of projections, in the jackknife. More projections give nearly the same error
 GROUPS, ERROR_PROJECTIONS = 20, 64
 # Largest number of samples that are compared
 ROWS = 10_000
 
 
 @dataclass(frozen=True)
-class Row:
+class SolverQuality:
     """The quality of samples drawn with one solver.
 
     Attributes:
@@ -58,16 +58,16 @@ class SampleQuality:
         projections: the number of projections of the sliced Wasserstein distance.
         data: the distance between validation and test data, which is the expected distance of perfect samples.
         data_stderr: the standard error of this distance.
-        exact: the samples of the checkpoint's own solver.
-        rows: the samples of solvers with fixed steps.
+        exact: the quality with the checkpoint's own solver.
+        rows: the quality with each solver with fixed steps.
     """
 
     n: int
     projections: int
     data: float
     data_stderr: float
-    exact: Row
-    rows: tuple[Row, ...]
+    exact: SolverQuality
+    rows: tuple[SolverQuality, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content for JSON."""
@@ -113,14 +113,17 @@ def quality(flow: Flow, data: Dataset, steps: Sequence[int], seed: int = 0) -> S
         flow.sample(10)
     # samples have the labels of the test data
     _, label = held_out(flow, data, "test")
-    draw = partial(_row, flow, real=real, label=None if label is None else label[:n], seed=seed)
-    exact = draw(solver=own, steps=None)
-    rows = [draw(solver=ode_solver(m, steps=k, max_nfe=own.max_nfe), steps=k) for m in methods for k in steps]
+    measured = partial(_quality_with, flow, real=real, label=None if label is None else label[:n], seed=seed)
+    exact = measured(solver=own, steps=None)
+    rows = [measured(solver=ode_solver(m, steps=k, max_nfe=own.max_nfe), steps=k) for m in methods for k in steps]
     distance, error = sliced_wasserstein(other, real), distance_error(other, real)
     return SampleQuality(n, PROJECTIONS, distance, error, exact, tuple(rows))
 
 
-def _row(flow: Flow, *, solver: Solver, steps: int | None, real: Tensor, label: Tensor | None, seed: int) -> Row:
+def _quality_with(
+    flow: Flow, *, solver: Solver, steps: int | None, real: Tensor, label: Tensor | None, seed: int
+) -> SolverQuality:
+    """Draws samples with a solver and compares them with the test data `real`."""
     begun = time.perf_counter()
     words = f"{solver.method}" + ("" if steps is None else f", {steps} steps")
     with status(words), seeded(seed, flow.like.device), record_solves() as solves:
@@ -131,7 +134,8 @@ def _row(flow: Flow, *, solver: Solver, steps: int | None, real: Tensor, label: 
         raise NonFiniteError(f"samples of {solver.method}{how} are NaN or infinite: give more steps")
     nfe = nfe_of_pass(flow, solves)
     assert nfe is not None
-    return Row(solver.method, steps, nfe, sliced_wasserstein(samples, real), seconds, distance_error(samples, real))
+    distance, error = sliced_wasserstein(samples, real), distance_error(samples, real)
+    return SolverQuality(solver.method, steps, nfe, distance, seconds, error)
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = PROJECTIONS) -> float:
@@ -140,8 +144,9 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = PROJECTIONS) -> 
     SW_2(x, y) = (E_a int_0^1 |F_a^-1(q) - G_a^-1(q)|^2 dq)^(1/2)
 
     a is uniform on the unit sphere. F_a and G_a are the distribution functions of <a, x> and <a, y> (Bonneel et al.
-    2015, Sliced and Radon Wasserstein barycenters, section 3). Every call uses the same random projections a. The
-    distance between two samples of the same distribution is not 0, but about n^(-1/2) times its standard deviation.
+    2015, Sliced and Radon Wasserstein barycenters, section 3). Every call uses the same random directions a. The
+    distance between two samples of the same distribution is not 0, but about n^(-1/2) times the standard deviation of
+    the distribution.
 
     Shapes: x and y (n, *event).
 
@@ -159,27 +164,28 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = PROJECTIONS) -> 
 
 
 def _directions(x: Tensor, projections: int) -> Tensor:
-    """Unit vectors, (d, projections), the same every time, for x (n, d)."""
+    """Returns random unit vectors (d, projections) for x (n, d). Every call returns the same vectors."""
     with seeded(0, x.device):
         a = torch.randn(x.shape[1], projections, dtype=x.dtype, device=x.device)
     return functional.normalize(a, dim=0)
 
 
 def distance_error(x: Tensor, y: Tensor, projections: int = ERROR_PROJECTIONS) -> float:
-    """The standard error of `sliced_wasserstein` over the rows of x and y (n, *event), in the units of the data.
+    """Estimates the standard error of `sliced_wasserstein` over the rows of x and y (n, *event), in units of the data.
 
-    This is the jackknife that leaves out one of G groups of rows of both sets at a time (Shao and Tu 1995, The
-    jackknife and bootstrap, section 2.3): the square root of (G - 1)/G sum_g (SW_g - mean of SW)^2. It is too large by
-    about 40% for two samples of one distribution. NaN with fewer than 2 G rows.
+    The estimate is the grouped jackknife (Shao and Tu 1995, The jackknife and bootstrap, section 2.3): the square root
+    of (G - 1)/G sum_g (SW_g - mean of SW)^2, where SW_g leaves out group g of G groups of rows in both sets. The
+    estimate is about 40% too large for two samples of the same distribution. It is NaN for fewer than 2 G rows.
     """
     n = len(x)
     if n < 2 * GROUPS:
         return math.nan
-    # in random order, because rows may be sorted, and in another order for y, because the sets are independent
+    # The groups are random, because the rows may be sorted. They differ between x and y, because the sets are
+    # independent
     generator = torch.Generator().manual_seed(0)
     one, other = (torch.randperm(n, generator=generator) % GROUPS for _ in range(2))
     x, y = x.flatten(1).double(), y.flatten(1).double()
-    # sorted once for all groups: (projections, n), in which each projection loses as many values
+    # u and v, (projections, n), are sorted only once: without a group, every projection has the same number of values
     (u, i), (v, j) = ((rows @ _directions(rows, projections)).T.contiguous().sort(1) for rows in (x, y))
     squares = []
     for g in range(GROUPS):

@@ -1,1 +1,1 @@
-"""Builds, loads, trains and summarizes runs from plain configs. Does not import Hydra."""
+"""Builds, loads, trains and summarizes runs from plain configs. This package does not import Hydra."""

@@ -43,15 +43,17 @@ def build_data(config: Config, **tables: Any) -> Dataset:
 
 
 def build_solver(config: Config) -> Solver:
-    """Builds the ODE solver. A flow that solves no ODE does not use it."""
+    """Builds the ODE solver. A flow that solves no ODE does not use the solver."""
     return cast(Solver, _call(config, "solver"))
 
 
 def build_objective(config: Config, flow: Flow, teacher: Flow | None = None) -> Objective:
-    """Builds the objective with its regularizer. Steps, seed and teacher are passed if its constructor has them.
+    """Builds the objective with its regularizer.
+
+    Steps, seed and teacher are passed if the constructor of the objective has these arguments.
 
     Args:
-        teacher: the flow of the run that this run begins from; None: none.
+        teacher: the flow of the run `from`; None without such a run.
 
     Raises:
         ConfigError: an invalid key of the objective or the regularizer, or a missing teacher.
@@ -111,7 +113,7 @@ def build_flow(config: Config, samples: Samples) -> Flow:
 
 def build_density(config: Config, samples: Samples) -> Density:
     """Builds a flow as `build_flow` does, or an ensemble from its description."""
-    # built even if the model does not use it, so that an invalid solver key is reported
+    # the solver is built even if the model does not use it, so that an invalid solver key is reported
     offered = {"solver": build_solver(config), "classes": samples.classes}
     wanted = _wanted(config, "model", offered)
     found = cast(Density, _call(config, "model", event_shape=samples.event_shape, **wanted))
@@ -251,7 +253,7 @@ def _checked_call(function: Any, group: str, arguments: dict[str, Any]) -> Any:
     """Calls a function of a group.
 
     Raises:
-        ConfigError: an unknown or missing argument. The message lists the valid ones.
+        ConfigError: an unknown or missing argument. The message lists the valid arguments.
     """
     if getattr(function, "args", ()):
         return function(**arguments)
@@ -264,8 +266,8 @@ def _checked_call(function: Any, group: str, arguments: dict[str, Any]) -> Any:
     missing = [k for k, p in named.items() if k not in given and p.default is p.empty]
     if unknown or missing:
         names = [k for k in named if k not in (*arguments, *GIVEN)]
-        takes = f"{original.__name__} takes"
+        lead = f"the keys of {original.__name__} are"
         if unknown:
-            raise ConfigError(f"{group}: unknown key {', '.join(unknown)}; {choose(unknown[0], names, takes)}")
-        raise ConfigError(f"{group}: missing key {', '.join(missing)}; {takes} {', '.join(names)}")
+            raise ConfigError(f"{group}: unknown key {', '.join(unknown)}; {choose(unknown[0], names, lead)}")
+        raise ConfigError(f"{group}: missing key {', '.join(missing)}; {lead} {', '.join(names)}")
     return function(**arguments)

@@ -34,21 +34,21 @@ class Candidate:
     """A model of a search with its results.
 
     Attributes:
-        name: the name of the model; for further seeds, followed by their number, as in nsf-2.
+        name: the name of the model. Further seeds of a model have a number, as in nsf-2.
         model: the name of the model.
-        seed: the seed of its run.
+        seed: the seed of the candidate's run.
         stage: 0: not trained yet. 1: trained for the first part. 2: trained to the end.
-        nll: the validation NLL of its best checkpoint in nats; None before the first.
+        nll: the validation NLL of the candidate's best checkpoint in nats; None before the first checkpoint.
         nll_stderr: the standard error of `nll`.
-        trimmed: the same NLL without the 1% of the rows with the lowest log p. Flows are ranked by it, because a few
-            outlying rows can dominate an NLL, but have little effect in a stack with a mixture.
-        step: the step of its best checkpoint.
+        trimmed: the same NLL without the 1% of the rows with the lowest log p. Flows are ranked by this NLL, because a
+            few outlying rows can dominate an NLL, but have little effect in a stack with a mixture.
+        step: the step of the best checkpoint.
         steps: the number of steps so far.
         max_steps: the largest number of steps.
-        best: NLL in nats and step of its best validation, for the restart of its training.
+        best: NLL in nats and step of the best validation, for the restart of training.
         seconds: the time for building, training and scoring.
-        ended: the reason why its training has ended; None if it can continue.
-        weight: its weight in the stack.
+        ended: the reason why training has ended; None if training can continue.
+        weight: the weight of the candidate in the stack.
     """
 
     name: str

@@ -55,8 +55,8 @@ class Choice:
 def resolve_components(config: Mapping[str, Any], data: Dataset, seconds: float = SECONDS) -> dict[str, Any]:
     """Returns the config with each `auto` of a mixture's `components`, `covariance` and `prior` replaced by its value.
 
-    The values have the lowest validation NLL among the mixtures that `choose_mixture` fits to the training rows. The
-    rows are standardised, which changes every NLL by the same amount.
+    The mixture with these values has the lowest validation NLL among the mixtures that `choose_mixture` fits. The rows
+    are standardised, which changes every NLL by the same amount.
 
     Args:
         seconds: the time after which no further mixture is tried.

@@ -37,9 +37,9 @@ class ConfigFile:
     """A file of a config group.
 
     Attributes:
-        whole: whether its keys are keys of the whole config. Otherwise, they are keys of its group.
-        parents: files of the same group that it extends.
-        choices: the choices of other groups that it makes.
+        whole: whether the keys in the file are keys of the whole config. Otherwise, they are keys of the file's group.
+        parents: files of the same group that this file extends.
+        choices: the choices of other groups in this file.
         content: its own keys.
     """
 
@@ -142,7 +142,7 @@ def compose(settings: Mapping[str, Any], folders: Sequence[Path] = ()) -> Compos
 
 
 def default_choices(keys: Set[str], model: str | None = None) -> dict[str, str]:
-    """Returns the default model and objective of a run on a table, without those that are chosen already.
+    """Returns the default model and objective of a run on a table. Choices that the user has made are left out.
 
     Args:
         keys: the choices and the dotted keys that are set.

@@ -81,7 +81,7 @@ def messages(path: Path | None = None) -> Iterator[None]:
 def _log_file(path: Path) -> logging.FileHandler:
     """Returns a handler for the log file, which the first message creates, so that a refused command leaves no file."""
     file = logging.FileHandler(path, encoding="utf-8", delay=True)
-    # on a full disk, messages are lost in the file without an error; the terminal has shown them
+    # on a full disk, a message is missing in the file, without an error. The terminal has shown the message
     file.handleError = lambda record: None  # type: ignore[method-assign]
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     return file

@@ -1,7 +1,7 @@
 """Describes flows that were built by hand.
 
 A description is a config: nested mappings with `_target_`, the path of a class, and the arguments of its constructor.
-`flowtrain.runs.build` builds the objects from it.
+`flowtrain.runs.build` builds the flow from its description.
 """
 
 import inspect

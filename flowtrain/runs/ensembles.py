@@ -32,7 +32,7 @@ SAME = ("event_shape", "integer_valued", "levels", "noisy", "columns", "label")
 
 
 class Run(NamedTuple):
-    """A run or a file that becomes a member of an ensemble. `name` is its name in tables and messages."""
+    """A run or a file that becomes a member of an ensemble. `name` is used in tables and messages."""
 
     name: str
     flow: Density
@@ -130,7 +130,7 @@ def difference_between(one: Run, other: Run) -> str | None:
         before = {name: rest for name, *rest in one.samples.record}
         now = {name: rest for name, *rest in other.samples.record}
         if before.keys() != now.keys():
-            return f"one has the sets {', '.join(before)}, the other {', '.join(now)}"
+            return f"one run has the sets {', '.join(before)}, the other run has {', '.join(now)}"
         change = changes(one.samples.record, other.samples.record)
         return None if change is None else f"from the first to the second, {change}"
     a, b = one.config["data"], other.config["data"]

@@ -81,7 +81,9 @@ def draw_figures(
     options: PlotOptions,
     time_budget: TimeBudget | None = None,
 ) -> list[Path]:
-    """Draws all figures of a flow and its evaluation. A figure that fails is a warning, and the others are drawn.
+    """Draws all figures of a flow and its evaluation.
+
+    A figure that fails gives a warning, and the other figures are drawn.
 
     Args:
         data: the data set whose test set is drawn beside samples.
@@ -113,7 +115,7 @@ def draw_figures(
 
 
 def figure_title(config: Mapping[str, Any], result: Evaluation) -> str:
-    """The title of figures: model, data, step, and the NLL of the evaluated rows; images in bits/dim."""
+    """Returns the title of figures: model, data, step, and the NLL of the evaluated rows; images in bits/dim."""
     step = "" if result.members else f"step {result.step:,}"
     which = {"test": "test ", "val": "validation "}.get(result.split, "")
     return ", ".join(filter(None, (title_of(config), step, f"{which}{result.words}")))

@@ -117,19 +117,19 @@ def fit(
             uses the labels of a data set.
         val: the validation set, by which the best weights are chosen: rows like x, or (rows, labels). A number is the
             share of x to hold out. None: 0.1.
-        test: the test set, given like `val`. It is scored only if there is a run directory. `Flow.record.held_out` has
-            the positions of the rows that were held out from x.
+        test: the test set, given like `val`. The test set is scored only if there is a run directory.
+            `Flow.record.held_out` has the positions of the rows that were held out from x.
         levels: the number of values if x contains integers 0 .. levels - 1, such as 256 for images of bytes. The flow
             then models the density of x + u with u ~ U[0, 1) (dequantization). For counts without a largest value, give
             overrides={"data.dequantize": True} instead.
         steps: the number of optimizer steps. None: the default for the model and the data.
-        minutes: the time limit of the whole call. Learning rate and tolerance reach their final values by then. None:
-            three minutes for a search, and no limit for a single model.
+        minutes: the time limit of the whole call. Learning rate and tolerance reach their final values before this
+            limit. None: three minutes for a search, and no limit for a single model.
         seed: the seed of the initial weights and the batches. The split into sets depends on the key `data.seed` only.
         device: auto (a GPU if there is one), cpu, cuda or cuda:0.
         run_dir: a directory for the files of a run: log, metrics, checkpoints, a copy of the data, pictures and
-            result.json. It must not contain another run. `flowtrain resume=RUN_DIR` continues the run. None: nothing is
-            written.
+            result.json. The directory must not contain another run. `flowtrain resume=RUN_DIR` continues the run. None:
+            nothing is written.
         progress: whether to show a progress bar.
         overrides: further settings by their keys on the command line, {"trainer.lr": 1e-3, "solver": "tsit5"} or
             ["trainer.lr=1e-3", "solver=tsit5"]. They override the arguments above. `flowtrain --help` lists the keys.
@@ -198,11 +198,10 @@ def train(
 ) -> Record:
     """Trains a flow that was built by hand, in place. Arguments that are not listed here are as in `fit`.
 
-    The rows of x must have the event shape of the flow, and be integers if the flow is integer-valued. They are
-    standardised only if the flow contains a `flowtrain.bijections.Standardize`.
-    Afterwards, the flow has the weights with the best validation NLL and is in evaluation mode. If training fails, the
-    flow gets its former weights back. With overrides={"objective": "rectified"}, the present flow is the teacher for
-    straight paths (reflow).
+    The rows of x must have the event shape of the flow, and be integers if the flow is integer-valued. The rows are
+    standardised only if the flow contains a `flowtrain.bijections.Standardize`. Afterwards, the flow has the weights
+    with the best validation NLL and is in evaluation mode. If training fails, the flow gets its former weights back.
+    With overrides={"objective": "rectified"}, the present flow is the teacher for straight paths (reflow).
 
     Args:
         device: the device to train on. None: the device of the flow.
@@ -521,7 +520,7 @@ def _run(
         with _new_run_directory(path):
             paths = {key: str(path / TABLES[key]) for key in source.tables}
             config = {**config, "data": {**config["data"], **paths}}
-            # written first, because the leftovers of a killed fit are recognised by its config
+            # the config is written first, because it identifies the files of a killed fit
             _write_hydra(path, config, composed)
             for key, table in source.tables.items():
                 write_table(Path(paths[key]), table)
@@ -576,7 +575,7 @@ def _files_of_others(run_dir: Path) -> list[Path]:
         patterns = (*TABLES.values(), *FILES)
     found = [path for pattern in patterns for path in sorted(run_dir.glob(pattern))]
     links = [path for pattern in (*TABLES.values(), *FILES) for path in run_dir.glob(pattern) if path.is_symlink()]
-    # a refused fit leaves an empty log
+    # an empty log may come from a fit that was refused
     return [*links, *(path for path in found if path.stat().st_size)]
 
 

@@ -18,9 +18,9 @@ from flowtrain.runs.sweep_summary import ERROR, RESULT, read, result_of, varied_
 from flowtrain.utils.errors import ConfigError, first_line
 
 CONFIG, METRICS = ".hydra/config.yaml", "metrics.jsonl"
-# what Hydra and `flowtrain` write into the directory of a sweep
+# files that Hydra and `flowtrain` write into the directory of a sweep
 OF_SWEEP = ("multirun.yaml", "sweep.csv")
-# files that a directory must have one of to be a run
+# a directory with one of these files is a run
 OF_RUN = (METRICS, RESULT, CONFIG)
 # keys of a row in a file, in this order
 COLUMNS = (
@@ -35,7 +35,7 @@ class ListedRun:
 
     Attributes:
         path: the run directory.
-        name: its path below the directory that was searched.
+        name: the path of the run below the directory that was searched.
         model, data: the names of the model and of the data; None if unknown.
         split: the set of `nll`: test, or val if the run has no result.
         nll, nll_stderr: in nats; None if there is no validation yet.
@@ -43,10 +43,10 @@ class ListedRun:
         train_seconds: seconds of training.
         steps: the last step that the metrics or the result name.
         state: "finished", "stopped at step K", "failed" or "running".
-        changed: when a file of the run was last written, in seconds since 1970.
+        changed: the time at which a file of the run was last written, in seconds since 1970.
         sweep: the path of the sweep that the run belongs to.
-        overrides: in a sweep, the overrides that differ between its runs.
-        problem: what cannot be read; empty if nothing.
+        overrides: the overrides of the run that differ between the runs of its sweep.
+        problem: describes what cannot be read; empty if everything was read.
     """
 
     path: Path
@@ -66,16 +66,17 @@ class ListedRun:
     problem: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The values by the names in COLUMNS, for JSON."""
+        """Returns the values by the names in COLUMNS, for JSON."""
         found = {name: getattr(self, name) for name in COLUMNS}
         sweep = None if self.sweep is None else str(self.sweep)
         return {**found, "path": str(self.path), "sweep": sweep, "overrides": dict(self.overrides)}
 
 
 def find_runs(root: Path) -> list[ListedRun]:
-    """The runs in a directory and below it, the last written one last. A sweep has the place of its last written run.
+    """Returns the runs in a directory and below it, in the order of their last changes.
 
-    The runs of a sweep follow each other in the order of their names. Candidates of a search are left out.
+    The runs of a sweep follow each other in the order of their names, at the place of the run that changed last.
+    Candidates of a search are left out.
 
     Args:
         root: a run directory, a sweep directory, or a directory that contains some.
@@ -99,7 +100,7 @@ def find_runs(root: Path) -> list[ListedRun]:
 
 
 def _run_dirs(root: Path) -> Iterator[Path]:
-    """The run directories below a directory. Hidden directories, and those inside a run, are not searched."""
+    """Returns the run directories below a directory. Hidden directories, and those inside a run, are not searched."""
     # os.walk skips directories that cannot be read, and does not follow links
     for folder, below, files in os.walk(root):
         path = Path(folder)
@@ -112,7 +113,7 @@ def _run_dirs(root: Path) -> Iterator[Path]:
 
 
 def _sweep_of(path: Path, root: Path) -> Path | None:
-    """The sweep directory that a run lies in, not above the directory that was searched."""
+    """Returns the directory of the sweep to which a run belongs; None if there is no such directory in `root`."""
     for folder in path.parents:
         if any(_is_file(folder / name) for name in OF_SWEEP):
             return folder
@@ -122,7 +123,7 @@ def _sweep_of(path: Path, root: Path) -> Path | None:
 
 
 def _swept_overrides(sweep: Path) -> dict[Path, dict[str, str]]:
-    """The overrides that differ between the runs of a sweep, by run directory."""
+    """Returns the overrides that differ between the runs of a sweep, by run directory."""
     try:
         jobs = read(sweep)
     except OSError:
@@ -171,7 +172,7 @@ def read_run(
 
 
 def _names(path: Path, problems: list[str]) -> tuple[str | None, str | None]:
-    """The names of the model and of the data."""
+    """Returns the names of the model and of the data."""
     try:
         config = read_yaml((path / CONFIG).read_text(encoding="utf-8"))
         return name_of(config["model"]), data_name(config)
@@ -191,7 +192,7 @@ def _result(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def read_rows(path: Path, problems: list[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl that have a step. Other lines are left out."""
+    """Returns the rows of metrics.jsonl that have a step. Other lines are left out."""
     rows = []
     try:
         with (path / METRICS).open(encoding="utf-8", errors="replace") as file:
@@ -210,7 +211,7 @@ def read_rows(path: Path, problems: list[str] | None = None) -> list[dict[str, A
 
 
 def _last_row(path: Path) -> dict[str, Any]:
-    """The last whole row of metrics.jsonl, from the end of the file."""
+    """Returns the last whole row of metrics.jsonl, from the end of the file."""
     try:
         with (path / METRICS).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
@@ -228,7 +229,7 @@ def _last_row(path: Path) -> dict[str, Any]:
 
 
 def _state(path: Path, result: Mapping[str, Any], last_step: int) -> str:
-    """The state of a run; see `ListedRun`."""
+    """Returns the state of a run; see `ListedRun`."""
     if is_in_use(path):
         return "running"
     if result and last_step <= _whole(result.get("steps"), last_step):
@@ -243,7 +244,7 @@ def _state(path: Path, result: Mapping[str, Any], last_step: int) -> str:
 def is_in_use(path: Path) -> bool:
     """Whether a live process holds the lock of a run directory."""
     file = path / LOCK
-    # where the system has file locks, the lock file is empty
+    # if the system has file locks, the lock file is empty
     if not _is_file(file) or (file.stat().st_size and filelock.FileLock is not filelock.SoftFileLock):
         return False
     lock = filelock.FileLock(file)
@@ -274,7 +275,7 @@ def _changed(file: Path) -> float:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None."""
+    """Returns a finite number, or None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
     return float(value) if is_number and math.isfinite(value) else None
 
@@ -289,5 +290,5 @@ def _brief(error: Exception) -> str:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """A sort key that puts 9 before 10."""
+    """Returns a sort key that puts 9 before 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

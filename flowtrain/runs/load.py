@@ -74,7 +74,7 @@ def nested_values(node: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tupl
 
 
 # Limits for configs in files. Integers up to 1024 in a model config and samples of up to 2**24 elements are always
-# allowed. Larger ones must not exceed the number of weights in the file
+# allowed. Larger integers must not exceed the number of weights in the file
 SMALL_NUMBER, SMALL_SAMPLE = 1024, 2**24
 # keys of integers that do not affect the size of a model
 UNBOUNDED = ("levels", "max_nfe", "warmup")
@@ -102,8 +102,8 @@ def load(
     The flow is in evaluation mode and has the dtype of the saved weights. If training averaged the weights (EMA), the
     flow has the averages.
 
-    A sweep directory, or a list of runs with the same data, gives an `Ensemble`: log p(x) = log sum_m w_m p_m(x). Its
-    weights are computed by EM on the validation rows, which are read again, see
+    A sweep directory, or a list of runs with the same data, gives an `Ensemble`: log p(x) = log sum_m w_m p_m(x). The
+    weights of the members are computed by EM on the validation rows, which are read again, see
     `flowtrain.models.ensemble.stacking_weights`. If the path is the file of an ensemble, its weights are in the file.
 
     Args:

@@ -40,7 +40,7 @@ LEAST_HYBRID = 10
 
 @dataclass(frozen=True)
 class Parts:
-    """Objects that the caller of a run has built. They replace the objects of the config.
+    """Objects that the caller of a run has built. These objects replace the objects of the config.
 
     Attributes:
         flow: a flow, which is trained in place.
@@ -139,8 +139,8 @@ def prepare(
     if run_dir is None:
         return trainer
     if saved is None and teacher_checkpoint is not None and build.takes_teacher(config) and ranks.is_first():
-        # Written last, because the directory then counts as a run. The content was read at the start, because the other
-        # run may have changed since
+        # The file is written last, because it makes the directory count as a run. The content was read at the start,
+        # because the run `from` may have changed since then
         checkpoint.save(run_dir / TEACHER, teacher_checkpoint)
     if board is not None:
         board.follow(trainer.metrics, trainer.step, run_dir / "plots")
@@ -194,10 +194,10 @@ def _fitting(flow: Flow, data: Dataset) -> Flow:
 
 
 def read_teacher(config: Mapping[str, Any], run_dir: Path | None, resumed: bool) -> dict[str, Any] | None:
-    """Reads the checkpoint of the run `from`; None if it is not needed.
+    """Reads the checkpoint of the run `from`; None if the checkpoint is not needed.
 
-    A new run starts with its weights. Some objectives also learn from its flow. When their runs are resumed, the copy
-    in the run directory is read, because the other run may have changed.
+    A new run starts with the weights of the checkpoint. Some objectives also learn from the flow in the checkpoint. A
+    resumed run with such an objective reads the copy in its own run directory, because the run `from` may have changed.
 
     Raises:
         CheckpointError: the checkpoint is missing.
@@ -240,7 +240,9 @@ def check_same(who: str, before: Samples, now: Samples) -> None:
 
 
 def check_unchanged(before: Samples, now: Samples) -> None:
-    """Checks that the data of a resumed run have not changed. Otherwise, it could be tested on its training rows.
+    """Checks that the data of a resumed run have not changed.
+
+    With changed data, the run could be tested on rows on which it was trained.
 
     Raises:
         DataError: the data have changed.

@@ -74,7 +74,7 @@ def _train(
     board = None if run_dir is None else tensorboard.board(config["logger"], run_dir / "tensorboard")
     if board is not None and "png" not in options.formats:
         log.warning(
-            "plots.format=[%s]: TensorBoard shows PNG only, so it gets no figures; add png for them",
+            "plots.format=[%s]: TensorBoard shows only PNG, so it gets no figures. To see them, add png",
             ",".join(options.formats),
         )
     trainer: Trainer | Search

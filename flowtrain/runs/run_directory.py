@@ -45,7 +45,7 @@ def holding(run_dir: Path) -> Iterator[None]:
     ignored after that process has ended.
 
     Raises:
-        InUseError: another process holds the lock. The message names it.
+        InUseError: another process holds the lock. The message names this process.
         ConfigError: the directory cannot be created, a file of the run is a link whose target would be overwritten, or
             a file of another program has the name of the lock file.
     """
@@ -77,7 +77,8 @@ def holding(run_dir: Path) -> Iterator[None]:
     finally:
         holder.unlink(missing_ok=True)
         if isinstance(lock, filelock.UnixFileLock):
-            # filelock does not remove the file. It is removed while still locked, so that no other process can hold it
+            # filelock does not remove the file. The file is removed while still locked, so that no other process can
+            # hold the lock
             (run_dir / NAME).unlink(missing_ok=True)
         lock.release()
 
@@ -104,7 +105,7 @@ def _named(holder: Path) -> str:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Removes empty directories, given innermost first. Stops at the first one that is not empty."""
+    """Removes empty directories, given innermost first. Stops at the first directory that is not empty."""
     with suppress(OSError):
         for folder in folders:
             if folder.exists():

@@ -41,7 +41,7 @@ def save(flow: Density, path: str | Path) -> None:
         raise ConfigError(f"{path}: give a name that ends in .pt, such as {path.name or 'flow'}.pt")
     content = content_of(flow)
     try:
-        # without a copy of the previous file, because the directory is the user's
+        # no copy of the previous file is kept, because the directory belongs to the user
         checkpoint.save(path, content, keep_previous=False)
     except OSError as e:
         raise CheckpointError(f"{path}: the flow could not be written ({e})") from e
@@ -86,7 +86,7 @@ def _content(flow: Density, samples: Samples) -> dict[str, Any]:
 
 
 def _solver_group(config: Mapping[str, Any], solver: Solver) -> dict[str, Any]:
-    """Returns the solver group of the run's config, or a description of the solver if the flow now has another one."""
+    """Returns the solver group of the run's config, or a description of `solver` if it differs from this group."""
     own = build_solver(config)
     if type(own) is type(solver) and own.settings == solver.settings:
         return dict(config["solver"])

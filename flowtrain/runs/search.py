@@ -76,12 +76,12 @@ SEARCH = "search"
 # models that are fitted first, each with its largest share of the time limit
 CHEAP = {"affine": 0.05, "mixture": 0.15}
 # FINALISTS: without a time limit, the number of flows that are trained to the end. FIRST_PART: every flow first trains
-# for this share of the total time of the best flow. Its learning rate schedule ends with this part, because flows are
-# not comparable while the learning rate is high, and then restarts. Validation NLL after 60 s on one thread if only the
-# best flow continues, and if the two best flows continue: gas -7.80 and -7.45, pendigits -31.2 and -31.3, annthyroid
-# -20.23 and -20.25
+# for this share of the total time of the best flow. The learning rate schedule ends with this part, because flows are
+# not comparable while the learning rate is high. In the second part, the schedule restarts. Validation NLL after 60 s
+# on one thread if only the best flow continues, and if the two best flows continue: gas -7.80 and -7.45, pendigits
+# -31.2 and -31.3, annthyroid -20.23 and -20.25
 FINALISTS, FIRST_PART = 2, 1 / 6
-# the share of the validation rows, those with the lowest log p, that a ranking leaves out
+# a ranking leaves out this share of the validation rows, the rows with the lowest log p
 TRIMMED = 0.01
 # largest number of further seeds; the search ends when a seed lowers the validation NLL by less than GAIN nats
 SEEDS, GAIN = 3, 0.005
@@ -89,9 +89,9 @@ SEEDS, GAIN = 3, 0.005
 LARGE, LONG = 5_000, 100_000
 # largest number of validation rows for the scores of the candidates
 ROWS = 10_000
-# no further candidate begins if a smaller share of the time limit is left
+# no further candidate begins if less than this share of the time limit is left
 LEAST_SHARE = 0.03
-# the share of `time_budget` for the search, as long as the time to score a row is not measured
+# the share of `time_budget` for the search, until the time to score a row is measured
 SEARCH_SHARE = 0.6
 # time for the choice of the mixture: the share of the time left, and the least seconds
 COMPONENTS_SHARE, COMPONENTS_LEAST = 0.15, 1.0
@@ -107,8 +107,8 @@ class Search:
 
     Results are stored in RUN/search/search.json as soon as they are known, and the checkpoints of each candidate in
     RUN/search/NAME. The checkpoint of the run contains the ensemble so far. A resumed search does not repeat finished
-    work. With `trainer.steps` and without `trainer.time_limit`, no decision depends on time, and a resumed search gives
-    exactly the same result as an uninterrupted one.
+    work. With `trainer.steps` and without `trainer.time_limit`, no decision depends on time, and an interruption does
+    not change the result.
 
     `flowtrain.runs.finish.finish` uses a search like a `flowtrain.training.trainer.Trainer`.
 
@@ -174,7 +174,7 @@ class Search:
         log.info("%s", self._banner())
 
     def _begin(self) -> None:
-        """Reads the state of a resumed search. A new search removes the leftovers of a killed one."""
+        """Reads the state of a resumed search, or removes the files of a killed search before a new search."""
         if self.run_dir is None:
             return
         folder = self.run_dir / SEARCH_FOLDER
@@ -354,8 +354,8 @@ class Search:
 
         Args:
             name: the name of the candidate.
-            model: the name of its model.
-            stage: 1 or 2, see `Candidate`.
+            model: the name of the candidate's model.
+            stage: the number of the stage, 1 or 2, see `Candidate`.
             seconds: the time limit of the stage; None: the stage has a number of steps instead.
 
         Raises:
@@ -392,13 +392,13 @@ class Search:
         config = self._config_of(candidate) if saved is None else saved["config"]
         if candidate.max_steps is None:
             candidate.max_steps = config["trainer"]["steps"]
-            # the first checkpoint of the candidate may have another number of steps
+            # stored now, because the config in the first checkpoint of the candidate may have another number of steps
             self._write_state()
         steps = candidate.max_steps
         restarts = stage == 2 and saved is not None and saved["step"] == candidate.steps
         if saved is not None and restarts:
-            # Resets early stopping, because the NLL rises after the restart. `best` is kept, so that best.pt is
-            # replaced only by a lower NLL than in the first part
+            # Early stopping is reset, because the NLL rises after the restart. `best` is kept, so that best.pt is
+            # replaced only by weights with a lower NLL than the best of the first part
             saved = {**saved, "best": candidate.best, "best_rows": None, "counted": None, "stale": 0, "worse": []}
             patience = None if self._is_bounded_by_time() else config["trainer"]["patience"]
             config = {**config, "trainer": {**config["trainer"], "max_rise": None, "patience": patience}}
@@ -542,7 +542,7 @@ class Search:
             except FlowtrainError as e:
                 log.debug("%s has no result yet: %s", candidate.name, e)
         self._stack("interrupted")
-        # restores the state, so that the resumed search makes the same decisions as an uninterrupted one
+        # the previous state is restored, so that the interruption does not change the decisions of the resumed search
         self.stacks = {label: nll for label, nll in state[0].items() if label != "interrupted"}
         self.candidates = {each["name"]: Candidate(**each) for each in state[1]}
         self._write_state()
@@ -629,7 +629,7 @@ class Search:
         cheap, flows = ([m for m in self.models if (m in CHEAP) == is_cheap] for is_cheap in (True, False))
         steps = "" if self.max_steps is None else f"up to {self.max_steps:,} steps of each, "
         rows = {
-            "model": f"auto: fits {', '.join([*cheap, *flows])} and stacks the best; model=NAME fits one",
+            "model": f"auto: fits {', '.join([*cheap, *flows])} and stacks the best; model=NAME fits one model",
             "data": f"{data_name(self.given_config)}, {describe_samples(self.data)}",
             "training": f"{steps}{'no time limit' if self._left() == math.inf else f'{self._left():.0f} s in all'}, "
             f"seed {self.given_config['seed']}",
@@ -656,7 +656,7 @@ def _is_leftover(folder: Path) -> bool:
 
 
 def validations_of(run_dirs: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """The validations of several runs, with the name of the run as their split.
+    """Returns the validations of several runs. The split of each row is the name of the run.
 
     Args:
         run_dirs: run directories by name; those without metrics.jsonl are left out.
@@ -667,9 +667,9 @@ def validations_of(run_dirs: Mapping[str, Path]) -> list[dict[str, Any]]:
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows that the training curves of a run show; for a search, the validations of its candidates.
+    """Returns the rows of metrics that the training curves of a run show. The list may be empty.
 
-    Empty if the directory has no metrics.jsonl.
+    For a search, the rows are the validations of its candidates.
     """
     candidates = _content_of_state(run_dir / SEARCH_FOLDER).get("candidates")
     if isinstance(candidates, list):
@@ -680,13 +680,13 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def config_of_search(run_dir: Path) -> dict[str, Any] | None:
-    """Reads the config of the search in a run directory from its state file; None if there is no readable one."""
+    """Reads the config of the search in a run directory from its state file; None if it cannot be read."""
     config = _content_of_state(run_dir / SEARCH_FOLDER).get("config")
     return config if isinstance(config, dict) else None
 
 
 def best_candidate(run_dir: Path) -> Path | None:
-    """The directory of the candidate of a search with the lowest validation NLL; None if there is no such candidate."""
+    """Returns the directory of the candidate with the lowest validation NLL in a search; None if there is none."""
     candidates = _content_of_state(run_dir / SEARCH_FOLDER).get("candidates")
     found: dict[Path, float] = {}
     for candidate in candidates if isinstance(candidates, list) else []:
@@ -728,7 +728,9 @@ def _check(config: Mapping[str, Any]) -> None:
     keys = ("candidates", "conditional")
     for key in config["model"]:
         if key not in ("name", *keys):
-            raise ConfigError(f"model: unknown key {key}; {choose(key, keys, 'model=auto takes')}; or give model=NAME")
+            raise ConfigError(
+                f"model: unknown key {key}; {choose(key, keys, 'the keys of model=auto are')}; or give model=NAME"
+            )
     flag("model.conditional", config["model"].get("conditional", False))
     if config["objective"].get("name") not in (None, "likelihood"):
         raise ConfigError(
@@ -742,10 +744,10 @@ def _check(config: Mapping[str, Any]) -> None:
 
 
 def _models(config: Mapping[str, Any], data: Dataset) -> list[str]:
-    """Returns the models of a search, the cheap ones first.
+    """Returns the names of the models of a search. Cheap models come first.
 
     Raises:
-        ConfigError: an unknown model, or one that cannot be conditional for model.conditional=true.
+        ConfigError: an unknown model, or model.conditional=true with a model that cannot be conditional.
         DataError: model.conditional=true without labels.
     """
     given = config["model"].get("candidates")

@@ -21,9 +21,9 @@ from flowtrain.utils.errors import ConfigError, first_line
 from flowtrain.utils.files import write_text
 from flowtrain.utils.formatting import as_table, brief, with_error
 
-# files in the directory of a run: its result, its overrides, and its error message
-RESULT, OVERRIDES, ERROR = "result.json", ".hydra/overrides.yaml", "error.txt"
-CONFIG = ".hydra/config.yaml"
+# files in the directory of a run: the result, the error message, the overrides and the config
+RESULT, ERROR = "result.json", "error.txt"
+OVERRIDES, CONFIG = ".hydra/overrides.yaml", ".hydra/config.yaml"
 # keys of result.json in the CSV file
 MEASURED = (
     "val_nll", "val_nll_stderr", "nll", "nll_stderr", "bits_per_dim", "kl", "nfe", "solver_error", "roundtrip_error",
@@ -40,8 +40,8 @@ class Job:
 
     Attributes:
         name: the directory of the run, relative to the directory of the sweep.
-        keys: its overrides by key.
-        result: the content of its result.json; empty if it is missing or damaged.
+        keys: the values of the run's overrides, by key.
+        result: the content of the run's result.json; empty if the file is missing or damaged.
         error: the error message if there is no result, else None.
     """
 
@@ -52,7 +52,7 @@ class Job:
 
     @property
     def state(self) -> str:
-        """done, failed, or stopped (neither a result nor an error)."""
+        """The state of the run: done, failed, or stopped. A stopped run has neither a result nor an error."""
         return "done" if self.result else "failed" if self.error else "stopped"
 
     @property
@@ -78,7 +78,7 @@ def write_summary(root: Path) -> tuple[str, int]:
     """
     jobs = read(root)
     if not jobs:
-        return "no job was begun", 0
+        return "no job was started", 0
     keys = varied_keys(jobs)
     table = as_markdown(jobs, keys)
     done = [job for job in jobs if job.result]
@@ -122,7 +122,7 @@ def overrides_of(folder: Path) -> list[str] | None:
         given = yaml.safe_load((folder / OVERRIDES).read_text(encoding="utf-8"))
     except Exception:  # the file may be missing, or may belong to another program
         return None
-    # with the present names of keys, so that a sweep of an earlier version can be continued
+    # old names of keys become the present names, so that a sweep of an earlier version can be continued
     return [renamed_override(str(item)) for item in given] if isinstance(given, list) else None
 
 
@@ -144,7 +144,7 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """The config that the run in a directory was begun with; empty if it cannot be read."""
+    """Returns the config of the run in a directory; empty if the config cannot be read."""
     try:
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, UnicodeError, yaml.YAMLError):
@@ -153,7 +153,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def title_of_sweep(config: Mapping[str, Any], keys: Sequence[str], jobs: Sequence[Job]) -> str:
-    """The title of the figure, such as "realnvp on moons: sweep of trainer.lr, 4 of 4 runs done".
+    """Returns the title of the figure, such as "realnvp on moons: sweep of trainer.lr, 4 of 4 runs done".
 
     Args:
         config: the config of one run.
@@ -170,7 +170,7 @@ def title_of_sweep(config: Mapping[str, Any], keys: Sequence[str], jobs: Sequenc
 
 
 def options_of(config: Mapping[str, Any]) -> PlotOptions:
-    """The options of figures in the config of a run; the defaults if they are not valid."""
+    """Returns the options of figures in the config of a run; the defaults if the options are not valid."""
     try:
         return PlotOptions.of(config)
     except ConfigError:
@@ -186,8 +186,8 @@ def _pair(override: str) -> tuple[str, str]:
 def tied_with_best(jobs: Sequence[Job]) -> set[str]:
     """Returns the names of the runs whose validation NLL is not significantly worse than the best.
 
-    The difference to the best must be at most 2 standard errors of the difference. The errors of two runs are assumed
-    independent. This is conservative, because the errors of runs with the same validation set are correlated.
+    The NLL must exceed the best by at most 2 standard errors of the difference. The errors of two runs are assumed
+    independent. This makes the set larger, because the errors of runs with the same validation set are correlated.
     """
     best = min(jobs, key=lambda job: job.val_nll, default=None)
     if best is None or not math.isfinite(best.val_nll):
@@ -197,7 +197,7 @@ def tied_with_best(jobs: Sequence[Job]) -> set[str]:
 
 
 def varied_keys(jobs: Sequence[Job]) -> list[str]:
-    """Returns the keys that do not have the same value in all jobs, in the order of the command line."""
+    """Returns the keys whose values differ between jobs, in the order of the command line."""
     keys = dict.fromkeys(key for job in jobs for key in job.keys)
     return [key for key in keys if len({job.keys.get(key) for job in jobs}) > 1]
 
@@ -244,7 +244,7 @@ def _nll(result: dict[str, Any]) -> str:
 
 
 def _short(value: str) -> str:
-    """Returns a value as given; a long decimal number, as sweepers draw them, is rounded to four digits."""
+    """Returns a value as given, or rounded to four digits if it is a long decimal number, as sweepers draw them."""
     number = _as_number(value)
     return value if number is None or len(value) <= 12 or "." not in value else f"{number:.4g}"
 

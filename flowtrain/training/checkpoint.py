@@ -20,7 +20,7 @@ log = logging.getLogger("flowtrain")
 
 
 def checksum(content: Any) -> str:
-    """Returns the SHA-256 of plain values and tensors. It depends on types, order and values.
+    """Returns the SHA-256 of plain values and tensors. The checksum depends on types, order and values.
 
     Raises:
         CheckpointError: a value of another type, or a tensor that is larger than its storage.
@@ -58,7 +58,7 @@ def _add_tensor(digest: Any, value: Tensor) -> None:
     digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-# format 2 has a checksum; format 1, without one, can still be read
+# format 2 has a checksum. Format 1 has no checksum, and can still be read
 FORMAT = 2
 KEYS = ("format", "config", "event_shape", "step", "weights")
 # checks of values by key
@@ -90,7 +90,7 @@ def save(path: Path, checkpoint: dict[str, Any], keep_previous: bool = True) -> 
         except CheckpointError as e:
             raise OSError(f"{path}: the written file does not read back ({e})") from e
 
-    # in memory first: on a full disk, torch.save raises an error of its zip writer instead of OSError
+    # torch.save writes to memory, because on a full disk its zip writer does not raise OSError
     archive = io.BytesIO()
     torch.save(content, archive)
     with replacing(path, durable=True, check=reads_back, keep=previous(path) if keep_previous else None) as f:
@@ -126,7 +126,7 @@ def find(path: Path, prefer: str = "best") -> Path:
     """Returns the checkpoint file for `path`: the file itself, or a run directory's best checkpoint, else its last.
 
     Args:
-        prefer: "best": the best checkpoint, else the last one. "last": only the last one.
+        prefer: "best" for the best checkpoint, or the last if there is no best; "last" for the last checkpoint.
 
     Raises:
         CheckpointError: there is no such file, or no checkpoint in the directory.
@@ -152,7 +152,7 @@ def load(path: Path) -> dict[str, Any]:
     If the file is damaged, the previous checkpoint is read instead, with a warning.
 
     Raises:
-        CheckpointError: a file that is not a flowtrain checkpoint, is damaged, or contains other objects than weights
+        CheckpointError: a file that is not a flowtrain checkpoint, is damaged, or contains objects other than weights
             and plain values.
     """
     try:

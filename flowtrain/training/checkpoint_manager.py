@@ -69,7 +69,7 @@ class CheckpointManager:
         self._in_memory: dict[str, dict[str, Any]] = {}
 
     def write_best(self) -> bool:
-        """Writes best.pt, from which a flow is loaded. Returns whether it was written."""
+        """Writes best.pt, from which a flow is loaded. Returns whether the file was written."""
         return self._write("best", self.inference_state())
 
     def write_last(self) -> None:
@@ -91,7 +91,7 @@ class CheckpointManager:
         }
 
     def _write(self, name: str, state: dict[str, Any]) -> bool:
-        """Writes a checkpoint on rank 0. Returns whether it was written, the same on all ranks.
+        """Writes a checkpoint on rank 0. Returns whether the file was written; all ranks return the same.
 
         If the disk is full, the previous checkpoint is kept and the run continues. At step 0, the error is raised,
         because there is no previous checkpoint.
@@ -107,7 +107,7 @@ class CheckpointManager:
             if self.progress.step == 0:
                 raise
             log.warning(
-                "step %d: checkpoints/%s.pt could not be written (%s). The previous one is kept and the run continues.",
+                "step %d: checkpoints/%s.pt could not be written (%s). The old file is kept and the run continues.",
                 self.progress.step,
                 name,
                 e,
@@ -116,7 +116,7 @@ class CheckpointManager:
         return ranks.broadcast_object(written)
 
     def read(self, prefer: str = "best") -> dict[str, Any]:
-        """Returns the best checkpoint of this run; the last one if there is no best one or `prefer` is "last".
+        """Returns the best checkpoint of this run. Returns the last if there is no best, or if `prefer` is "last".
 
         Raises:
             CheckpointError: the file is missing or damaged.

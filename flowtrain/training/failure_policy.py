@@ -15,7 +15,7 @@ from flowtrain.utils.files import replacing
 log = logging.getLogger("flowtrain")
 
 POLICIES = ("stop", "skip", "rewind")
-# errors that the policy applies to; all other errors stop the run
+# errors to which the policy applies. All other errors stop the run
 STEP_ERRORS = (NonFiniteError, SolverError)
 # a run stops after this many skipped steps in a row, because later batches are unlikely to help
 SKIPS = 10
@@ -46,7 +46,7 @@ def dump(run_dir: Path | None, step: int, x: Tensor, label: Tensor | None) -> Pa
 
 
 def bad_update(flow: nn.Module, loss: float, x: Tensor) -> NonFiniteError | None:
-    """Returns an error that says which of loss and gradients is not finite, and the likely cause.
+    """Returns an error that says whether the loss or the gradients are not finite, and the likely cause.
 
     None if both are finite.
     """

@@ -22,7 +22,7 @@ def check_trainable(flow: Flow, settings: Settings) -> None:
     """Checks the settings that depend on the flow or the number of ranks.
 
     Raises:
-        ConfigError: a setting that does not fit.
+        ConfigError: a setting that does not fit the flow or the number of ranks.
     """
     if settings.batch_size < settings.accumulate * ranks.size():
         raise ConfigError(
@@ -47,7 +47,7 @@ def initialize(flow: Flow, batches: Batches, time_budget: TimeBudget | None = No
     """
     moments, offset = batches.data.statistics(), batches.data.offset
     if moments is None and offset is not None:
-        # centered, but not standardized
+        # the samples are centered, but not standardized
         moments = offset, torch.ones_like(offset)
     for bijection in flow.bijection.modules():
         if isinstance(bijection, Standardize) and moments is not None:
@@ -57,7 +57,7 @@ def initialize(flow: Flow, batches: Batches, time_budget: TimeBudget | None = No
     if time_budget is not None and type(flow.base).initialize is Base.initialize:
         rows = max(LEAST_ROWS, time_budget.first_rows(rows))
     if batches.data.n_train is not None:
-        # without repeated rows, because the shrinkage of a covariance depends on the number of distinct rows
+        # repeated rows are left out, because the shrinkage of a covariance depends on the number of distinct rows
         rows = min(rows, batches.data.n_train)
     x, label = batches.draw(0, rows, slice(None))
     if not bool(torch.isfinite(x).all()):

@@ -53,7 +53,7 @@ class Metrics:
         self.waiting = text[written:].decode()
 
     def write(self, **row: Any) -> None:
-        """Appends a row. Rows that cannot be written, as on a full disk, are tried again with the next row."""
+        """Appends a row. If the disk is full, the row is written together with the next row."""
         self.rows.append(row)
         for listener in self.listeners:
             listener.write(**row)
@@ -62,12 +62,14 @@ class Metrics:
         self.waiting += to_json(row) + "\n"
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
-            # in binary mode, because `back_to` counts bytes and text mode changes line ends on Windows
+            # binary mode, because `back_to` counts bytes, and text mode changes line ends on Windows
             with self.path.open("ab") as f:
                 f.write(self.waiting.encode())
         except OSError as e:
             if not self.failing:
-                log.warning("%s cannot be written (%s): its rows are kept in memory and tried again", self.path, e)
+                log.warning(
+                    "%s cannot be written (%s). The rows are kept in memory until they can be written", self.path, e
+                )
             self.failing = True
             with suppress(OSError):
                 os.truncate(self.path, size)

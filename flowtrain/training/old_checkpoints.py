@@ -22,7 +22,7 @@ RENAMED = {
 
 # config keys of earlier versions, by group, and their present names
 RENAMED_KEYS = {"model": {"positions": "positional_bias"}}
-# the same renames as keys of the command line
+# renamed keys of the command line, such as model.positions
 RENAMED_OVERRIDES = {f"{g}.{old}": f"{g}.{new}" for g, names in RENAMED_KEYS.items() for old, new in names.items()}
 # renamed keys of `samples` in checkpoints
 RENAMED_SAMPLES = {"discrete": "integer_valued"}

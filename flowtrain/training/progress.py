@@ -23,12 +23,12 @@ class Progress:
     Attributes:
         step: the number of updates so far, including skipped ones.
         seconds: training time in seconds, summed over all commands that resumed the run.
-        stale: the number of consecutive regular validations without a new best regular one, for early stopping.
+        stale: the number of consecutive regular validations without a new best NLL (see `counted`), for early stopping.
         best: NLL in nats and step of the best validation whose checkpoint has been written; None before the first.
         val_nll: the NLL of the last validation in nats; NaN before the first.
         began: whether steps that maximize the likelihood have begun.
-        counted: the best NLL of the regular validations; None before the first. `stale` refers to it instead of
-            `best`, because early validations must not change when a run ends.
+        counted: the best NLL of the regular validations; None before the first. `stale` counts from this NLL and not
+            from `best`, because early validations must not change when a run ends.
         best_rows: log p of some validation rows at the best validation, see `validation.some_rows`. None without
             `max_rise`.
         position: the position of the schedules, in steps, see `ScheduleClock`.
@@ -51,7 +51,7 @@ class Progress:
         return asdict(self)
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Restores the attributes from a checkpoint, in place because other objects refer to this one."""
+        """Restores the attributes from a checkpoint. Works in place, because other objects refer to this object."""
         # in older versions, all steps maximized the likelihood and all validations were regular
         best = saved["best"]
         older: dict[str, Any] = {
@@ -65,7 +65,7 @@ class Progress:
             setattr(self, name, saved.get(name, older[name]) if name in older else saved[name])
 
     def forget_best(self) -> None:
-        """Makes the next validation the best one. Used when earlier NLLs are no longer comparable."""
+        """Makes the next validation the best. Used when earlier NLLs are no longer comparable."""
         self.best = self.counted = self.best_rows = None
         self.worse = []
 
@@ -84,7 +84,7 @@ class NfeWatch:
         self.warned, self.spiking = False, False
 
     def check(self, step: int, row: Mapping[str, Any]) -> None:
-        """Checks the NFE in the row of a step. Must be called after every successful step."""
+        """Checks the NFE in the row of a step. Call this method after every successful step."""
         nfe = (row.get("nfe_forward") or 0) + (row.get("nfe_backward") or 0)
         if not nfe:
             return

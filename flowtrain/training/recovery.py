@@ -93,7 +93,8 @@ class Recovery:
         self.failure_policy.rewinds, self.failure_policy.halvings, self.failure_policy.skipped = rewinds, halvings, 0
         step = self.checkpoints.saved_step
         self.metrics.back_to(step)
-        # saved now, so that a run that is killed before its next checkpoint does not resume with the old rate
+        # the checkpoint is saved now, so that a run that is killed before its next checkpoint does not resume with the
+        # old rate
         self.checkpoints.write_last()
         log.warning(
             "%s. Rewound to step %d; the learning rate is now %g times trainer.lr (rewind %d of at most %d).",

@@ -16,14 +16,14 @@ class LearningRate:
 
     The warm-up is (step + 1) / lr_warmup, up to 1. The decay is one of:
 
-    - cosine: (1 + cos(pi position / steps)) / 2. The position is the step, or more under a time limit, see
-      `ScheduleClock`.
+    - cosine: (1 + cos(pi position / steps)) / 2. The position is the step. Under a time limit, the position is larger,
+      see `ScheduleClock`.
     - plateau: halved after `lr_plateau_patience` consecutive validations without a new best.
     - constant: 1.
 
     Args:
-        again: the step at which the likelihood replaces another objective; 0: none. The schedule runs over the steps
-            before it, and again over the other steps.
+        again: the step at which the likelihood replaces another objective. The schedule runs once over the steps before
+            this step, and once over the other steps. 0 if there is no such step.
     """
 
     def __init__(self, settings: Settings, again: int = 0) -> None:
@@ -55,7 +55,7 @@ class LearningRate:
         return min(1.0, -math.log2(self.scale) / HALVINGS)
 
     def validated(self, improved: bool) -> None:
-        """Updates the plateau schedule after a validation. `improved`: whether it is the best so far."""
+        """Updates the plateau schedule after a validation. `improved`: whether this validation is the best so far."""
         if self.settings.lr_decay != "plateau":
             return
         self.stale = 0 if improved else self.stale + 1
@@ -71,7 +71,8 @@ class LearningRate:
         self.scale, self.stale = state["scale"], state["stale"]
 
 
-# in this first share of a phase's time, the position follows the steps alone, so that a slow start does not advance it
+# in this first share of a phase's time, the position follows the steps alone, so that a slow start does not advance the
+# schedules
 GRACE = 0.1
 # share of a time limit after which the likelihood replaces another objective
 MATCHING = 0.5
@@ -123,7 +124,7 @@ class ScheduleClock:
     def advance(self, position: float, elapsed: float) -> bool:
         """Stores the position that all ranks agreed on. Returns whether the likelihood must begin earlier than planned.
 
-        When the likelihood begins at its planned step, the rest of the time limit is measured from there.
+        When the likelihood begins at its planned step, the rest of the time limit is measured from this step.
         """
         p = self.progress
         before, p.position = self.start[1], position
@@ -140,7 +141,7 @@ class ScheduleClock:
         self.change, self.start, p.position = p.step, (elapsed, float(p.step)), float(p.step)
 
 
-# the gap between an early validation and the next one, as a share of its step
+# the number of steps between an early validation and the next, divided by the step of the early validation
 EARLY_SPACING = 1 / 4
 # the step of the first picture, if plot_every is larger
 FIRST_PICTURE = 50
@@ -172,7 +173,7 @@ class ValidationSchedule:
 
 
 def early_validations(settings: Settings, rows: int | None, matching: bool = False) -> frozenset[int]:
-    """Returns the steps of early validations, before and between the regular ones; empty unless `val_early` is set.
+    """Returns the steps of early validations, in addition to the regular validations; empty unless `val_early` is set.
 
     The first is step 0, which validates the initialized flow. The gap to the next step is one epoch or a quarter of the
     steps so far, whichever is more. Early validations end when this gap reaches `val_every`. If an epoch is one step,

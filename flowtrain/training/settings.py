@@ -59,7 +59,7 @@ class Settings:
     # these have defaults, because configs in older checkpoints lack them
     compile: bool = False
     guard_every: int | None = 50
-    # with batch norms, each of the parts is normalized by its own statistics
+    # parts of a batch. Batch norms normalize each part by the statistics of the part
     accumulate: int = 1
     precision: str = "float32"
     val_size: int | None = None

@@ -22,7 +22,8 @@ SIGMAS = 3.0
 # Nats per dimension. Every discretisation has a small bias of either sign that the field does not exploit. Without this
 # limit, the guard would tighten the tolerance of every run and only cost time.
 FLOOR = 1e-3
-# the steps of the tight solve are shorter by this factor; the error of Euler's method, of order 1, shrinks by it
+# the steps of the tight solve are shorter by this factor. The error of Euler's method, which has order 1, is smaller by
+# the same factor
 FINER = 8
 
 
@@ -96,7 +97,7 @@ class SolverGuard:
         if self.every is None or step % self.every or self.warned == self._limits():
             return False
         before = self.tightenings
-        # repeated until the check passes: with one tightening per check, the field would exploit each new tolerance
+        # The check is repeated until it passes. With a single tightening, the field would exploit the new tolerance
         # before the next check
         while self._tighten_once(step, x, label, seed):
             pass
@@ -109,14 +110,14 @@ class SolverGuard:
             return False
         loose, nfe, failure = self._log_prob(x, label, seed, coarse)
         wrong, failed, finding = False, False, "the check failed on another rank"
-        # if the coarse solve fails, nothing can be compared; the next training step reports its own failure
+        # if the coarse solve fails, there is no comparison. The next training step reports such a failure itself
         if not failure:
             tight, _, failure = self._log_prob(x, label, seed, fine)
             failed = bool(failure)
             wrong = failed or exploited(loose, tight, math.prod(self.flow.event_shape))
             finding = f"the batch has an NLL of {-loose.mean():.4f} with the solver settings of training, "
             finding += f"but a tight solve failed ({failure})" if failed else f"{-tight.mean():.4f} with a tight solve"
-        # all ranks tighten if one must, because they train the same field with the same tolerance
+        # if the check fails on any rank, all ranks tighten, because they train the same field with the same tolerance
         any_wrong, any_failed, most = ranks.largest([wrong, failed, nfe])
         # after a failed tight solve, tighten only once, because there is no comparison to repeat
         return bool(any_wrong) and self._tighten(step, int(most), f"step {step}: {finding}") and not any_failed
@@ -163,7 +164,7 @@ class SolverGuard:
         if solver.adaptive and before == (solver.rtol, solver.atol):
             return self._warn(
                 f"{finding}. Training already uses the final tolerance, solver.rtol={solver.rtol:g}, which is too "
-                "large: resume with a smaller one, with solver.control=all, or with a smaller trainer.lr."
+                "large: resume with a smaller tolerance, with solver.control=all, or with a smaller trainer.lr."
             )
         if not solver.adaptive and 2 * nfe > solver.max_nfe:
             return self._warn(

@@ -40,21 +40,21 @@ class Board:
     """
 
     def __init__(self, folder: Path) -> None:
-        # imported here, because a run without TensorBoard should not spend time on it
+        # imported here, because the import takes time, which a run without TensorBoard should not spend
         self.events = import_module("tensorboard.compat.proto.event_pb2")
         self.summaries = import_module("tensorboard.compat.proto.summary_pb2")
         self.records = import_module("tensorboard.summary.writer.record_writer")
         self.earlier = sum(1 for _ in folder.glob("events.out.tfevents.*"))
-        # TensorBoard reads the files in the order of their names. They are numbered, because the clock may be set back.
-        # Every command writes a new file, because nothing is read after a record that a crash has truncated
+        # TensorBoard reads the files in the order of their names. The files are numbered, because the clock may be set
+        # back. Every command writes a new file, because nothing is read after a record that a crash has truncated
         self.path = folder / f"events.out.tfevents.{self.earlier:06d}"
         self.waiting, self.warned = b"", False
 
     def follow(self, metrics: Metrics, step: int, plots: Path) -> None:
         """Starts to follow the rows of `metrics` at a step of the run.
 
-        Records of that step and later ones in earlier files are dropped, because an earlier command may have written
-        final results at that step. The rows and pictures of that step are then written again. Without earlier files,
+        Records in earlier files of this step and later steps are dropped, because an earlier command may have written
+        final results at this step. The rows and pictures of that step are then written again. Without earlier files,
         the rows and pictures of all earlier steps are written.
         """
         since = step if self.earlier else 0
@@ -86,7 +86,7 @@ class Board:
     def picture(self, path: Path, step: int) -> None:
         """Writes a PNG file. samples_000100.png of step 100 gets the tag `samples`, and samples.png `final/samples`."""
         if self.waiting:
-            # the disk is full: pictures are left out, because they are larger than the rows that wait
+            # the disk is full. Pictures are left out, because they are larger than the waiting rows
             return
         try:
             png = path.read_bytes()
@@ -112,7 +112,7 @@ class Board:
         self._add(step=step, session_log=self.events.SessionLog(status=self.events.SessionLog.START))
 
     def _add(self, **event: Any) -> None:
-        """Appends an event. Events that cannot be written, as on a full disk, are tried again with the next event."""
+        """Appends an event. If the disk is full, the event is written together with the next event."""
         record = io.BytesIO()
         self.records.RecordWriter(record).write(self.events.Event(wall_time=time.time(), **event).SerializeToString())
         self.waiting += record.getvalue()
@@ -124,7 +124,9 @@ class Board:
                 f.write(self.waiting)
         except OSError as e:
             if not self.warned:
-                log.warning("%s cannot be written (%s): its records are kept in memory and tried again", self.path, e)
+                log.warning(
+                    "%s cannot be written (%s). The records are kept in memory until they can be written", self.path, e
+                )
             self.warned = True
             if size is not None:
                 with suppress(OSError):

@@ -15,29 +15,35 @@ from flowtrain.training.failure_policy import STEP_ERRORS
 
 log = logging.getLogger("flowtrain")
 
-# seconds that an evaluation and its pictures take in addition to passing rows through the flow
-OVERHEAD, PICTURES = 1.5, 2.0
-# shares of the time left: for initialization, for a validation, and for the evaluation at the end
-FIRST, VALIDATION, END = 0.03, 0.05, 0.6
-# share of the whole budget for baselines other than the Gaussian
-BASELINES = 0.05
-# rows that the error budget and the checks of an evaluation pass through the flow (9,000 to 10,000 measured on moons, a
-# table of 36 columns and MNIST), and the number of such rows without the checks
-CHECKED, BRIEF = 10_000, 500
-# rows that a picture of each kind of data needs, and further rows that `pictures.draw_other_figures` needs
-DRAWN, MORE = {"plane": 16_000, "vectors": 2_000, "images": 100}, {"plane": 45_000, "vectors": 0, "images": 400}
-# rows of a probe's first pass, the factor to the next pass, and the share of the time left at which a probe stops
-FEWEST, MORE_ROWS, SHARE = 8, 4, 0.005
+# seconds that an evaluation, and its pictures, need in addition to the passes of rows through the flow
+EVALUATION_SECONDS, PICTURES_SECONDS = 1.5, 2.0
+# largest shares of the remaining time for the initialization, for one validation, and for the evaluation at the end
+INITIALIZATION_SHARE, VALIDATION_SHARE, EVALUATION_SHARE = 0.03, 0.05, 0.6
+# largest share of the whole budget for baselines other than the Gaussian
+BASELINES_SHARE = 0.05
+# rows that an evaluation passes through the flow for its error budget and its checks, in addition to the test rows
+# (measured: 9,000 to 10,000 on moons, a table of 36 columns and MNIST)
+ROWS_OF_CHECKS = 10_000
+# the same without the checks
+ROWS_WITHOUT_CHECKS = 500
+# rows that the pictures of each kind of data pass through the flow
+ROWS_OF_PICTURES = {"plane": 16_000, "vectors": 2_000, "images": 100}
+# further rows for the pictures of `pictures.draw_other_figures`
+ROWS_OF_MORE_PICTURES = {"plane": 45_000, "vectors": 0, "images": 400}
+# rows of the first pass of a probe, and the factor by which each further pass has more rows
+PROBE_ROWS, PROBE_GROWTH = 8, 4
+# a probe ends after a pass that takes more than this share of the remaining time
+PROBE_SHARE = 0.005
 # safety factor on the measured time of a row
 SAFETY = 1.2
-# a set is never reduced to fewer rows
-LEAST = 200
-# the number of probes during training; they are repeated because solves become slower as the flow is trained
-PARTS = 4
+# smallest number of rows to which a set is reduced
+LEAST_ROWS = 200
+# number of probes during training. A probe is repeated because solves become slower during training
+PROBES = 4
 
 
 class TimeBudget:
-    """Estimates how long the rest of a command takes, and limits training and evaluation so that it ends in time.
+    """Estimates the remaining time of a command, and limits training and evaluation so that the command ends in time.
 
     Args:
         seconds: the time budget of the whole command.
@@ -45,9 +51,9 @@ class TimeBudget:
         evaluates: whether an evaluation and pictures follow the training.
 
     Attributes:
-        row_seconds: seconds to score one row. A new probe is averaged geometrically with the value so far.
-        for_baselines: seconds reserved for a Gaussian mixture and a kernel density estimate; 0 if they do not apply or
-            the budget is less than 40 s.
+        row_seconds: seconds to score one row. A new measurement is averaged geometrically with the previous value.
+        for_baselines: seconds reserved for a Gaussian mixture and a kernel density estimate. 0 if the data have no such
+            baselines, or if the budget is less than 40 s.
     """
 
     def __init__(self, seconds: float, begun: float, flow: Density, data: Dataset, evaluates: bool = True) -> None:
@@ -59,10 +65,10 @@ class TimeBudget:
         self.probed = 0
         # seconds of the command before training was prepared
         self.before = seconds - self.left
-        reserved = min(MOST_SECONDS, BASELINES * seconds) if evaluates and has_baselines(flow, data) else 0.0
+        reserved = min(MOST_SECONDS, BASELINES_SHARE * seconds) if evaluates and has_baselines(flow, data) else 0.0
         self.for_baselines = reserved if reserved >= LEAST_SECONDS else 0.0
         # seconds that the evaluation may take
-        self.room = END * self.left
+        self.room = EVALUATION_SHARE * self.left
 
     @property
     def left(self) -> float:
@@ -71,18 +77,18 @@ class TimeBudget:
 
     @property
     def slowness(self) -> float:
-        """Wall time divided by CPU time so far, at least 1. It measures how much other processes slow this one down."""
+        """Wall time divided by CPU time so far, at least 1. Other processes on the machine increase this ratio."""
         return max(1.0, (self.seconds - self.left) / max(time.process_time(), 1e-3))
 
     def probe(self) -> None:
         """Measures `row_seconds` on validation rows, with the current weights.
 
-        Repeats the pass with more rows as long as it is quick, because the fixed cost of a pass is shared by its rows.
+        Repeats the pass with more rows as long as the pass is quick, because a pass has a fixed cost.
         """
         x, label = held_out(self.flow, self.data, "val")
         training = self.flow.training
         self.flow.eval()
-        rows, enough = FEWEST, min(len(x), rows_at_a_time(self.flow.event_shape))
+        rows, enough = PROBE_ROWS, min(len(x), rows_at_a_time(self.flow.event_shape))
         try:
             # warm-up: the first pass also allocates memory and fills caches
             log_probs(self.flow, x[:2], None if label is None else label[:2])
@@ -92,9 +98,9 @@ class TimeBudget:
                 log_probs(self.flow, x[:rows], None if label is None else label[:rows])
                 took = time.perf_counter() - begun
                 measured = took / rows
-                if rows == enough or took > SHARE * self.left:
+                if rows == enough or took > PROBE_SHARE * self.left:
                     break
-                rows *= MORE_ROWS
+                rows *= PROBE_GROWTH
             self.measured(measured)
         except STEP_ERRORS as e:
             # the next validation reports the error
@@ -104,8 +110,8 @@ class TimeBudget:
             self.probed += 1
 
     def probe_again(self, elapsed: float, limit: float) -> None:
-        """Probes once in each of PARTS equal parts of the training time."""
-        if elapsed < limit and PARTS * elapsed >= self.probed * limit:
+        """Probes once in each of PROBES equal parts of the training time."""
+        if elapsed < limit and PROBES * elapsed >= self.probed * limit:
             self.probe()
 
     def scored(self, rows: int, seconds: float) -> None:
@@ -120,7 +126,11 @@ class TimeBudget:
     def first_rows(self, most: int) -> int:
         """Returns the number of rows for data-dependent initialization, at most `most`."""
         self.probe()
-        return most if not self.row_seconds else min(most, max(1, int(FIRST * self.left / self.row_seconds)))
+        return (
+            most
+            if not self.row_seconds
+            else min(most, max(1, int(INITIALIZATION_SHARE * self.left / self.row_seconds)))
+        )
 
     @property
     def end(self) -> float:
@@ -129,8 +139,8 @@ class TimeBudget:
         if not self.evaluates:
             return self.slowness * self.row_seconds * n_val
         tested, thorough = self.affordable_rows(self.room)
-        rows = n_val + tested + (CHECKED if thorough else BRIEF) + DRAWN[self.kind]
-        return self.slowness * (OVERHEAD + PICTURES) + self.for_baselines + self.row_seconds * rows
+        rows = n_val + tested + (ROWS_OF_CHECKS if thorough else ROWS_WITHOUT_CHECKS) + ROWS_OF_PICTURES[self.kind]
+        return self.slowness * (EVALUATION_SECONDS + PICTURES_SECONDS) + self.for_baselines + self.row_seconds * rows
 
     @property
     def for_training(self) -> float:
@@ -142,33 +152,33 @@ class TimeBudget:
         n = len(self.data.test)
         if not self.row_seconds:
             return n, True
-        room = (seconds - self.slowness * OVERHEAD) / (SAFETY * self.row_seconds)
-        if room >= n + CHECKED:
+        room = (seconds - self.slowness * EVALUATION_SECONDS) / (SAFETY * self.row_seconds)
+        if room >= n + ROWS_OF_CHECKS:
             return n, True
-        return min(n, max(LEAST, int(room) - BRIEF)), False
+        return min(n, max(LEAST_ROWS, int(room) - ROWS_WITHOUT_CHECKS)), False
 
     def val_rows(self, size: int | None) -> int | None:
-        """Returns the number of rows of a validation: `size`, or fewer if these would take too long."""
+        """Returns the number of rows of a validation: `size`, or fewer if `size` rows would take too long."""
         n = min(len(self.data.val), size or len(self.data.val))
-        if not self.row_seconds or self.row_seconds * n <= VALIDATION * self.left:
+        if not self.row_seconds or self.row_seconds * n <= VALIDATION_SHARE * self.left:
             return size
-        self.most_val = min(n, max(LEAST, int(VALIDATION * self.left / self.row_seconds)))
+        self.most_val = min(n, max(LEAST_ROWS, int(VALIDATION_SHARE * self.left / self.row_seconds)))
         log.info(
             "time_budget=%g: validations use %d of %d rows, so that each takes at most %d%% of the time that is left",
             self.seconds,
             self.most_val,
             n,
-            round(100 * VALIDATION),
+            round(100 * VALIDATION_SHARE),
         )
         return self.most_val
 
     def affordable_data(self) -> tuple[Dataset, bool]:
         """Returns the data with the test rows that can be scored in time, and whether there is time for the checks.
 
-        Warns if not all test rows are scored. Sets `for_baselines` to 0 if the rows and the checks need that time.
+        Warns if not all test rows are scored. Sets `for_baselines` to 0 if the rows and the checks need the time.
         """
         n = len(self.data.test)
-        seconds = self.left - self.slowness * PICTURES
+        seconds = self.left - self.slowness * PICTURES_SECONDS
         rows, thorough = self.affordable_rows(seconds - self.for_baselines)
         if not thorough and self.for_baselines:
             # rows and checks have priority over the baselines
@@ -211,8 +221,14 @@ class TimeBudget:
             )
 
     def has_time_for(self, what: str, more: bool = False) -> bool:
-        """Returns whether a picture can be drawn within the budget. Logs a message if not."""
-        takes = self.slowness * PICTURES / 2 + self.row_seconds * (MORE if more else DRAWN)[self.kind]
+        """Returns whether pictures can be drawn within the budget. Logs a message if there is no time.
+
+        Args:
+            what: what the pictures show, for the message.
+            more: whether the pictures are those of `pictures.draw_other_figures`.
+        """
+        rows = (ROWS_OF_MORE_PICTURES if more else ROWS_OF_PICTURES)[self.kind]
+        takes = self.slowness * PICTURES_SECONDS / 2 + self.row_seconds * rows
         if takes <= max(0.0, self.left):
             return True
         log.info("time_budget=%g leaves no time for pictures of %s; floweval plots=true draws them", self.seconds, what)

@@ -128,7 +128,10 @@ class TrainState:
         return SolveOptions(rtol=rtol, atol=atol)
 
     def tolerance(self, step: int) -> dict[str, float | None]:
-        """Returns rtol and atol of a step for its row in metrics.jsonl. None for fixed steps or without a solve."""
+        """Returns rtol and atol of a step for its row in metrics.jsonl.
+
+        Both are None for fixed steps or without a solve.
+        """
         if self.guard is None or not self.guard.solver.adaptive or not self.solves(step):
             return {"rtol": None, "atol": None}
         return dict(zip(("rtol", "atol"), self.guard.tolerance_at(step), strict=True))
@@ -137,7 +140,7 @@ class TrainState:
         """Runs the solver guard after a step, if a check is due. Returns whether the solver was tightened."""
         if self.guard is None or not self.solves(step):
             return False
-        # the first part only, because `accumulate` limits the memory to one part
+        # only the first part of the batch is checked, because `accumulate` limits the memory to one part
         part = slice(math.ceil(len(batch.x) / self.settings.accumulate))
         label = None if batch.label is None else batch.label[part]
         # the guard's forward passes run in training mode and must not change the running statistics
@@ -148,7 +151,7 @@ class TrainState:
             restore()
 
     def warmed(self, step: int) -> float:
-        """Returns the number of warm-up steps of the tolerance completed at a step.
+        """Returns how many warm-up steps of the tolerance are completed at a step.
 
         With lr_decay=plateau, the number follows the halvings of the learning rate, because the length of the run is
         not known.
@@ -183,7 +186,7 @@ class TrainState:
     # parts of last.pt
 
     def state(self) -> dict[str, Any]:
-        """Returns the state of optimizer, learning rate and guard. `ema` is stored with the weights instead."""
+        """Returns the state of optimizer, learning rate and guard. A checkpoint stores `ema` with the weights."""
         guard = None if self.guard is None else self.guard.state()
         return {"optimizer": self.optimizer.state_dict(), "lr": self.lr.state(), "guard": guard}
 

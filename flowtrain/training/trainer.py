@@ -39,8 +39,8 @@ Picture = Callable[[Flow, int, float], None]
 class Trainer:
     """Trains `objective`, which wraps `flow`, on `data`. Writes metrics and checkpoints into `run_dir`, if it is given.
 
-    All random numbers of step s are generated from (seed, s). A resumed run therefore gives exactly the same result as
-    an uninterrupted one, and no random state is saved.
+    All random numbers of step s are generated from (seed, s). An interruption therefore does not change the result of a
+    resumed run, and no random state is saved.
 
     With several ranks (see `flowtrain.utils.ranks`), each rank has its own share of every batch, its own noise and its
     own solver steps. Gradients are averaged, so that all ranks make the same updates. Only rank 0 writes files.
@@ -143,7 +143,7 @@ class Trainer:
         return self.checkpoints.saved_step
 
     def read(self) -> dict[str, Any]:
-        """Returns the best checkpoint, or the last one before the first validation."""
+        """Returns the best checkpoint, or the last checkpoint if there was no validation yet."""
         return self.checkpoints.read()
 
     @property
@@ -166,7 +166,7 @@ class Trainer:
             name: the name of the flow next to the progress counter, which then has no total. None: no name.
 
         Raises:
-            FlowtrainError: a loss, gradient or solve failed. The weights were not changed by that step.
+            FlowtrainError: a loss, gradient or solve failed. The step did not change the weights.
         """
         begun, before = time.perf_counter(), self.seconds
         s, p = self.settings, self.progress
@@ -175,7 +175,7 @@ class Trainer:
         self.budget()
         with StopSignals() as signals, progress_bar(s.steps, p.step, name) as bar:
             if p.step == 0:
-                # so that a run that is killed before its first validation can be resumed
+                # saved here, so that a run that is killed before its first validation can be resumed
                 self.checkpoints.write_last()
                 if self.validation_schedule.validates_early(0) and p.best is None:
                     # drops a validation row of an earlier process that was killed before it saved a checkpoint
@@ -223,7 +223,10 @@ class Trainer:
         return row
 
     def start_likelihood(self) -> None:
-        """Prepares the first step that maximizes the likelihood. After another objective, it starts at the average."""
+        """Prepares the first step that maximizes the likelihood.
+
+        After another objective, the weights are set to their moving average.
+        """
         self.progress.began = True
         if self.step:
             self.train_state.restart()
@@ -269,7 +272,8 @@ class Trainer:
             if not self.validate_early() and self.stopped_by:
                 self.checkpoints.write_last()
         elif self.stopped_by:
-            # saved before the validation, because an uninterrupted run would not validate at this step
+            # the checkpoint is saved before the validation, because a run that is not stopped would not validate at
+            # this step
             self.checkpoints.write_last()
             if self.signal is None:
                 validate()

@@ -21,28 +21,29 @@ from flowtrain.utils import ranks
 from flowtrain.utils.errors import FlowtrainError, NonFiniteError
 from flowtrain.utils.precision import narrowed, training_step
 
-# places for the loss and its terms in the summed tensor; a fixed number, so that a rank whose step failed sends as many
+# number of places for the loss and its terms in the summed tensor. It is fixed, because a rank whose step failed must
+# send a tensor of the same size
 AVERAGING_SLOTS = 16
 
 
 def average_gradients(
     parameters: Sequence[nn.Parameter], terms: Mapping[str, Tensor], weight: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Replaces this rank's gradients by the weighted mean sum_r w_r g_r over all ranks r, if that is finite.
+    """Replaces this rank's gradients by the weighted mean sum_r w_r g_r over all ranks r, if the mean is finite.
 
     Gradients and terms are summed as one tensor after the backward pass. A rank whose step failed sends NaN, so that no
     rank makes an update. Each rank then still has its own gradients, which `bad_update` examines.
 
-    A parameter without a gradient on all ranks stays without one, so that weight decay and the optimizer's averages
-    do not change it. If only some ranks have a gradient, the others count as zeros.
+    A parameter that has no gradient on any rank gets none, so that weight decay and the optimizer's averages do not
+    change the parameter. If only some ranks have a gradient, the gradients of the others count as zeros.
 
     Args:
         terms: the loss and its parts by name, with the same names on all ranks. Empty if the step failed.
         weight: w_r, this rank's share of the rows of the batch.
 
     Returns:
-        (the norm of the mean gradient, which is not finite if a rank failed; the weighted means of the terms). With one
-        rank, its own norm and terms, without a copy of the gradients.
+        (the norm of the mean gradient, which is not finite if a rank failed; the weighted means of the terms). With a
+        single rank, these are the norm and the terms of this rank, and the gradients are not copied.
     """
     trained = [p for p in parameters if p.requires_grad]
     if ranks.size() == 1:
@@ -51,7 +52,8 @@ def average_gradients(
     slots = pieces[0].new_full((AVERAGING_SLOTS,), 0.0 if terms else torch.nan)
     for i, term in enumerate(terms.values()):
         slots[i] = term
-    # 1 for each parameter with a gradient. The sum over ranks is above 0 if any rank has one. Needs no device sync
+    # 1 for each parameter with a gradient, else 0. The sum over ranks is above 0 if any rank has a gradient. This needs
+    # no synchronization with the device
     known = pieces[0].new_ones(len(trained))
     for i, p in enumerate(trained):
         if p.grad is None:
@@ -64,7 +66,8 @@ def average_gradients(
     gradient, known, means = torch.split(flat, [sum(sizes), len(trained), AVERAGING_SLOTS])
     norm = torch.linalg.vector_norm(gradient)
     found = dict(zip(terms, means, strict=False))
-    # the only synchronization with the device here; the caller's finite check would need one anyway
+    # This is the only synchronization with the device in this function. The caller's check for finite values would also
+    # need a synchronization
     finite, *there = torch.cat([norm.isfinite().view(1), known > 0]).tolist()
     if finite:
         for p, piece, has in zip(trained, torch.split(gradient, sizes), there, strict=True):
@@ -115,7 +118,7 @@ class Update:
         change the weights or the running statistics of batch norms.
 
         Returns:
-            (the measurements of the step, the batch).
+            (the measurements of the step, the batch of the step).
 
         Raises:
             FlowtrainError: a loss, gradient or solve failed on any rank. The weights were not changed.
@@ -184,7 +187,10 @@ class Update:
         return total
 
     def average(self, attempt: Attempt) -> tuple[Tensor, dict[str, Tensor]]:
-        """Replaces the gradients by their mean over all ranks. Returns its norm and the mean terms, including NFE."""
+        """Replaces the gradients by their mean over all ranks.
+
+        Returns the norm of the mean gradient, and the mean terms, including NFE.
+        """
         terms = dict(attempt.terms)
         if terms and ranks.size() > 1:
             terms |= {name: terms["loss"].new_tensor(n, dtype=torch.float32) for name, n in attempt.nfe.items()}

@@ -22,7 +22,7 @@ from flowtrain.utils.errors import FlowtrainError, NonFiniteError
 MOST_COMPARED, LEAST_ROWS_RISEN = 2000, 5
 # the mean difference must exceed this many standard errors
 SIGMAS = 4.0
-# differences are clipped at this multiple of their median size, so that one row does not decide
+# differences are clipped at this multiple of their median size, so that a single row does not determine the result
 CLIP = 3.0
 # if this share of the rows is worse, the standard error is not checked
 MANY_WORSE = 0.75
@@ -31,7 +31,7 @@ MARGIN_COLUMNS = 10
 
 
 def margin(max_rise: float, d: int) -> float:
-    """Returns how far the NLL may be above the best one, in nats, for samples of d elements."""
+    """Returns how far the NLL may be above the best NLL, in nats, for samples of d elements."""
     return max_rise * max(1.0, d / MARGIN_COLUMNS)
 
 
@@ -73,9 +73,9 @@ def some_rows(log_p: Tensor, start: int, n: int) -> Tensor:
     return log_p[-start % every :: every].to(torch.float32)
 
 
-# a run that still improves in this last share of its steps had too few steps
+# a run had too few steps if the NLL still improved in the last steps, this share of all steps
 LATE_BEST = 0.2
-# nats by which the NLL must have improved in that share, for samples of up to ten elements
+# nats by which the NLL must have improved in these last steps, for samples of up to ten elements
 GAINED = 0.02
 # a best validation within this first share of the steps suggests overfitting
 EARLY_BEST = 0.5
@@ -102,7 +102,7 @@ def advice(
         steps: the number of steps of the run.
         d: the number of elements of a sample.
         finite: whether the training data are a finite set.
-        config: the config of the run. Its model keys determine which suggestions are possible.
+        config: the config of the run. The model keys of the config determine which suggestions are possible.
     """
     nll = {row["step"]: row["nll"] for row in rows if row["split"] == "val"}
     if len(nll) < 2 or best not in nll:
@@ -144,10 +144,12 @@ class Validation:
         self.risen = False
 
     def run(self, regular: bool = True) -> None:
-        """Computes the NLL of the validation set at the final tolerance, and writes best.pt if it is the best so far.
+        """Computes the NLL of the validation set at the final tolerance, and writes best.pt if the NLL is the best so
+        far.
 
         Args:
-            regular: whether this validation counts for patience, plateaus and `max_rise`. Early validations do not.
+            regular: whether this validation counts for patience, plateaus and `max_rise`. Early validations do not
+                count.
         """
         p = self.progress
         self.flow.eval()

@@ -108,7 +108,7 @@ def within_memory(key: str, rows: int, bytes_each: int) -> int:
     if rows * bytes_each > there:
         wanted, had = rows * bytes_each / 2**30, there / 2**30
         raise ConfigError(
-            f"{key}={rows}: these need {wanted:.0f} GiB, but this machine has {had:.0f} GiB of memory; give fewer"
+            f"{key}={rows}: these rows need {wanted:.0f} GiB, but this machine has {had:.0f} GiB of memory; give fewer"
         )
     return rows
 

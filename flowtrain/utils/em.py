@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# Largest number of feature values in a chunk of rows, and of all rows if the features are kept between steps
-PART, KEPT = 2**22, 2**25
+# Largest number of feature values that are computed at a time
+PART = 2**22
+# The features of all rows are kept between steps if they have at most this number of values
+KEPT = 2**25
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def fit_mixture(
 
 
 class _Rows:
-    """The features of rows x (n, d), in chunks. They are kept between steps if they are small."""
+    """The features of rows x (n, d), in chunks. The features are kept between steps if they are small."""
 
     def __init__(self, x: Tensor, diagonal: bool) -> None:
         self.n, self.diagonal = len(x), diagonal
@@ -145,7 +147,7 @@ def e_step(rows: _Rows, mixture: Mixture) -> tuple[float, Tensor]:
     total, sums = 0.0, torch.zeros_like(theta.T)
     for part in rows:
         terms = part @ theta
-        # in place, with one exponential for log p and the shares
+        # computed in place, with one exponential for both log p and the responsibilities
         largest = terms.amax(1, keepdim=True)
         shares = terms.sub_(largest).exp_()
         scale = shares.sum(1, keepdim=True)

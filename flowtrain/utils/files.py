@@ -23,8 +23,8 @@ def replacing(
     Args:
         path: the file to replace.
         durable: whether the file is synchronized to the disk on exit, so that it survives a crash of the machine.
-        check: a function that is called with the path of the new file before it replaces the old file. If it raises an
-            error, the old file stays.
+        check: a function that is called with the path of the new file before it replaces the old file. If the function
+            raises an error, the old file stays.
         keep: a path to which the old file is moved.
     """
     path = Path(os.path.realpath(path))
@@ -70,7 +70,7 @@ def _sync_folder(path: Path) -> None:
     try:
         folder = os.open(path, os.O_RDONLY)
     except PermissionError:
-        # Windows does not open folders, and synchronizes names without this
+        # Windows cannot open folders. It synchronizes names without this call
         return
     try:
         os.fsync(folder)

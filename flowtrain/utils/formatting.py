@@ -33,7 +33,7 @@ def as_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def with_error(value: float, error: float) -> str:
     """Formats a value with its error, such as "2.402 +- 0.006".
 
-    The error has one significant digit, or two if the first is a 1. The value ends at the same decimal. If the error is
+    The error has one significant digit, or two if the first is a 1. The value has the same decimals. If the error is
     NaN (as for a single row) or 0 (as for an AUROC of 1), only the value is given, with four decimals.
 
     Example:
@@ -47,14 +47,14 @@ def with_error(value: float, error: float) -> str:
 
 
 def decimals(error: float) -> int:
-    """Returns the number of decimals of a value with this error (positive); negative for tens and hundreds."""
+    """Returns the decimals to which a value with this positive error is rounded; -1 for tens, -2 for hundreds."""
     exponent = math.floor(math.log10(error))
     leading = round(error / 10**exponent, 1)
     return 1 - exponent if leading < 1.95 else -exponent
 
 
 def brief(value: float) -> str:
-    """Formats an error briefly: 12, 0.02, 3e-6. There is one significant digit; larger values are whole numbers."""
+    """Formats an error briefly, such as 3e-6, 0.02 or 12: one significant digit, or a whole number below 1e6."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -64,14 +64,14 @@ def brief(value: float) -> str:
 
 
 def option(key: str, path: Path | str) -> str:
-    """Formats KEY=PATH, quoted for the shell if needed. Our commands accept a path without Hydra's quotes.
+    """Formats KEY=PATH, quoted for the shell if needed. flowtrain's commands accept a path without Hydra's quotes.
 
     Example:
         >>> print(option("ckpt", "runs/a b [1]"), option("ckpt", "runs/1"))
         'ckpt=runs/a b [1]' ckpt=runs/1
     """
     text = str(path)
-    # without the prefix, a file named null is read as no file, and a leading ~ as a home directory
+    # without the prefix, a file named null would mean no file, and a leading ~ would mean a home directory
     here = "./" if text.lower() == "null" or text.startswith("~") else ""
     return shlex.quote(f"{key}={here}{text}")
 
@@ -106,7 +106,7 @@ def counted(n: int, noun: str) -> str:
 
 
 def as_ranges(numbers: Sequence[int], most: int = 12) -> str:
-    """Formats whole numbers with ranges for consecutive numbers: "0, 3 to 5". A long list is cut."""
+    """Formats whole numbers with ranges for consecutive numbers: "0, 3 to 5". Gives only the first `most` ranges."""
     runs = consecutive(numbers)
     words = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs[:most])
     return words if len(runs) <= most else f"{words} and more"

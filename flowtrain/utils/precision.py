@@ -42,7 +42,8 @@ def training_step(name: str, device: torch.device) -> Iterator[None]:
 def narrowed(name: str, device: torch.device) -> torch.autocast:
     """Returns a context for the loss of a step. Convolutions and products use bfloat16 if `name` is "bfloat16".
 
-    Run the backward pass outside the context. There torch uses for each operation the dtype of its forward pass.
+    Run the backward pass outside the context. In the backward pass, torch uses for each operation the dtype of its
+    forward pass.
 
     Args:
         name: one of PRECISIONS.
@@ -62,7 +63,7 @@ def default_precision() -> Iterator[None]:
     first = torch.get_float32_matmul_precision() if name == "allow_tf32" else None
     for place, value in zip(places, default, strict=True):
         setattr(place, name, value)
-    # read only now, because reading it raises an error if it contradicts the setting of a backend
+    # read only after that, because reading this setting raises an error if it contradicts the setting of a backend
     legacy = torch.get_float32_matmul_precision()
     try:
         if legacy != "highest":
@@ -81,7 +82,7 @@ def _precision_settings() -> tuple[list[Any], str, list[Any]]:
     """Returns the backends of CUDA and the CPU, the name of their precision attribute, and torch's default for each."""
     cuda: Any = torch.backends.cuda
     cudnn: Any = torch.backends.cudnn
-    # torch before 2.9 has other names
+    # torch before 2.9 has other names of these settings
     if not hasattr(cudnn, "conv"):
         return [cuda.matmul, cudnn], "allow_tf32", [False, True]
     cpu: Any = torch.backends.mkldnn
@@ -95,7 +96,7 @@ def _products(device: torch.device, tf32: bool) -> Iterator[None]:
         return
     products: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    # torch before 2.9 has other names
+    # torch before 2.9 has other names of these settings
     old = not hasattr(cudnn, "conv")
     places, name = ((products, cudnn), "allow_tf32") if old else ((products, cudnn.conv), "fp32_precision")
     setting: Any = tf32 if old else "tf32" if tf32 else "ieee"

@@ -37,7 +37,8 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 def restored_random_state(device: torch.device) -> Iterator[None]:
     """Restores the states of torch's global generators on exit.
 
-    This covers the CPU and, if `device` is a GPU, all GPUs, because `torch.manual_seed` seeds all of them.
+    The generators of the CPU are restored and, if `device` is a GPU, of all GPUs, because `torch.manual_seed` seeds all
+    of them.
     """
     gpus = range(torch.cuda.device_count()) if device.type == "cuda" else ()
     with torch.random.fork_rng(devices=gpus):
@@ -68,7 +69,7 @@ def own_settings(device: torch.device) -> Iterator[None]:
     chosen = _THREADS_CHOSEN.set(_THREADS_CHOSEN.get())
     try:
         with ExitStack() as stack:
-            # outside inference mode, tensors have version counters; this also enables gradients
+            # inference mode is turned off, because its tensors have no version counters. This also enables gradients
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(restored_random_state(device))
@@ -149,8 +150,8 @@ def one_thread_if_small(event_shape: tuple[int, ...], device: torch.device) -> I
     The count does not change on a GPU, if it is already 1, or if `choose_threads` has set it.
 
     Several Python threads may be inside the context at once. Torch has a thread count for each Python thread. When a
-    new Python thread first uses torch, its count becomes the count that any thread has set last. If this is the 1 of a
-    thread inside the context, the new thread restores the count of that other thread on exit.
+    new Python thread first uses torch, its count becomes the count that any thread has set last. If the new thread gets
+    the count 1 of a thread inside the context, it restores the count that this other thread had before.
     """
     # a compiler traces this code, and its program does not contain the thread count
     if torch.compiler.is_compiling():
@@ -192,7 +193,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def cores() -> int:
-    """Returns the number of CPU cores for this process: its affinity on Linux, which batch systems set, else all."""
+    """Returns the number of CPU cores that this process may use: on Linux by its affinity, which batch systems set,
+    else all.
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -60,7 +60,7 @@ def on_this_machine() -> int:
 
 
 def share(n: int) -> slice:
-    """Returns the slice of n rows for this rank. All slices together cover the rows; lengths differ by at most 1."""
+    """Returns the slice of n rows for this rank. The slices cover all rows, and their lengths differ by at most 1."""
     return slice(n * rank() // size(), n * (rank() + 1) // size())
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-# perf_counter at the start of the process, assuming that the process has been computing since then
+# perf_counter at the start of the process, if the process has been computing since then
 _BEGUN = [time.perf_counter() - time.process_time()]
 
 
@@ -25,7 +25,8 @@ def command_begun() -> float:
 
 log = logging.getLogger("flowtrain")
 
-# Seconds without output before a terminal shows a status; between lines elsewhere; between refreshes on a terminal
+# Seconds without output before a terminal shows a status, between lines if there is no terminal, and between refreshes
+# on a terminal
 DELAY, EVERY, TICK = 2.0, 30.0, 0.5
 # Seconds between redraws by `advance`, and the weight of the latest rate in the smoothed rate
 REDRAW, SMOOTHING = 0.1, 0.3
@@ -118,7 +119,7 @@ class Reporter:
         self._stack: list[Status] = []
         self._said = clock()
         self._line = ""
-        # reentrant, because a log message may be written while a line is drawn
+        # the lock is reentrant, because a log message may be written while a line is drawn
         self._changed = threading.Condition(threading.RLock())
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -135,7 +136,7 @@ class Reporter:
             self.refresh()
 
     def pop(self, status: Status) -> None:
-        """Ends a status and those inside it. A bar stays on the terminal in its last state."""
+        """Ends a status and the statuses inside it. A bar stays on the terminal in its last state."""
         with self._changed:
             if status not in self._stack:
                 return
@@ -206,8 +207,8 @@ class Reporter:
     def _current(self, now: float) -> tuple[Status | None, str]:
         """Returns the status to show and the names of the statuses around it; None before `delay` has passed.
 
-        A status inside a bar replaces the bar once it has lasted `delay` seconds. Others are shown after `delay`
-        seconds without output.
+        A status inside a bar replaces the bar once it has lasted `delay` seconds. Other statuses are shown after
+        `delay` seconds without output.
         """
         bars = [i for i, status in enumerate(self._stack) if status.bar]
         first = bars[-1] + 1 if bars else 0
@@ -229,7 +230,7 @@ class Reporter:
         if status.total is None:
             counted = f" {status.n:,} {status.unit}s" if status.n else ""
             return f"{words}{counted} [{tqdm.format_interval(seconds)}]"[:width]
-        # half of the line is for the bar
+        # the bar may use half of the line
         if len(words) > width // 2:
             words = words[: width // 2 - 1] + "…"
         line: str = tqdm.format_meter(
@@ -279,7 +280,7 @@ class Reporter:
         return True
 
     def _draw(self, line: str) -> None:
-        """Replaces the displayed line; an empty one removes it.
+        """Replaces the displayed line by `line`, or removes it if `line` is empty.
 
         The cursor returns to the start of the line, so that other output overwrites the line.
         """

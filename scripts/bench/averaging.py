@@ -5,7 +5,7 @@
 
 Both use the same loss and batch. For each setup the script prints the median time of forward, backward and averaging,
 with alternating steps in the same processes, and the difference of the two gradients. DDP overlaps its all-reduce with
-the backward pass. flowtrain sums everything at the end (flowtrain.training.update.averaged explains why).
+the backward pass. flowtrain sums everything after it, see flowtrain.training.update.average_gradients.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flowtrain.cli.config_files import compose_defaults
 from flowtrain.runs.build import build_data, build_flow, build_objective
-from flowtrain.training.update import averaged
+from flowtrain.training.update import average_gradients
 
 SETUPS = {
     "FFJORD, moons, 256 rows per rank": (["model=ffjord", "data=moons", "solver.rtol=1e-4"], 256),
@@ -62,7 +62,7 @@ def setup(rank: int, overrides: list[str], rows: int, steps: int) -> tuple[list[
     def ours(x: torch.Tensor) -> None:
         loss, terms = objective(x)
         loss.backward()
-        averaged(parameters, {"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}}, 0.5)
+        average_gradients(parameters, {"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}}, 0.5)
 
     def theirs(x: torch.Tensor) -> None:
         wrapped(x)[0].backward()

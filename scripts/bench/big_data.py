@@ -2,10 +2,11 @@
 
     python scripts/bench/big_data.py                        # writes the file to a temporary folder; a few minutes
     python scripts/bench/big_data.py --rows 5000000 --steps 200
-    python scripts/bench/big_data.py --model affine --batch 32768 --steps 3000   # two epochs, of all the rows
+    python scripts/bench/big_data.py --model affine --batch 32768 --steps 3000   # two epochs over all rows
 
 For the whole file and for a tenth of it, the script prints the largest resident memory of `flowtrain` in a new process,
-the seconds until its first step, and the median time of a step. It also measures the tenth when it is read into memory.
+the seconds until its first step, and the median time of a step. For the tenth, it also measures a run that reads the
+whole file into memory.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def write(path: Path, rows: int) -> None:
     """Writes eight columns with a nonlinear dependence between neighbours."""
     progress(f"writing {rows:,} rows, {4 * COLUMNS * rows / 1e9:.2f} GB")
     rng = np.random.default_rng(0)
-    # not memory-mapped: mapped pages would count as memory of this process and of its children
+    # the file is not memory-mapped, because mapped pages would count as memory of this process and of its children
     with path.open("wb") as out:
         write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": (rows, COLUMNS)})
         for start in range(0, rows, PART):

@@ -59,7 +59,8 @@ def diffrax_step(problem: Problem) -> Contestant:
         if noise is not None:
             v, je = jax.jvp(f, (x,), (noise,))
             return v, (je * noise).sum(1)
-        # with one jvp per column, XLA shares the primal: measured at half the time of jax.linearize or jax.vmap
+        # with one jvp per column, XLA computes the primal only once. This takes half the time of jax.linearize or
+        # jax.vmap
         trace = jnp.zeros(len(x), x.dtype)
         for i in range(d):
             v, je = jax.jvp(f, (x,), (jnp.zeros_like(x).at[:, i].set(1.0),))

@@ -3,10 +3,11 @@
     python scripts/bench/memory.py                            # rk4, 4 to 64 steps, batch 16
     python scripts/bench/memory.py --batch 8 --steps 4 16 64 --only replay
 
-Each cell is measured in a new process. It first takes a training step with two solver steps on two rows, to load
-everything that torch loads lazily, and then the measured step. The script prints a Markdown table of the increase of
-the peak resident memory (ru_maxrss) in MiB. A value is the median of --repeats processes, with the spread if they
-differ by more than 5 %. glibc returns large blocks at once (MALLOC_MMAP_THRESHOLD_), so that only live memory counts.
+Each cell is measured in a new process. The process first makes a training step with two solver steps on two rows,
+because torch loads some of its code at the first use. Then it makes the measured step. The script prints a Markdown
+table of the increase of the peak resident memory (ru_maxrss) in MiB. A value is the median of --repeats processes, with
+the spread if they differ by more than 5 %. glibc returns large blocks at once (MALLOC_MMAP_THRESHOLD_), so that only
+live memory counts.
 """
 
 import argparse

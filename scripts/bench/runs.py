@@ -4,8 +4,8 @@
     python scripts/bench/runs.py "data=moons" "data=moons regularizer=rnode"
 
 Each argument is the command line of one `flowtrain`, which runs once per seed. The seeds begin at 11, because no
-setting was tuned on them. The script prints a Markdown table with a row for each command. It has the median and the
-range over seeds of the test NLL, the KL (if the true density is known), the NFE at evaluation, and the seconds of
+setting was tuned on them. The script prints a Markdown table with a row for each command. The row has the median and
+the range over seeds of the test NLL, the KL (if the true density is known), the NFE at evaluation, and the seconds of
 training with validations and pictures. `--jobs` is the number of simultaneous runs, each with one thread.
 """
 

@@ -14,7 +14,8 @@ The model gives the seconds per step for N ranks and a gradient of G bytes, wher
     waiting         compute (E[max of N NFE] / E[NFE] - 1), drawn from the NFE of the measured steps: each rank solves
                     its own share, and all wait for the slowest
 
-Nothing overlaps: gradients are sent after the last one is computed (flowtrain.training.update.averaged explains why).
+Communication does not overlap with computation: gradients are sent after all are computed, see
+flowtrain.training.update.average_gradients.
 """
 
 import argparse
@@ -115,9 +116,11 @@ def expected_max(nfe: list[int], n: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=SETUPS)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=40, help=f"more than {WARM}")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    if args.steps <= WARM:
+        parser.error(f"--steps {args.steps}: give more than {WARM}, because the first {WARM} steps are not timed")
     print(machine())
     for setup in [args.only] if args.only else SETUPS:
         print_prediction(setup, measure(setup, args.steps, args.repeats))

@@ -117,7 +117,7 @@ def flowtrain_step(problem: Problem, **settings: Any) -> Contestant:
         plans = flow.step_plans
 
     def step() -> Step:
-        # as in training, plan the steps from another batch
+        # start from the step plans of another batch, as in training
         flow.step_plans = plans
         with record_solves() as solves:
             loss = nll(*flow.inverse(problem.x))
@@ -215,8 +215,8 @@ def zuko_step(problem: Problem) -> Contestant:
 def reference(problem: Problem, rows: int = 128, rtol: float = 1e-10) -> Step:
     """A reference in float64 with torchdiffeq, autograd trace, direct gradient and a tight tolerance.
 
-    It shares no code with the engine. dopri8 solves a few rows at a time to limit the memory of the graph, and ends its
-    last step at t = 0.
+    The reference shares no code with flowtrain's engine. dopri8 solves a few rows at a time to limit the memory of the
+    graph, and ends its last step at t = 0.
     """
     exact = problem.to(torch.float64)
     parts = []
@@ -258,8 +258,8 @@ def compare(
     TF32 is off for all engines, as in flowtrain's solves. torch uses it by default for convolutions on a GPU.
 
     Args:
-        true: the reference on `checked`, a smaller problem if `problem` is too large. Gradients on the whole problem
-            are then compared with the first engine's.
+        true: the reference on the problem `checked`, which is smaller than `problem` if `problem` is too large.
+            Gradients on the whole problem are then compared with the first engine's.
     """
     steps, first, small, skipped = {}, {}, {}, {}
     with full_precision(problem.x.device):

@@ -6,8 +6,9 @@
     python scripts/bench/tables.py --report results.jsonl    # prints Markdown
 
 The peers are zuko's NSF and MAF, and scikit-learn's GaussianMixture and KernelDensity. `--python` names the interpreter
-of an environment that has them (pip install zuko scikit-learn); the default is the current one. Each method runs in a
-new process with `--threads` threads. Its seconds include the whole fit with validation, but not imports and scoring.
+of an environment with these packages (pip install zuko scikit-learn). The default is the current interpreter. Each
+method runs in a new process with `--threads` threads. The seconds include the whole fit with validation, but not
+imports and scoring.
 
 Each run appends a line to the results file: table, method, seed, the mean test NLL in nats, its standard error, the
 validation NLL, and seconds. The log p of every test row is saved in a folder beside it. Runs that are in the file are
@@ -164,7 +165,7 @@ def gmm(split: Split, seconds: float, seed: int) -> Scores:
     peaks = dict.fromkeys(REG_COVAR, -math.inf)
     for k in COMPONENTS:
         for reg in REG_COVAR:
-            # the next fit takes about as long as all earlier ones
+            # the next fit takes about as long as all earlier fits together
             if failures[reg] >= 3 or len(train) < 2 * k or time.perf_counter() - begun > 0.8 * seconds:
                 continue
             found = GaussianMixture(k, reg_covar=reg, random_state=seed, max_iter=200).fit(train)

@@ -6,10 +6,10 @@
 
 The script trains one `flowtrain` run per seed with the overrides, one after another. The seeds begin at 11, because no
 setting was tuned on them. KL is the mean of log p_true - log p_model on the validation set, so it does not contain the
-noise of the set's entropy. The model is the validated one, with averaged weights if they are on. Seconds come from the
-run's own clock (metrics.jsonl), so they include validations. A validation every --every steps limits the resolution.
-The script prints a Markdown table with one row per gap: median and range of the seconds, median steps, and the number
-of seeds that reached the gap.
+noise of the set's entropy. The model has the weights that the run validates, which are averaged weights if trainer.ema
+is set. Seconds come from the run's own clock (metrics.jsonl), so they include validations. A validation every --every
+steps limits the resolution. The script prints a Markdown table with one row per gap: median and range of the seconds,
+median steps, and the number of seeds that reached the gap.
 """
 
 import argparse

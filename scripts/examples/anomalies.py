@@ -2,7 +2,7 @@
 
     python scripts/examples/anomalies.py
 
-Ordinary rows have two correlated sensors and a third one that depends on both. In the anomalies the third sensor is
+Ordinary rows have two correlated sensors and a third sensor that depends on both. In the anomalies the third sensor is
 broken: each of its values is common, but not in combination with the other two sensors.
 """
 
@@ -27,7 +27,7 @@ def main(minutes: float = 0.5) -> float:
     rng = np.random.default_rng(0)
     flow = flowtrain.fit(sensors(5000, broken=False, rng=rng), model="realnvp", minutes=minutes)
 
-    # 1% of ordinary rows score above this
+    # 1% of ordinary rows have a score above this threshold
     threshold = np.quantile(-flow.log_prob(sensors(2000, broken=False, rng=rng)), 0.99)
     ordinary = -flow.log_prob(sensors(1000, broken=False, rng=rng))
     anomalies = -flow.log_prob(sensors(1000, broken=True, rng=rng))

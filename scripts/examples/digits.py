@@ -1,4 +1,4 @@
-"""Trains Glow on digits by class, p(image | label), and draws new ones of each class.
+"""Trains Glow on digits by class, p(image | label), and draws new digits of each class.
 
     pip install scikit-learn
     python scripts/examples/digits.py

@@ -16,7 +16,7 @@ from harm.part import Part, Verdict
 
 
 class Original(NamedTuple):
-    """The content of a checkpoint file, and its flow: weights, and log p at a few points."""
+    """The content of a checkpoint file, the weights of the flow in the file, and log p at a few points."""
 
     content: bytes
     state: dict[str, torch.Tensor]

@@ -13,7 +13,7 @@ from flowtrain.utils.files import config_dir
 from harm.forks import try_flowtrain
 from harm.part import Part
 
-# files in the folder of the commands: a table, and a run to start from
+# files in the folder in which the commands run: a table, and a run to start from
 TABLE, TEACHER = "table.npy", "teacher"
 GROUPS = ("model", "data", "solver", "trainer", "objective", "regularizer")
 # the config file that lists all keys of a group whose options share their keys
@@ -56,7 +56,7 @@ SANE = {
     list: ["[4]", "[3,5]", "[1]", "[4,4,4]"],
     type(None): ["null", "1", "2", "0.5", "0.01", "true"],
 }
-# none of these may be valid and large: a run of 2^31 - 1 steps would not end
+# no value may be valid and large, because a run of 2^31 - 1 steps would not end
 INSANE = [
     "-1", "0", "1.5", "many", "true", "null", "[]", "[1,2]", "[-1]", "[a]", "[[1]]", "{a: 1}", "1e400", "nan", "inf",
     "-inf", "1e-300", "1e30", "1e308", "-0.0", "2147483648", "99999999999999999999", "''", "'  '", "", "${seed}",
@@ -105,7 +105,7 @@ def random_config(rng: random.Random, must: tuple[str, str] | None = None) -> li
     picked = {**dict(rng.choice(options()) for _ in range(rng.randint(0, 3))), **dict([must] if must else [])}
     from_teacher = picked.get("objective") == "rectified" and rng.random() < 0.8
     if from_teacher:
-        # the model and data come from the other run
+        # the other run determines the model and the data
         picked = {g: name for g, name in picked.items() if g not in ("model", "data", "experiment", "recipe")}
     if "experiment" in picked:
         picked = {group: name for group, name in picked.items() if group not in ("model", "data")}

@@ -110,7 +110,7 @@ def try_flowtrain(arguments: Sequence[str], folder: Path, part: Part) -> Verdict
     return verdict
 
 
-# the name of a data file in a message
+# finds the name of a data file in a message
 DATA_FILE = re.compile(r"\.(npy|npz|csv|tra|tes|txt)\b")
 
 

@@ -43,9 +43,9 @@ class Whole(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """When to kill: `seconds` after the start, a row, the first write of a checkpoint, or the last row.
+    """The moment of a kill: `seconds` after the start, a row, the first write of a checkpoint, or the last row.
 
-    The row is number `rows` after the first one, and the checkpoint is the next one after that row.
+    The row is the row at distance `rows` from the first row. The checkpoint is the next checkpoint after this row.
     """
 
     after: str
@@ -96,7 +96,7 @@ def kills(whole: Whole, part: Part, moments: Iterator[Moment] | None = None) -> 
         else:
             same += 1
             shutil.rmtree(run)
-        # the next run is a new one, in a new directory
+        # the next run starts in a new directory
         runs += 1
         run = part.out / f"{part.name}_{runs}".replace(" ", "_")
     part.notes.append(f"{same} of {runs - early} runs bitwise equal")

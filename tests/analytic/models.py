@@ -85,7 +85,7 @@ def mixture(event_shape: tuple[int, ...], parts: int = 3) -> Flow:
 
 
 class Scaled(Bijection):
-    """A bijection that reports the log-determinants of another one multiplied by `factor`."""
+    """A bijection that reports wrong log-determinants: those of the inner bijection, multiplied by `factor`."""
 
     def __init__(self, inner: Bijection, factor: float) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def scaled(event_shape: tuple[int, ...], factor: float = 1.01) -> Flow:
 
 
 class Folded(Bijection):
-    """z = |x| in one direction and x = z in the other, so that two points share one latent."""
+    """A map that is not a bijection: forward gives |z| and inverse gives x, so two latents give the same point."""
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return z.abs(), z.new_zeros(len(z))

@@ -15,7 +15,7 @@ from flowtrain.utils.errors import DataError, FlowtrainError
 
 
 def test_state_dict_contains_the_permutation() -> None:
-    """If the permutation were not a buffer, a loaded flow would draw another one."""
+    """If the permutation were not a buffer, a loaded flow would draw another permutation."""
     torch.manual_seed(1)
     trained = perturbed(realnvp((9,), mixing="permutation").bijection)
     torch.manual_seed(2)

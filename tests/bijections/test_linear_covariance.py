@@ -89,5 +89,5 @@ def test_gaussian_start_inverse_is_accurate_in_float64() -> None:
     jacobian = torch.autograd.functional.jacobian(lambda row: exact(row.unsqueeze(0))[0][0], z[0])
     torch.testing.assert_close(log_det[0], torch.linalg.slogdet(jacobian)[1], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(log_det_back, -log_det)
-    # in float64 the density stays close to the float32 one
+    # the density in float64 is close to the density in float32
     torch.testing.assert_close(exact.inverse(x)[0].float(), single.inverse(x.float())[0], rtol=1e-3, atol=1e-3)

@@ -20,7 +20,7 @@ REALNVP = ["model=realnvp", "model.layers=1", "model.hidden=[8]", "trainer.steps
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A table whose columns have names."""
+    """Returns a table whose columns have names."""
     path = tmp_path_factory.mktemp("table") / "train.csv"
     rows = np.concatenate([normal(150, 2), normal(150, 2, seed=1) + 4])
     np.savetxt(path, rows, delimiter=",", header="height,weight", comments="")
@@ -29,7 +29,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sweep(trained: Train, table: Path, tmp_path: Path) -> Path:
-    """Two runs on the table in the directory `my sweep`, trained once and copied."""
+    """Returns two runs on the table in the directory `my sweep`, trained once and copied."""
     done = table.parent / "my sweep"
     if not done.exists():
         data = ["data=array", f"data.path={table}"]
@@ -66,7 +66,7 @@ def test_a_sweep_directory_is_evaluated(run: Run, sweep: Path) -> None:
     for name in ("report.md", "report.html", "plots/calibration.png"):
         assert (sweep / name).is_file()
     assert "lr=0" in (sweep / "report.md").read_text()
-    # without ckpt=, and on other rows
+    # the same without ckpt=, and then on other rows
     assert same(evaluation(run, str(sweep), "dtype=float32", name="my sweep/eval.json"), found)
     rows = normal(40, 2)
     np.savetxt("new.csv", rows[:, ::-1], delimiter=",", header="weight,height", comments="")
@@ -174,7 +174,7 @@ def test_a_sweep_over_data_is_refused(run: Run, trained: Train, sweep: Path, tab
 
 
 def test_weights_need_the_data_of_the_runs(run: Run, sweep: Path, table: Path) -> None:
-    # the file is put back, because the other tests read it
+    # the file is restored, because other tests read it
     away = table.rename(table.with_name("away.csv"))
     try:
         code, out, err = run("floweval", f"ckpt=[{sweep}/1e-3,{sweep}/lr=0]")

@@ -34,7 +34,7 @@ BAD_TRAIN = [
     (["trainer.stepz=3"], r"no key trainer.stepz; did you mean trainer.steps\?.* steps, batch_size"),
     (["modell=ffjord"], r"no key modell; did you mean model\?.* model"),
     (["model=ffjrd"], r"model=ffjrd: did you mean ffjord\?.* affine, auto, ffjord, glow, .*realnvp"),
-    (["+model.depth=3"], r"model: unknown key depth; ffjord takes field, hidden"),
+    (["+model.depth=3"], r"model: unknown key depth; the keys of ffjord are field, hidden"),
     (["solver=rk4"], r"solver.step_size"),
     (["solver.rtol=-1"], r"solver.rtol=-1"),
     (["trainer.steps=many"], r"trainer.steps=many: give a whole number"),

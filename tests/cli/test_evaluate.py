@@ -34,7 +34,7 @@ def test_scores_are_log_p_of_every_row_in_order(
     assert scores.dtype == np.float64
     assert (found["split"], found["n"]) == ("all", 2500)
     assert found["nll"] == pytest.approx(-scores.mean())
-    # the test split of the training file, and all of its rows
+    # the test rows that were split off the training file, and all rows of this file
     assert not Path(run_dir, "eval.json").exists()
     assert evaluated(run_dir)["n"] == 30
     assert evaluated(run_dir, "split=all", name="eval-all.json")["n"] == 300
@@ -94,7 +94,7 @@ def test_output_never_overwrites_inputs_or_other_outputs(run: Run, tmp_path: Pat
     code, _, err = run("flowsample", f"ckpt={other}", "n=5", "out=train.npy")
     assert (code, np.load(tmp_path / "train.npy").shape) == (2, (100, 2)), err
     assert before.items() <= {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}.items()
-    # output may go to a device; a link stands for its target
+    # output may be written to a device. A link means its target
     assert run("floweval", f"ckpt={ckpt}", "out=/dev/null", "scores=/dev/null/x.npy")[0] != 0
     (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
     assert run("floweval", f"ckpt={ckpt}", "out=link.json")[0] == 0

@@ -53,7 +53,7 @@ def test_images_are_told_apart_from_arrays_idx_files_and_tables(
     ):
         code, out, err = run("floweval", f"ckpt={run_dir}", f"ood={name}")
         assert (code, out) == (2, ""), name
-        # the lines before it warn about the training file
+        # the earlier lines warn about the training file
         assert re.search(words, err.splitlines()[-1]), err
         assert "Traceback" not in err
 
@@ -135,7 +135,7 @@ def test_report_has_the_numbers_of_the_json_and_its_figures_inside(
     links = re.findall(r"!\[\w+\]\(<(.*?)>\)", text)
     assert links == ["plots/calibration.png", "plots/ood.png", "plots/samples.png", "plots/curves.png"]
     assert all(Path(run_dir, link).is_file() for link in links)
-    # with out=, all files have its name
+    # with out=, all files have the name that out= gives
     evaluated(run_dir, f"out={tmp_path}/r/a.json", "report=true")
     assert {p.name for p in (tmp_path / "r").iterdir()} == {"a.json", "a_calibration.png", "a.md", "a.html"}
 

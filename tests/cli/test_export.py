@@ -17,7 +17,7 @@ REALNVP = ["model=realnvp", "model.layers=1", "model.hidden=[8]"]
 
 @pytest.fixture
 def realnvp(run: Run) -> None:
-    """A run in the directory r."""
+    """Returns a run in the directory r."""
     code, _, err = run("flowtrain", *SMALL, *REALNVP, "hydra.run.dir=r")
     assert code == 0, err
 
@@ -98,7 +98,7 @@ def test_older_files_stay_if_a_program_differs(
 ) -> None:
     only_programs("log_prob", "inverse")
     (tmp_path / "a.pt2").write_text("old")
-    # the flow that the program is compared with gives other values
+    # the program is compared with a flow that gives other values
     inverse = Flow.inverse
     monkeypatch.setattr(Flow, "inverse", lambda self, x, label=None: inverse(self, x, label) + 1e-3)
     code, out, err = run("flowexport", "r", "out=a.pt2")

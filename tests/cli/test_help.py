@@ -1,4 +1,4 @@
-"""--help: compared with the config files; the flags and the completion that it describes are run."""
+"""The output of --help agrees with the config files. The flags and the completion that it describes work."""
 
 import os
 import re
@@ -30,14 +30,14 @@ def text_of(name: str) -> str:
 
 
 def values_of(name: str) -> dict[str, Any]:
-    """The values that a file sets, by dotted keys, without its defaults list."""
+    """Returns the values that a file sets, by dotted keys, without its defaults list."""
     found = OmegaConf.to_container(OmegaConf.load(config_dir() / f"{name}.yaml"))
     assert isinstance(found, dict)
     return flattened({str(key): value for key, value in found.items() if key != "defaults"})
 
 
 def whole_path(name: str, key: str) -> str:
-    """The key of a file as a key of the whole config."""
+    """Returns the key of a file as a key of the whole config."""
     group = name.partition("/")[0]
     return key if CommentedConfig(text_of(name)).whole or "/" not in name else f"{group}.{key}"
 
@@ -50,7 +50,7 @@ def test_every_config_file_starts_with_a_description(name: str) -> None:
 
 
 def named(text: str) -> Iterator[str]:
-    """The files that comments name as the origin of keys."""
+    """Returns the files that comments name as the origin of keys."""
     yield from re.findall(r"#.*?\bkeys of ([\w/]+)\.yaml", text)
 
 
@@ -74,7 +74,7 @@ SHOWN: dict[tuple[str, ...], str] = {}
 
 
 def help_of(run: Run, *arguments: str, command: str = "flowtrain") -> str:
-    """The help on a command line, which the command prints once for all tests."""
+    """Returns the help on a command line, which the command prints once for all tests."""
     key = (command, *arguments)
     if key not in SHOWN:
         code, SHOWN[key], err = run(command, *arguments, "--help")

@@ -21,7 +21,7 @@ VAL = {"split": "val", "nll_stderr": 0.02}
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes a run directory. Each one is newer than the one before."""
+    """Writes a run directory. Each run is newer than the run before."""
     time = [1_000_000_000]
 
     def written(
@@ -49,7 +49,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def listed(run: Run, *arguments: str) -> list[dict[str, Any]]:
-    """The runs of a list, read from its JSON file."""
+    """Returns the runs of a list, read from its JSON file."""
     code, out, err = run("flowtrain", "runs", *arguments, "out=l.json")
     assert (code, err) == (0, ""), err
     found: list[dict[str, Any]] = json.loads(Path("l.json").read_text())["runs"]

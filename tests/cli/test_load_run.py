@@ -23,7 +23,7 @@ TOY = {"_target_": "flowtrain.data.toys.shapes.Circles", "name": "circles", "n_t
         ("all", {"path": "/a/train.csv"}, "train"),
         ("all", {"path": "/b/new.csv.gz"}, "new"),
         ("all", {"path": "/b/my data (1).npy"}, "my data (1)"),
-        # not val, the name for split=val
+        # the file is not named val, because this is the name for split=val
         ("all", {"path": "/b/val.csv"}, "val.csv"),
         ("test", {"path": "/a/train.csv"}, ""),
         ("test", {"path": "/b/new.csv"}, "new-test"),

@@ -30,7 +30,7 @@ def test_existing_file_names_are_taken_literally(name: str, tmp_path: Path, monk
     Path(name).touch()
     for key in ("data.path", "data.val_path", "data.root", "resume", "from", "ckpt", "out", "scores", "ood"):
         assert value_of(f"{key}={name}") == name
-        # the printed option, parsed by a shell
+        # a shell parses the printed option
         assert value_of(*shlex.split(option(key, name))) == name
 
 
@@ -56,7 +56,7 @@ def test_printed_paths_name_existing_files() -> None:
 
 
 def commands_in(text: str) -> list[list[str]]:
-    """The commands in a log, parsed as by a shell."""
+    """Returns the commands in a log, parsed as by a shell."""
     return [shlex.split(found) for found in re.findall(r"(?:flowtrain '?resume|floweval|flowsample) ?.*", text)]
 
 
@@ -74,7 +74,7 @@ def test_printed_commands_run_again(run: Run, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("flowtrain.cli.sample.write_animation", lambda *_: 0)
     for command, *words in printed:
         assert run(command, *words)[0] == 0
-    # from another directory, by the absolute path that is printed last
+    # also works from another directory, with the absolute path that is printed last
     (resumed,) = commands_in(resume_command(run_dir))
     monkeypatch.chdir(tmp_path)
     assert run(*resumed) == (0, f"{run_dir}\n", "")

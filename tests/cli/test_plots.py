@@ -127,7 +127,7 @@ def test_floweval_draws_the_figures_of_a_run_again(run: Run, trained: Train) -> 
     drawn = {name for name in figures(run_dir) if name.endswith(".svg")}
     assert drawn == {name.replace(".png", ".svg") for name in before if "samples_" not in name} | {"ood.svg"}
     assert all(name in out for name in drawn)
-    # of the validation set, and of other data, which have no curves
+    # figures of the validation set, and of other data, for which no curves are drawn
     assert run("floweval", run_dir, "split=val", "plots=true")[0] == 0
     assert {"samples-val.png", "curves-val.png"} <= figures(run_dir)
     written(Path("new.csv"), "x,y", np.zeros((30, 2)))

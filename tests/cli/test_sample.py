@@ -42,7 +42,7 @@ def titles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def trained(run: Run, *arguments: str) -> None:
-    """A run in the directory r, without figures."""
+    """Returns a run in the directory r, without figures."""
     # data=array has no n_val and n_test
     small = [a for a in SMALL if "data=array" not in arguments or not a.startswith("data.")]
     with pytest.MonkeyPatch.context() as patched:

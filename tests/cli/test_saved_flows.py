@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("without_figures")
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A flow with a tensor in its description, and a continuous part."""
+    """Returns a flow with a tensor in its description, and a continuous part."""
     torch.set_default_dtype(torch.float32)
     flow = models.ffjord(2, hidden=[6], solver=ode_solver("dopri5", rtol=1e-3))
     for p in flow.parameters():

@@ -47,7 +47,7 @@ def test_a_job_that_fails_leaves_the_others_alone(run: Run, tmp_path: Path) -> N
     assert [row["job"] for row in rows[2:]] == ["1"]
     assert [row["state"] for row in rows] == ["done", "done", "failed"]
     assert rows[2]["error"].startswith("trainer.lr=-1: ")
-    # sorted by the validation NLL of the best checkpoint
+    # the table is sorted by the validation NLL of the best checkpoint
     found = [float(row["val_nll"]) for row in rows[:2]]
     assert found == sorted(found)
     for row in rows[:2]:
@@ -73,10 +73,10 @@ def test_rerun_sweep_skips_finished_jobs_and_runs_missing_ones(
         patched.setattr(Trainer, "__init__", killed)
         assert run("flowtrain", *keys)[0] == 0
     whole = (tmp_path / "s/0/result.json").stat()
-    # as if the job had been killed before its evaluation
+    # these changes simulate a job that was killed before its evaluation
     (tmp_path / "s/1/result.json").unlink()
     assert sweep_summary.read(tmp_path / "s")[1].state == "stopped"
-    # another value and another order, so that the numbers of the jobs differ
+    # the sweep has another value and another order, so that the numbers of the jobs differ
     keys[-2] = "trainer.lr=3e-3,1e-3,1e-2"
     assert run("flowtrain", *keys)[0] == 0
     rows = {row["trainer.lr"]: row for row in table(tmp_path / "s")}

@@ -105,7 +105,7 @@ def test_an_old_checkpoint_of_dequantized_counts_still_loads(run: Run, tmp_path:
 
 @pytest.mark.usefixtures("without_figures")
 def test_checkpoint_keeps_the_data_settings_of_its_weights(run: Run, tmp_path: Path) -> None:
-    """With other settings, another density than the trained one would be scored."""
+    """With other settings, the score would belong to a density that was not trained."""
     write_set(tmp_path / "data" / "mnist")
     keys = ["data=mnist", "data.root=data", "data.n_val=10", "trainer.steps=1", "trainer.batch_size=4", "recipe=none"]
     code, out, err = run("flowtrain", *keys, *IMAGE_MODELS["realnvp"])

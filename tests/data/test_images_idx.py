@@ -1,4 +1,4 @@
-"""IDX files are read with and without gzip, and damaged ones are refused by name."""
+"""IDX files are read with and without gzip. The error for a damaged file names the file."""
 
 import gzip
 import struct

@@ -293,7 +293,7 @@ def test_baselines_of_images_and_conditional_flows_are_refused(kind: str) -> Non
         (-5.0, 0.1, True),
         (0.05, 0.1, True),
         (0.3, 0.1, False),
-        # certain but too small to matter
+        # the difference is certain, but too small to matter
         (0.005, 1e-6, True),
         # one row with a huge -log p makes the difference uncertain, not small
         (1e7, 1e7, False),
@@ -352,7 +352,7 @@ def test_floweval_baselines_option_adds_all_baselines(
     for one in found.values():
         assert set(one) == {"nll", "nll_stderr", "seconds"}
         assert math.isfinite(one["nll"])
-    # baselines of new rows, here the whole table
+    # baselines for new rows. Here, the new rows are the whole table
     of_new = evaluated(run_dir, f"data.path={path}", "baselines=true", name="eval-x.json")["baselines"]
     assert of_new.keys() == found.keys()
     assert of_new["gaussian"]["nll"] != found["gaussian"]["nll"]

@@ -25,7 +25,7 @@ def test_calibration_detects_shifted_and_dependent_latents() -> None:
     good, pit = calibration(z, normal)
     assert good.p_value > 0.01
     assert len(pit) == 9
-    # against SciPy's normal and chi-square distribution functions
+    # the transforms equal SciPy's normal and chi-square distribution functions
     name = next(iter(pit))
     np.testing.assert_allclose(pit[name].numpy(), stats.norm.cdf(z[:, int(name[1:]) - 1].numpy()), atol=1e-12)
     np.testing.assert_allclose(pit["radius"].numpy(), stats.chi2.cdf(z.square().sum(1).numpy(), 12), atol=1e-10)

@@ -70,7 +70,8 @@ def test_mass_includes_modes_between_the_first_nodes(seed: int) -> None:
 
 
 def test_remaining_error_is_extrapolated_from_grid_doublings() -> None:
-    # the error left after first-order convergence is the last change, and a third of it after second order
+    # the remaining error is the last change for first-order convergence, and a third of the last change for second
+    # order
     assert remaining_error([0.2, 0.1, 0.05]) == pytest.approx(0.05)
     assert remaining_error([0.4, 0.1]) == pytest.approx(0.1 / 3)
     assert remaining_error([0.01, 0.0001]) == pytest.approx(1e-6, rel=0.02)

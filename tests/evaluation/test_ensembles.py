@@ -34,7 +34,7 @@ def array(n: int = 60, d: int = 2, seed: int = 0) -> Any:
 
 
 class Stretch(Bijection):
-    """x = 2 z, with log-determinants that are wrong by a factor."""
+    """x = 2 z, with log-determinants that are multiplied by wrong factors."""
 
     def __init__(self, forward: float = 1.0, inverse: float = 1.0) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Stretch(Bijection):
 
 
 class Hole(nn.Module):
-    """A field that is NaN for points beyond 50."""
+    """A field that is NaN for coordinates beyond 50."""
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         return torch.where(x.abs() > 50, torch.nan, 0.0 * x)
@@ -83,7 +83,7 @@ def test_nll_member_scores_and_spread_match_their_definitions() -> None:
 
 
 @pytest.mark.parametrize("draws", [1, 3])
-def test_integer_ensemble_of_equal_members_equals_the_single_flow(draws: int) -> None:
+def test_ensemble_of_equal_members_equals_the_flow_on_integer_data(draws: int) -> None:
     flow = images("realnvp")
     x = np.random.default_rng(0).integers(0, 16, (20, 1, 4, 4))
     one = evaluate(flow, x, dequantization_samples=draws, thorough=False)
@@ -147,7 +147,7 @@ def test_rows_with_a_failed_member_are_scored_by_the_others() -> None:
     torch.testing.assert_close(found.scores, expected)
     assert found.member_scores is not None
     assert found.member_scores[7].isnan().tolist() == [True, False]
-    # a member of weight 0 is listed without an NLL
+    # a member of weight 0 may fail. It is then listed without an NLL
     found = evaluate(Ensemble([hole, good], [0.0, 1.0]), x, thorough=False)
     assert found.members is not None
     assert math.isnan(found.members[0].nll)
@@ -172,7 +172,7 @@ def test_calibration_of_integer_data_uses_quantized_samples() -> None:
     ensemble = Ensemble([images("realnvp"), images("glow")], [0.5, 0.5]).eval()
     found = evaluate(ensemble, ensemble.quantized(ensemble.sample(800)), dequantization_samples=3, thorough=False)
     assert found.calibration.p_value > 1e-3
-    # the average over noise draws is larger than log p at one draw
+    # the log of the mean over noise draws is larger than log p for one draw
     assert abs(found.pit["density"].mean() - 0.5) < 0.1
 
 
@@ -183,7 +183,7 @@ def test_conditional_ensemble_is_evaluated_with_labels() -> None:
     assert found.nll == pytest.approx(-ensemble.log_prob(x, y).mean())
     assert found.ood is not None
     assert found.ood.auroc > 0.9
-    # the marginal over the classes, p(x) = sum_y P(y) p(x | y)
+    # the scores are the marginal over the classes, p(x) = sum_y P(y) p(x | y)
     rows = torch.from_numpy(x)
     marginal = torch.stack([ensemble.log_prob(rows, label).exp() for label in range(3)]).mean(0).log()
     assert found.sets is not None
@@ -198,7 +198,7 @@ def test_hutchinson_traces_do_not_increase_the_density() -> None:
         return perturbed(flow, 0.4).eval()  # type: ignore[arg-type, return-value]
 
     flows = [noisy(0), noisy(1), noisy(2)]
-    exact = [evaluate_exactly(flow) for flow in flows]
+    exact = [with_exact_trace(flow) for flow in flows]
     x = torch.from_numpy(array(20, 3))
     truth = Ensemble(exact).log_prob(x).detach()
     scores = torch.stack([log_probs(Ensemble(flows), x, seed=seed) for seed in range(80)])
@@ -209,12 +209,12 @@ def test_hutchinson_traces_do_not_increase_the_density() -> None:
         [torch.stack([log_probs(f, x, seed=s + 999 * i) for i, f in enumerate(flows)]) for s in range(60)]
     )
     naive = (naive.logsumexp(1) - math.log(3)).mean(0)
-    # a plain logarithm of the mean is biased
+    # the log of the mean over members is biased upward
     assert (naive - truth).mean() > 0.02
     assert evaluate(Ensemble(flows), x, thorough=False).budget.trace > 0
 
 
-def evaluate_exactly(flow: Flow) -> Flow:
+def with_exact_trace(flow: Flow) -> Flow:
     exact = flow.with_solvers(lambda solver: solver.replace())
     for block in exact.ode_blocks:
         block.trace = dataclasses.replace(block.trace, evaluate="exact")

@@ -107,7 +107,7 @@ def test_tensors_of_any_dtype_and_layout_are_accepted() -> None:
 
 def test_evaluate_leaves_the_flow_and_torch_settings_unchanged() -> None:
     """The flow and torch's settings are unchanged, and the result does not depend on the settings."""
-    # a tolerance that float32 resolves too
+    # float32 can also meet this tolerance
     flow, x = vectors("ffjord", classes=2, solver=["solver.rtol=1e-5"]), array()
     label = [0, 1] * 20
     flow.train()

@@ -1,4 +1,4 @@
-"""Bits per dimension of integers against hand computations, dequantization, and the range of the values."""
+"""Bits per dimension of integers equal hand computations. Also tests of dequantization and of the range of values."""
 
 import math
 from typing import Any

@@ -35,7 +35,8 @@ def test_ood_detection_counts_non_finite_rows_as_least_likely() -> None:
     assert (found.n, found.infinite, found.auroc, found.typicality_auroc) == (3, 2, 1.0, 1.0)
     assert found.nll == 50.0
     assert (found.entropy, found.entropy_of) == (1.5, "validation set")
-    # other rows may be more likely than the set itself, like MNIST under Fashion-MNIST's flows; typicality detects them
+    # other rows may be more likely than the evaluated set, like MNIST under a flow of Fashion-MNIST. Typicality detects
+    # such rows
     likely = ood_detection("likely", inside, 40 + torch.randn(100), 2.0, "validation set")
     assert (likely.auroc, likely.typicality_auroc) == (0.0, 1.0)
     # non-finite rows of the set itself are treated in the same way

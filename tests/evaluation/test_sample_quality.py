@@ -57,7 +57,7 @@ def test_samples_use_the_labels_of_the_data() -> None:
     found = quality(flow, data, [1])
     assert found.exact.sliced_wasserstein < 0.4
     assert found.data < 0.4
-    # the flow has its own solver again
+    # the solver of the flow is restored
     assert flow.solver is not None
     assert flow.solver.method == "dopri5"
 
@@ -91,7 +91,7 @@ def test_sample_quality_is_reported_per_step_count(run: Run, tmp_path: Path, req
     code, out, err = run("floweval", f"ckpt={out.strip().splitlines()[-1]}", "solver.steps=4", "out=e.json")
     assert code == 0, err
     assert json.loads(Path("e.json").read_text())["solver"]["step_size"] == 0.25
-    # figures of the training were blank, but the quality figure is checked
+    # the fixture draws blank figures, but this test checks the quality figure
     request.getfixturevalue("full_size")
     code, out, err = run("flowsample", f"ckpt={run_dir}", "quality=[1,4]")
     assert code == 0, err

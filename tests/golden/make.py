@@ -2,8 +2,8 @@
 
     python tests/golden/make.py LABEL [NAME ...]
 
-The command writes tests/golden/LABEL/NAME for every case in CASES, or for the named cases. It never overwrites an
-existing golden. See README.md in this folder.
+The command writes tests/golden/LABEL/NAME for every case in CASES, or for the named cases. The command never overwrites
+an existing golden. See README.md in this folder.
 """
 
 import json
@@ -129,7 +129,7 @@ def main() -> None:
         raise SystemExit(f"these goldens exist and are never overwritten: {', '.join(taken)}. Give another label")
     if not DATA.exists():
         make_data()
-    # the same path on every machine, so that checkpoints contain no user name
+    # the path is the same on every machine, so that checkpoints contain no user name
     scratch = Path(tempfile.gettempdir()) / "flowtrain-golden"
     shutil.rmtree(scratch, ignore_errors=True)
     os.environ.pop("TQDM_DISABLE", None)

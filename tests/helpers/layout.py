@@ -1,4 +1,4 @@
-"""The layout of a figure: no text outside of it, and no two texts over each other."""
+"""Checks of the layout of a figure: all texts lie inside the figure, and no two texts overlap."""
 
 from collections.abc import Callable, Iterator
 from itertools import combinations
@@ -14,12 +14,12 @@ from matplotlib.transforms import Bbox
 
 from flowtrain.plotting import style
 
-# pixels by which boxes of texts may overlap: they are a little larger than the letters
+# pixels by which the boxes of two texts may overlap, because a box is a little larger than the letters
 SLACK = 1.0
 
 
 def drawn(patch: pytest.MonkeyPatch, draw: Callable[..., Any], *arguments: Any, **named: Any) -> Figure:
-    """The figure that a function draws, which writes no file."""
+    """Returns the figure that a function draws. No file is written."""
     saved: list[Figure] = []
     patch.setattr(style, "save", lambda figure, path, options=None: saved.append(figure))
     draw(Path("figure.png"), *arguments, **named)
@@ -28,7 +28,10 @@ def drawn(patch: pytest.MonkeyPatch, draw: Callable[..., Any], *arguments: Any, 
 
 
 def catch_figures(patch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved from now on, at half the resolution, which takes a third of the time."""
+    """Returns a list to which every figure is added that is saved from now on.
+
+    The figures have half the usual resolution, which saves two thirds of the time.
+    """
     figures: list[Figure] = []
 
     def save(figure: Figure, path: Path, options: Any = None) -> None:
@@ -42,12 +45,12 @@ def catch_figures(patch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def words_of(figure: Figure) -> list[tuple[str, Bbox]]:
-    """The visible words of a figure and their places in pixels."""
+    """Returns the visible texts of a figure as strings, and their boxes in pixels."""
     return [(text.get_text(), box) for text, box in texts(figure)]
 
 
 def texts(figure: Figure) -> list[tuple[Text, Bbox]]:
-    """The texts that are visible in a figure, with their places in pixels."""
+    """Returns the visible texts of a figure as Matplotlib objects, and their boxes in pixels."""
     FigureCanvasAgg(figure).draw()
     found = []
     for text in _texts(figure):
@@ -73,7 +76,7 @@ def _texts(figure: Figure) -> Iterator[Text]:
 
 
 def _tick_labels(axis: Axis) -> Iterator[Text]:
-    """The labels of the ticks in view; an axis has others as well."""
+    """Yields the labels of the ticks in view. An axis also has ticks that are not in view."""
     low, high = sorted(axis.get_view_interval())
     slack = 1e-9 * (high - low)
     for tick, place in zip(axis.get_major_ticks(), axis.get_majorticklocs(), strict=False):
@@ -82,13 +85,16 @@ def _tick_labels(axis: Axis) -> Iterator[Text]:
 
 
 def check_layout(figure: Figure) -> None:
-    """No text of the figure lies outside of it, and no two texts overlap. Slanted texts have boxes that say nothing."""
+    """Asserts that all texts lie inside the figure and that no two texts overlap.
+
+    Slanted texts are not checked, because their boxes are much larger than the letters.
+    """
     width, height = figure.bbox.width, figure.bbox.height
     straight = [(text, box) for text, box in texts(figure) if text.get_rotation() % 90 == 0]
     assert straight
     for text, box in straight:
         inside = box.x0 >= -SLACK and box.y0 >= -SLACK and box.x1 <= width + SLACK and box.y1 <= height + SLACK
-        assert inside, f"{text.get_text()!r} lies outside of the figure: {box}"
+        assert inside, f"{text.get_text()!r} lies outside the figure: {box}"
     for (one, a), (other, b) in combinations(straight, 2):
         across = min(a.x1, b.x1) - max(a.x0, b.x0)
         up = min(a.y1, b.y1) - max(a.y0, b.y0)

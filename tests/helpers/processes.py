@@ -1,6 +1,6 @@
-"""Functions that tests run in other processes, which import them by name.
+"""Functions that tests run in other processes. The processes import this module.
 
-`run_all` runs on two ranks of data-parallel training and saves the results of each.
+`run_all` runs on two ranks of data-parallel training and saves the results of each rank.
 """
 
 import copy
@@ -28,7 +28,7 @@ SMALL += ["trainer.steps=12"]
 REALNVP = ["model=realnvp", "model.layers=2", "model.hidden=[8]"]
 FFJORD = ["model=ffjord", "model.hidden=[8]"]
 TIGHT = ["solver.rtol=1e-10", "solver.warmup=0", "solver.control=all"]
-# runs that must equal one process in float64, with every gradient method, mixed gradients, EMA, labels and clipping
+# overrides of runs that give the same result on two ranks as in one process, in float64
 EQUAL = {
     "realnvp": [*REALNVP, "trainer.clip_norm=0.5", "trainer.ema=0.9"],
     "parts": [*REALNVP, "trainer.accumulate=3"],
@@ -39,13 +39,13 @@ EQUAL = {
 }
 IMAGES = ["model.hidden=[4]", "model.scales=1", "trainer.lr=0.01"]
 EQUAL |= {"images": ["model=realnvp", *IMAGES], "glow": ["model=glow", "model.steps=2", *IMAGES]}
-# flow matching never uses the ActNorm of the pixels, and weight decay would shrink it if it had a gradient
+# flow matching does not use the ActNorm of the pixels. If its parameters had a gradient, weight decay would shrink them
 UNUSED = ["model=ffjord", "model.hidden=[4]", "model.scales=0", "objective=flow_matching", "trainer.weight_decay=0.1"]
 POLICIES = ("stop", "skip", "rewind")
 
 
 class Images(Dataset):
-    """Grey images of real values, which get no dequantization noise. Their convolutions use channels-last memory."""
+    """Grey images of real values. Real values get no dequantization noise."""
 
     event_shape = (1, 4, 4)
 
@@ -58,7 +58,10 @@ class Images(Dataset):
 
 
 class Poisoned(Dataset):
-    """Data in which one row of the second rank's share is not finite at one step."""
+    """Data whose batch at one step has a NaN in the last row, which belongs to the second rank.
+
+    Only the first `times` reads of this batch have the NaN.
+    """
 
     event_shape = (2,)
 
@@ -75,7 +78,7 @@ class Poisoned(Dataset):
 
 
 def composed(overrides: list[str]) -> dict[str, Any]:
-    """Returns the composed config of the overrides. Hydra composes each config once per process."""
+    """Returns a copy of the config that Hydra composes from the overrides. Each config is composed once per process."""
     return copy.deepcopy(_composed(tuple(overrides)))
 
 
@@ -106,7 +109,7 @@ def trainer(
 
 
 def fit_outcome(run: Trainer) -> dict[str, Any]:
-    """Trains, and returns how the run ended: error, step, signal, metrics and weights."""
+    """Trains, and returns the outcome of the run: error, step, signal, metrics and weights."""
     error = None
     try:
         run.fit()
@@ -121,7 +124,7 @@ def fit_outcome(run: Trainer) -> dict[str, Any]:
 
 
 def run_all(rank: int, size: int, folder: Path) -> None:
-    """Runs all checks of two ranks in one pair of processes, because starting them is slow."""
+    """Runs all checks on one rank. Two processes do all checks, because starting processes is slow."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -150,7 +153,7 @@ def run_all(rank: int, size: int, folder: Path) -> None:
 
 
 def fit_with_unused_parameters(run_dir: Path) -> dict[str, Any]:
-    """Trains a run in which some parameters get no gradient, and also returns the names of these parameters."""
+    """Trains a run in which some parameters get no gradient. Returns the outcome and the names of these parameters."""
     run = trainer(run_dir, *UNUSED, data=Images())
     begun = {name: p.detach().clone() for name, p in run.flow.named_parameters()}
     found = fit_outcome(run)

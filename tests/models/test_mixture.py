@@ -1,4 +1,4 @@
-"""model=mixture: EM on the initial data, and settings chosen by validation."""
+"""model=mixture: EM on the initial data, and the choice of settings by validation NLL."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_selection_without_time_or_rows_returns_a_tried_candidate() -> None:
     x = torch.from_numpy(clustered(600, 3))
     best, tried = choose_mixture(x[:400], x[400:], seconds=0.0)
     assert list(tried) == [best]
-    # fewer rows per component than the search would try
+    # with fewer rows per component than a search would use, the given number of components is fitted
     best, tried = choose_mixture(x[:50], x[400:], components=[20])
     assert {each.covariance for each in tried} == {"full", "diagonal"}
     assert best.components == 20

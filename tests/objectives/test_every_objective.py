@@ -122,11 +122,12 @@ def test_hybrid_restarts_schedules_and_early_stopping(tmp_path: Path, stop_at: C
     trainer = trained(stop_at, tmp_path, *keys, "solver.warmup=2", "solver.train_rtol=null", "trainer.ema=0.9")
     rows = train_rows(trainer)
     assert [row["nll"] is None for row in rows] == [True] * 6 + [False] * 4
-    # the cosine schedule ends before the switch and restarts after it with a warm-up; the tolerance does the same
+    # the cosine schedule ends before the switch, and restarts with a warm-up after the switch. So does the schedule of
+    # the tolerance
     assert [row["lr"] for row in rows[:2]] == pytest.approx([row["lr"] for row in rows[6:8]], rel=0.2)
     assert rows[5]["lr"] < 0.3 * rows[1]["lr"]
     assert [row["rtol"] for row in rows[6:]] == pytest.approx([1e-3, 1e-4, 1e-5, 1e-5])
-    # averaging restarts too: four updates since the switch
+    # averaging also restarts, so there are four updates since the switch
     assert trainer.train_state.ema is not None
     assert trainer.train_state.ema.updates == 4
     steps = {int(state["step"]) for state in trainer.train_state.optimizer.state.values()}
@@ -134,12 +135,13 @@ def test_hybrid_restarts_schedules_and_early_stopping(tmp_path: Path, stop_at: C
 
 
 def test_plateau_tightens_the_tolerance_before_early_stopping(tmp_path: Path, stop_at: Callable[..., None]) -> None:
-    """With a tiny learning rate no validation improves, so each one halves the learning rate until early stopping."""
+    """With a tiny learning rate no validation improves, so each validation halves the learning rate until early
+    stopping."""
     plateau = ["trainer.lr_decay=plateau", "trainer.lr_plateau_patience=1", "trainer.patience=3", "trainer.lr_warmup=0"]
     keys = ["trainer.lr=1e-12", "trainer.steps=50", "trainer.val_every=1", "trainer.ema=null"]
     trainer = trained(stop_at, tmp_path, *plateau, *keys)
     rows = train_rows(trainer)
-    # the first validation is the best one, and each later validation tightens the tolerance
+    # the first validation is the best, and each later validation tightens the tolerance
     assert [row["rtol"] for row in rows[:6]] == pytest.approx([1e-3, 1e-3, 10**-3.5, 1e-4, 10**-4.5, 1e-5])
     assert "early stopping" in str(trainer.stopped_by)
     assert trainer.step == 7

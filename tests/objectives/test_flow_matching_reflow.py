@@ -76,7 +76,7 @@ def test_from_copies_weights_model_and_data_of_the_run(run: Run, tmp_path: Path)
     code, out, err = run("flowtrain", "objective=flow_matching", "data=circles", "model.hidden=[6]", *small)
     assert code == 0, err
     first = out.strip().splitlines()[-1]
-    # with a tiny learning rate the final weights are the initial ones
+    # with a tiny learning rate the final weights equal the initial weights
     code, out, err = run("flowtrain", f"from={first}", "trainer.steps=1", "trainer.lr=1e-12", "trainer.ema=null")
     assert code == 0, err
     second = out.strip().splitlines()[-1]
@@ -217,7 +217,7 @@ def test_best_checkpoint_of_a_reflow_excludes_the_teacher_weights(run: Run, tmp_
     small = ["model.hidden=[4]", "trainer.steps=2", "trainer.plot_every=null"]
     keys = ["objective=flow_matching", "data=array", "data.path=t.npy", *small]
     assert run("flowtrain", *keys, "hydra.run.dir=teacher")[0] == 0
-    # the learning rate is so large that the initial likelihood is better than the final one
+    # the learning rate is so large that the initial likelihood is better than the final likelihood
     reflow = ["objective=rectified", "from=teacher", "objective.pairs=50", "trainer.lr=0.5", "trainer.lr_warmup=0"]
     assert run("flowtrain", *reflow, *small[1:], "hydra.run.dir=student")[0] == 0
     assert json.loads((tmp_path / "student/result.json").read_text())["step"] == 2

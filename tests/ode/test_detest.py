@@ -111,7 +111,7 @@ def b5(t: float) -> Values:
 
 
 def chain(rates: Sequence[float]) -> np.ndarray:
-    """Returns the matrix of a decay chain: each component decays into the next one, and the last one is stable."""
+    """Returns the matrix of a decay chain: each component decays into the next, and the last is stable."""
     return np.diag([*rates], -1) - np.diag([*rates, 0])
 
 
@@ -323,7 +323,7 @@ NFE = {
     "E4": (20, 110, 38, 74, 200, 26, 68, 182, 53, 78, 130),
     "E5": (38, 263, 38, 98, 248, 38, 92, 242, 53, 79, 229),
 }
-# The same errors at t = 0 after a backward solve from the reference at t = 20, at tolerance 1e-6; columns as in METHODS
+# The same errors at t = 0 after a backward solve from the reference at t = 20, at tolerance 1e-6. Columns as in METHODS
 BACKWARD = {
     "A2": (59.7, 9.68, 30.1, 1.06),
     "A3": (15, 1.53, 2, 0.792),

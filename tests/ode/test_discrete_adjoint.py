@@ -29,7 +29,7 @@ def settings_of(method: str) -> dict[str, Any]:
 def test_direct_and_replay_gradients_match_autograd(
     method: str, control: str, trace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # a low limit, so that replay splits the nodes into several batches
+    # the limit is low, so that replay splits the nodes into several batches
     monkeypatch.setattr(runge_kutta, "REPLAYED_NUMBERS", 40)
     field, x = random_field(), torch.randn(7, 2)
     known = {"control": control, **settings_of(method)}
@@ -161,7 +161,7 @@ def test_replay_nfe_counts_six_evaluations_per_step() -> None:
             gradients(field, ode_solver("dopri5", gradient, rtol=1e-4), x)
         counts[gradient] = solves[0].nfe_forward, solves[0].nfe_backward, solves[0].accepted
     assert counts["direct"][1] == 0
-    # replay does not repeat the last step; it needs six evaluations per step, and one at the start
+    # replay does not repeat the last step. It needs six evaluations for each other step, and one at the start
     assert counts["replay"] == (counts["direct"][0], 6 * (counts["direct"][2] - 1) + 1, counts["direct"][2])
 
 

@@ -53,7 +53,8 @@ def test_tolerance_below_rounding_error_is_refused(engine: Any, final: bool) -> 
 
 
 def test_fehlberg2_accuracy_warning_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    """fehlberg2 exceeds its tolerance by a factor that does not depend on the tolerance; the others do not."""
+    """The errors of fehlberg2 exceed the tolerance by a factor that does not depend on the tolerance. Other methods do
+    not exceed it."""
     warn_of_fehlberg2.cache_clear()
     wave, x = Wave(), torch.randn(20, 2)
     for _ in range(2):

@@ -19,7 +19,7 @@ def test_steps_with_small_error_are_planned_again(t0: float, t1: float) -> None:
 
 
 def test_short_steps_are_merged_and_long_steps_split() -> None:
-    # the first half took four steps but needs one, and the second half took one step but needs two
+    # in the last solve, the first half took four steps but needed one, and the second half took one step but needed two
     ends = StepPlan(tuple([(0.125, 0.5 / MARGIN)] * 4 + [(0.5, 0.25 / MARGIN)])).plan(0.0, 1.0)
     np.testing.assert_allclose(ends, [0.5, 0.75, 1.0], rtol=1e-12)
 

@@ -23,6 +23,6 @@ def png_size() -> Callable[[Path], tuple[int, int]]:
 
 @pytest.fixture
 def coarse(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Fewer pixels, for the tests that draw many figures: one in so many along each side."""
+    """Divides the width and height of figures in pixels by a number, which is returned. Many figures are then fast."""
     monkeypatch.setattr(style, "DPI", style.DPI // 5)
     return 5

@@ -1,4 +1,4 @@
-"""Corner plots: which columns and classes they show, in which ranges, and that words do not overlap."""
+"""Corner plots: the choice of columns and classes, the ranges of the axes, and texts that do not overlap."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_chosen_columns_are_shown_in_their_order(figures: list[Figure], chosen: 
     check_layout(figures[0])
 
 
-def test_the_first_columns_are_shown_by_default_and_the_title_says_so(figures: list[Figure]) -> None:
+def test_default_columns_are_the_first_and_the_title_counts_them(figures: list[Figure]) -> None:
     corner(30, columns=LONG)
     corner(3)
     assert len(figures[0].axes) == SHOWN * (SHOWN + 1) // 2
@@ -114,7 +114,7 @@ def test_each_class_has_a_colour_and_an_outline(figures: list[Figure]) -> None:
         assert colours == [CLASS_COLOURS[y] for y in labels.tolist()]
         assert {"species", "4", "5", "6"} <= {text for text, _ in words_of(figure)}
     outlines = [each for each in known.axes[1].collections if not isinstance(each, PathCollection)]
-    # the outline of a class is around its samples
+    # the outline of each class surrounds the samples of the class
     assert len(outlines) == 3
     for y, outline in enumerate(outlines):
         box = outline.get_datalim(known.axes[1].transData)
@@ -131,7 +131,7 @@ def test_rows_that_are_not_finite_are_left_out_with_their_labels(figures: list[F
     assert colours == [CLASS_COLOURS[y] for y in labels[100:].tolist()]
 
 
-def test_of_many_classes_the_most_frequent_have_colours(figures: list[Figure]) -> None:
+def test_most_frequent_of_many_classes_have_colours(figures: list[Figure]) -> None:
     labels = torch.cat([torch.arange(26).repeat(10), torch.full((200,), 25), torch.full((100,), 3)])
     corner(3, data=torch.randn(len(labels), 3), classes=Classes(labels, None, "letter"))
     words = {text for text, _ in words_of(figures[0])}
@@ -144,7 +144,7 @@ def test_labels_must_fit_the_rows() -> None:
         corner(3, classes=Classes(torch.zeros(399), None))
 
 
-def test_names_that_are_too_long_keep_what_tells_them_apart() -> None:
+def test_shortened_names_remain_distinct() -> None:
     start = len("mean concentration of component number ")
     short = [folded(name, 1.4, start) for name in LONG]
     assert len(set(short)) == 30
@@ -160,7 +160,7 @@ def test_names_and_titles_may_contain_any_text(tmp_path: Path, coarse: int, colu
     assert path.is_file()
 
 
-def test_draws_without_columns_of_samples_in_the_range(
+def test_samples_may_lie_outside_the_range(
     tmp_path: Path, coarse: int, png_size: Callable[[Path], tuple[int, int]]
 ) -> None:
     x = torch.randn(300, 3)

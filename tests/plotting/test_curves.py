@@ -1,4 +1,4 @@
-"""Training curves: what is drawn of any rows, the layout, and the numbers along the axes."""
+"""Training curves: the drawn series, the layout, and the tick labels."""
 
 import math
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def test_curves_are_drawn_for_any_rows(tmp_path: Path, monkeypatch: pytest.Monke
     assert plt.get_fignums() == []
 
 
-def test_panels_have_the_same_steps_and_edges(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_panels_share_their_steps_and_edges(monkeypatch: pytest.MonkeyPatch) -> None:
     figure = drawn(monkeypatch, draw_curves, rows=[*ROWS["training"], *val_rows(7)], title="a run")
     edges = {(axes.get_position().x0, axes.get_position().x1, axes.get_xlim()) for axes in figure.axes}
     assert len(figure.axes) == 5
@@ -78,12 +78,12 @@ def test_series_that_are_zero_at_all_steps_are_left_out(monkeypatch: pytest.Monk
     assert not any("NFE" in name for name in names(nfe_backward=0, nfe_forward=0))
 
 
-def test_the_kept_checkpoint_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluated_checkpoint_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [*train_rows(300), *({**row, "nll": 2 - row["step"] / 100} for row in val_rows(7))]
     axes = drawn(monkeypatch, draw_curves, rows=rows, title="a run", kept=40).axes[0]
     (mark,) = [line for line in axes.lines if "checkpoint" in str(line.get_label())]
     assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (40, pytest.approx(1.6))
-    # of a step without a validation, as of an older last.pt
+    # the checkpoint of a step without a validation, such as an older last.pt
     axes = drawn(monkeypatch, draw_curves, rows=rows, title="a run", kept=45).axes[0]
     (mark,) = [line for line in axes.lines if "checkpoint" in str(line.get_label())]
     assert mark.get_xdata()[0] == 45
@@ -99,7 +99,7 @@ def test_curves_are_drawn_for_any_entropy(
     assert png_size(tmp_path / "curves.png")
 
 
-def test_an_early_spike_leaves_the_frame_and_the_curves_stay() -> None:
+def test_early_spike_does_not_extend_the_axis() -> None:
     rows = train_rows(400)
     rows[3]["nll"] = 1e4
     low, high = curves._frame(curves.series_of(rows, "nll"), [curves.series_of(val_rows(5), "nll")])
@@ -107,7 +107,7 @@ def test_an_early_spike_leaves_the_frame_and_the_curves_stay() -> None:
     assert 1.2 <= high < 3.5
 
 
-def test_the_last_row_of_a_step_counts() -> None:
+def test_last_row_of_a_repeated_step_is_drawn() -> None:
     course = curves.series_of([*train_rows(5), {"step": 2, "split": "train", "nll": 7.0}], "nll")
     assert course.steps.tolist() == [0, 1, 2, 3, 4]
     assert course.values[2] == 7
@@ -119,7 +119,7 @@ def test_running_median_drops_spikes() -> None:
     assert curves.Series(np.arange(1000.0), values).median().values == pytest.approx(1)
 
 
-def test_numbers_fit_a_tick_label() -> None:
+def test_tick_labels_are_short() -> None:
     steps = {(2000, 4000): "2,000", (0, 1e6): "0", (250_000, 2e6): "250k", (1_500_000, 2e6): "1.5M"}
     assert {given: curves._step(*given) for given in steps} == steps
 
@@ -133,7 +133,7 @@ def test_numbers_fit_a_tick_label() -> None:
         ({"bits_per_dim": 1.5}, "NLL (bits/dim)", 1.5),
     ],
 )
-def test_images_have_their_curve_in_bits(changed: dict[str, Any], label: str, value: float) -> None:
+def test_curves_of_images_are_in_bits_per_dim(changed: dict[str, Any], label: str, value: float) -> None:
     axes = Figure().add_subplot()
     train = train_rows(30, nll=7.0, **changed)
     curves._likelihood(axes, [*train, *({**row, "split": "val"} for row in train[::10])], entropy=6.5)

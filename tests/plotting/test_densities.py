@@ -1,4 +1,4 @@
-"""Figures of one and two columns: drawn for any numbers, with one colour scale and without overlapping words."""
+"""Density figures: any data and samples can be drawn, the panels share a colour scale, and texts do not overlap."""
 
 import math
 import threading
@@ -34,7 +34,7 @@ def draw(path: Path, d: int = 2, **changed: Any) -> Path:
 
 
 @pytest.mark.parametrize("d", PIXELS)
-def test_draws_a_png_of_its_size_by_width_and_makes_the_folder(
+def test_size_of_the_png_depends_on_the_number_of_columns(
     tmp_path: Path, d: int, png_size: Callable[..., tuple[int, int]]
 ) -> None:
     path = draw(tmp_path / "new" / "plots" / "flow.png", d)
@@ -55,7 +55,7 @@ def test_draws_a_png_of_its_size_by_width_and_makes_the_folder(
     ],
     ids=["not_finite", "far", "all_nan", "constant", "one_bfloat16_with_a_graph"],
 )
-def test_survives_any_samples(
+def test_unusual_samples_are_drawn(
     tmp_path: Path, coarse: int, d: int, spoil: Callable[[Tensor], Tensor], png_size: Callable[..., tuple[int, int]]
 ) -> None:
     assert png_size(draw(tmp_path / "flow.png", d, samples=spoil(torch.randn(300, d))))
@@ -75,7 +75,7 @@ def test_survives_any_samples(
     ],
     ids=["outliers", "constant", "one", "integers", "tiny", "offset", "units"],
 )
-def test_survives_any_data(
+def test_unusual_data_are_drawn(
     tmp_path: Path, coarse: int, d: int, spoil: Callable[[Tensor], Tensor], png_size: Callable[..., tuple[int, int]]
 ) -> None:
     assert png_size(draw(tmp_path / "flow.png", d, data=spoil(torch.randn(300, d))))
@@ -83,13 +83,13 @@ def test_survives_any_data(
 
 @pytest.mark.parametrize("d", [1, 2])
 @pytest.mark.parametrize("value", [0.0, -math.inf, math.nan, 700.0, 1e4])
-def test_survives_a_constant_density(
+def test_constant_density_is_drawn(
     tmp_path: Path, coarse: int, d: int, value: float, png_size: Callable[..., tuple[int, int]]
 ) -> None:
     assert png_size(draw(tmp_path / "flow.png", d, log_density=lambda x: torch.full((len(x),), value)))
 
 
-def test_density_is_evaluated_once_in_float32_and_laid_out_along_x_and_y(tmp_path: Path) -> None:
+def test_density_is_evaluated_once_on_a_float32_grid(tmp_path: Path) -> None:
     calls = []
 
     def log_density(x: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def test_density_is_evaluated_once_in_float32_and_laid_out_along_x_and_y(tmp_pat
 
 
 @pytest.mark.usefixtures("coarse")
-def test_wide_data_do_not_need_the_density(tmp_path: Path) -> None:
+def test_density_is_not_evaluated_for_three_columns(tmp_path: Path) -> None:
     def log_density(x: Tensor) -> Tensor:
         raise AssertionError("called")
 
@@ -134,10 +134,10 @@ def test_histograms_integrate_to_one() -> None:
     inner = points.histogram_2d(values, ((0.2, 0.8), (0.2, 0.8)), bins=30, blur=2.0)
     assert heights.shape == (80, 80)
     assert heights.sum() * (2 / 80) * (4 / 80) == pytest.approx(1, abs=1e-3)
-    # x varies along the first index: the square fills half of x and a quarter of y
+    # x varies along the first index. The unit square covers half of the range of x and a quarter of the range of y
     assert heights[40].sum() * 4 / 80 == pytest.approx(1, abs=0.1)
     assert points.peak(heights) == pytest.approx(1, abs=0.3)
-    # no dark edges: points outside the limits are blurred into them
+    # points outside the limits are blurred into the picture, so the edges are not darker
     assert inner[:3].mean() == pytest.approx(inner.mean(), rel=0.05)
     half, _ = points.histogram_1d(values[:, 0], (0.0, 0.5), bins=10)
     assert half == pytest.approx(1, abs=0.1)
@@ -155,14 +155,14 @@ def test_histograms_integrate_to_one() -> None:
         ({"log_density": lambda x: x}, "log_density returned shape"),
     ],
 )
-def test_refuses_what_cannot_be_drawn(tmp_path: Path, changed: dict[str, Any], words: str) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path, changed: dict[str, Any], words: str) -> None:
     with pytest.raises(FlowtrainError, match=words):
         draw(tmp_path / "flow.png", **changed)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("coarse")
-def test_a_failing_density_leaves_the_old_picture(tmp_path: Path) -> None:
+def test_old_picture_remains_if_the_density_fails(tmp_path: Path) -> None:
     def log_density(x: Tensor) -> Tensor:
         raise RuntimeError("no density")
 
@@ -175,7 +175,7 @@ def test_a_failing_density_leaves_the_old_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("coarse")
-def test_a_failing_write_leaves_no_part_behind(tmp_path: Path) -> None:
+def test_failed_write_leaves_no_partial_file(tmp_path: Path) -> None:
     (tmp_path / "flow.png").mkdir()
     with pytest.raises(IsADirectoryError):
         draw(tmp_path / "flow.png")
@@ -183,7 +183,7 @@ def test_a_failing_write_leaves_no_part_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("coarse")
-def test_threads_draw_alike_and_the_global_style_stays(tmp_path: Path) -> None:
+def test_threads_draw_the_same_picture_and_leave_rc_params_unchanged(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     data, samples = torch.randn(200, 2), torch.randn(200, 2)
     paths = [tmp_path / f"{i}.png" for i in range(3)]
@@ -197,7 +197,7 @@ def test_threads_draw_alike_and_the_global_style_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("coarse")
-def test_a_users_matplotlib_settings_change_nothing(tmp_path: Path) -> None:
+def test_picture_does_not_depend_on_rc_params(tmp_path: Path) -> None:
     data, samples = torch.randn(200, 2), torch.randn(200, 2)
     plain = draw(tmp_path / "plain.png", data=data, samples=samples)
     with matplotlib.rc_context({"savefig.bbox": "tight", "savefig.dpi": 30, "text.usetex": True}):
@@ -205,7 +205,7 @@ def test_a_users_matplotlib_settings_change_nothing(tmp_path: Path) -> None:
     assert plain.read_bytes() == other.read_bytes()
 
 
-def test_two_separate_modes_have_as_fine_bins_as_one() -> None:
+def test_bin_width_depends_on_the_width_of_the_modes() -> None:
     rng = np.random.default_rng(0)
     one = rng.normal(size=4000)
     two = np.concatenate([one[:2000] * 0.1, 10 + one[2000:] * 0.1])
@@ -250,7 +250,7 @@ def test_words_do_not_overlap(
         check_layout(figure)
 
 
-def test_true_density_is_drawn_if_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_true_density_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = catch_figures(monkeypatch)
     x = torch.randn(500, 2)
     given: dict[str, Any] = {"data": x, "samples": x, "log_density": normal, "title": "", "resolution": 40}
@@ -271,7 +271,7 @@ def test_true_density_is_drawn_if_it_is_known(tmp_path: Path, monkeypatch: pytes
 
 
 def test_all_panels_have_the_colour_scale_of_the_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flat model does not change the colours of the data, a needle darkens them by at most BRIGHTEST."""
+    """The colour scale fits the data. A higher model density extends the scale by at most a factor BRIGHTEST."""
     figures = catch_figures(monkeypatch)
     x = torch.randn(2000, 2)
     given: dict[str, Any] = {"data": x, "samples": x, "title": ""}
@@ -287,7 +287,7 @@ def test_all_panels_have_the_colour_scale_of_the_bar(tmp_path: Path, monkeypatch
         np.testing.assert_allclose(shown, min(height / top, 1.0), rtol=1e-5)
 
 
-def test_a_line_shows_the_true_density_of_one_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_true_density_of_one_column_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = catch_figures(monkeypatch)
     x = torch.randn(500, 1)
     given: dict[str, Any] = {"data": x, "samples": x, "log_density": normal, "title": "", "column": "height"}

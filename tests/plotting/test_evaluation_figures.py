@@ -1,4 +1,4 @@
-"""The figures of an evaluation show what they should, whatever the model and however few the points."""
+"""The figures of an evaluation: contents and layout, for good and bad models and for few and many rows."""
 
 import math
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def uniform(n: int, latents: int) -> dict[str, Tensor]:
 
 
 def normal(count: int, mean: float, deviation: float) -> Tensor:
-    """The quantiles of a normal distribution at `count` places, which make a smooth histogram."""
+    """Returns the quantiles of a normal distribution at `count` places, which make a smooth histogram."""
     return mean + deviation * torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
 
 
@@ -40,12 +40,12 @@ def separate(path: Path, known: Tensor, other: Tensor, **changed: Any) -> Path:
 
 
 def colours(path: Path) -> tuple[float, float]:
-    """The shares of a picture that are bluish and reddish."""
+    """Returns the shares of a picture that are bluish and reddish."""
     red, _, blue = np.moveaxis(imread(path)[..., :3], -1, 0)
     return float((blue > red + 0.15).mean()), float((red > blue + 0.15).mean())
 
 
-def test_figures_are_pngs_of_their_size_in_a_new_folder(
+def test_figures_have_the_expected_size_and_create_the_folder(
     tmp_path: Path, png_size: Callable[..., tuple[int, int]]
 ) -> None:
     folder = tmp_path / "new" / "plots"
@@ -71,7 +71,7 @@ def test_figures_are_pngs_of_their_size_in_a_new_folder(
     ],
     ids=["one", "twenty", "nine_lines", "one_latent", "radius_alone", "edges", "rounding", "names"],
 )
-def test_calibration_of_any_model(monkeypatch: pytest.MonkeyPatch, pit: dict[str, Tensor]) -> None:
+def test_calibration_is_drawn_for_any_model(monkeypatch: pytest.MonkeyPatch, pit: dict[str, Tensor]) -> None:
     check_layout(drawn(monkeypatch, draw_calibration, pit=pit, title="$\\no{ tex"))
 
 
@@ -93,12 +93,12 @@ def test_calibration_refuses_values_outside_0_to_1(tmp_path: Path, pit: dict[str
 
 
 @pytest.mark.parametrize(("n", "bins"), [(1, 5), (20, 5), (1000, 20), (100_000, 20)])
-def test_the_band_of_a_bin_is_binomial(n: int, bins: int) -> None:
+def test_band_of_a_bin_is_binomial(n: int, bins: int) -> None:
     expected = stats.binom.ppf([0.025, 0.975], n, 1 / bins) * bins / n
     assert evaluation_figures.bin_band(n, bins) == pytest.approx(tuple(expected))
 
 
-def test_the_curve_reaches_the_kolmogorov_smirnov_distances() -> None:
+def test_extremes_of_the_curve_are_kolmogorov_smirnov_distances() -> None:
     u = np.sort(np.random.default_rng(0).beta(1, 1.3, 300))
     x, y = evaluation_figures.deviation(u)
     assert y.max() == pytest.approx(stats.kstest(u, "uniform", alternative="greater").statistic)
@@ -107,7 +107,7 @@ def test_the_curve_reaches_the_kolmogorov_smirnov_distances() -> None:
     assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 0)
 
 
-def test_a_long_curve_is_thinned_and_keeps_its_form() -> None:
+def test_thinned_curve_equals_the_full_curve() -> None:
     u = np.sort(np.random.default_rng(0).beta(2, 2, 200_000))
     x, y = evaluation_figures.deviation(u)
     assert len(x) < 1000
@@ -115,7 +115,7 @@ def test_a_long_curve_is_thinned_and_keeps_its_form() -> None:
     assert np.interp(places, x, y) == pytest.approx(stats.beta.cdf(places, 2, 2) - places, abs=0.004)
 
 
-def test_points_at_the_edges_are_upright_steps() -> None:
+def test_values_at_the_edges_give_vertical_steps() -> None:
     x, y = evaluation_figures.deviation(np.repeat([0.0, 1.0], [300_000, 700_000]))
     assert np.interp([0.2, 0.8], x, y) == pytest.approx([0.1, -0.5], abs=0.004)
     assert set(x) == {0.0, 1.0}
@@ -169,12 +169,12 @@ def test_layout_of_calibrations_with_long_names(monkeypatch: pytest.MonkeyPatch,
     ],
     ids=["one", "one_far", "twenty", "none", "lost", "all_lost", "equal", "zeros", "offset", "far_known", "tiny"],
 )
-def test_ood_of_any_sets(monkeypatch: pytest.MonkeyPatch, known: Tensor, other: Tensor) -> None:
+def test_ood_is_drawn_for_any_sets(monkeypatch: pytest.MonkeyPatch, known: Tensor, other: Tensor) -> None:
     figure = ood_figure(monkeypatch, known, other, names=("$a{", "a long name " * 9), auroc=math.nan)
     check_layout(figure)
 
 
-def test_ood_states_how_many_rows_there_are_and_are_left_out() -> None:
+def test_ood_counts_the_rows_and_the_rows_left_out() -> None:
     assert evaluation_figures._label("noise", 0, 1) == "noise (1 row)"
     assert evaluation_figures._label("noise", 1200, 5) == "noise (1,205 rows, 1,200 not finite)"
     assert evaluation_figures._label("noise", 0, 0) == "noise (0 rows, nothing to draw)"
@@ -202,11 +202,11 @@ def test_ood_refuses_a_known_set_without_likelihood(tmp_path: Path, known: Tenso
     ],
     ids=["overlap", "apart", "far", "farther", "constant", "heavy"],
 )
-def test_ood_shows_both_sets_however_far_apart(tmp_path: Path, coarse: int, other: Tensor) -> None:
+def test_ood_shows_both_sets_at_any_distance(tmp_path: Path, coarse: int, other: Tensor) -> None:
     known = normal(4000, -100, 10)
     assert min(colours(separate(tmp_path / "ood.png", known, other))) > 0.004
     axes = histograms(known, other)
-    # the known set has a shape and no needle, and there are numbers to read
+    # the histogram of the known set is not a single high bin, and the axis has at least three ticks
     fine = [patch.get_data().values for patch in axes.patches]
     assert (fine[0] > 0).sum() >= 6
     assert 0.1 < fine[0].max() / axes.get_ylim()[1] < 1
@@ -220,7 +220,7 @@ def histograms(known: Tensor, other: Tensor, **changed: Any) -> Axes:
     return axes
 
 
-def test_ood_axes_are_plain_unless_a_set_is_far_and_hold_the_entropy() -> None:
+def test_ood_axis_is_linear_unless_a_set_is_far() -> None:
     known = normal(4000, -100, 10)
     assert histograms(known, normal(4000, -130, 20)).get_xscale() == "linear"
     assert histograms(known, normal(4000, -1e4, 20)).get_xscale() == "function"
@@ -239,7 +239,7 @@ def test_ood_heights_are_shares_in_equal_bins() -> None:
     assert (edges == second.get_data().edges).all()
 
 
-def test_ood_names_a_bin_that_leaves_the_frame() -> None:
+def test_ood_labels_a_bin_that_exceeds_the_axis() -> None:
     def notes(other: Tensor) -> list[str]:
         return [text.get_text() for text in histograms(normal(4000, -100, 10), other).texts]
 
@@ -266,9 +266,9 @@ def test_ood_legends_and_axes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(2, 1), (30, 5000), (5000, 30), (400, 400)])
-def test_the_area_below_an_roc_curve_is_the_auroc(sizes: tuple[int, int]) -> None:
+def test_area_below_the_roc_curve_is_the_auroc(sizes: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
-    # rounded, so that many scores are tied
+    # scores are rounded, so that many scores are equal
     inside, outside = (np.round(rng.normal(mean, 1, n), 1) for mean, n in zip((0.0, 1.0), sizes, strict=True))
     false, true = evaluation_figures.roc_curve(inside, outside)
     labels = np.repeat([0, 1], sizes)
@@ -291,13 +291,13 @@ def quality_figure(patch: pytest.MonkeyPatch, **changed: Any) -> Figure:
     return drawn(patch, draw_quality, **{**given, **changed})
 
 
-def test_quality_has_error_bars_and_the_distance_of_two_sets_of_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quality_figure_has_error_bars_and_the_data_distance(monkeypatch: pytest.MonkeyPatch) -> None:
     (axes,) = quality_figure(monkeypatch).axes
     euler, own = axes.containers
     (_, _, (bars,)) = euler
     ends = np.array([segment[:, 1] for segment in bars.get_segments()])
     assert ends[:2] == pytest.approx(np.array([[0.25, 0.35], [0.19, 0.21]]))
-    # a logarithmic axis has no zero
+    # the lower end is above zero, because the axis is logarithmic
     assert 0 < ends[2, 0] < 0.1
     assert ends[2, 1] == pytest.approx(0.3)
     assert own[0].get_xydata().tolist() == [[26, 0.09]]
@@ -318,5 +318,5 @@ def test_quality_has_error_bars_and_the_distance_of_two_sets_of_data(monkeypatch
     ],
     ids=["usual", "no_errors", "one", "many", "wide"],
 )
-def test_layout_of_quality(monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]) -> None:
+def test_quality_figure_has_no_overlapping_texts(monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]) -> None:
     check_layout(quality_figure(monkeypatch, **changed))

@@ -1,4 +1,4 @@
-"""Figures of images: place, size and shades of each image, and labels of rows and columns."""
+"""Figures of images: position, size and grey levels of each image, and labels of rows and columns."""
 
 import math
 from collections.abc import Callable
@@ -26,7 +26,8 @@ from flowtrain.plotting.image_grids import draw_panels, draw_rows
 from flowtrain.plotting.options import DEFAULT
 from flowtrain.utils.errors import FlowtrainError
 
-# screen pixels at full resolution: the margin, a digit of ten in a row of two panels, and the gap after it
+# sizes in pixels of the figure: its margin, a digit if each of two panels has ten digits in a row, and the gap between
+# digits
 EDGE, DIGIT, GAP = 28, 84, 2
 MAGENTA = [255, 0, 255]
 
@@ -36,7 +37,7 @@ def digits(count: int = 100) -> Tensor:
 
 
 def panels(path: Path, *given: Tensor, **changed: Any) -> NDArray[np.int64]:
-    """The picture of `given`, without its lower and left margin, as (height, width, 3) from 0 to 255."""
+    """Returns the picture of `given`, without its lower and left margin, as (height, width, 3) from 0 to 255."""
     named = [(f"panel {place}", each) for place, each in enumerate(given)]
     draw_panels(path, **{"panels": named, "levels": 256, "title": "a title", **changed})
     return np.rint(255 * imread(path)[:-EDGE, EDGE:, :3]).astype(int)
@@ -48,7 +49,7 @@ def rows(path: Path, *given: Tensor, **changed: Any) -> Path:
     return path
 
 
-def test_panels_and_rows_have_their_size_and_make_the_folder(
+def test_figures_have_the_expected_size_and_create_the_folder(
     tmp_path: Path, png_size: Callable[..., tuple[int, int]]
 ) -> None:
     path = tmp_path / "new" / "plots" / "images.png"
@@ -60,7 +61,7 @@ def test_panels_and_rows_have_their_size_and_make_the_folder(
     assert plt.get_fignums() == []
 
 
-def test_every_pixel_of_every_image_is_a_square_in_its_place(tmp_path: Path) -> None:
+def test_each_pixel_is_drawn_as_a_square(tmp_path: Path) -> None:
     data, samples = digits(), digits(97)
     picture = panels(tmp_path / "images.png", data, samples)
     step, width = DIGIT + GAP, 10 * (DIGIT + GAP) - GAP
@@ -70,7 +71,7 @@ def test_every_pixel_of_every_image_is_a_square_in_its_place(tmp_path: Path) -> 
             y, x = step * (place // 10), step * (place % 10)
             expected = np.kron(image[0], np.ones((3, 3)))[..., None]
             assert (sheet[y : y + DIGIT, x : x + DIGIT] == expected).all(), place
-        # what no image covers
+        # pixels without an image are white
         assert (sheet[DIGIT:step] == 255).all()
         assert (sheet[:, DIGIT:step] == 255).all()
     assert (picture[-DIGIT:, -EDGE - 3 * step + GAP : -EDGE] == 255).all()
@@ -88,7 +89,7 @@ def test_highest_level_is_white(tmp_path: Path, levels: float, value: float, sha
     assert panels(tmp_path / "images.png", x, x, levels=levels)[-1, 429].tolist() == [shade] * 3
 
 
-def test_three_channels_are_colours_and_others_their_mean(tmp_path: Path) -> None:
+def test_three_channels_are_rgb_and_other_numbers_are_averaged(tmp_path: Path) -> None:
     colours = torch.tensor([10, 100, 200], dtype=torch.uint8).reshape(1, 3, 1, 1)
     picture = panels(tmp_path / "images.png", colours, colours[:, :2])
     assert picture[-1, 429].tolist() == [10, 100, 200]
@@ -96,7 +97,7 @@ def test_three_channels_are_colours_and_others_their_mean(tmp_path: Path) -> Non
     assert image_grids._noted("x", colours[:, :2], 1) == "x (mean of 2 channels)"
 
 
-def test_what_is_not_finite_is_magenta_and_counted(tmp_path: Path) -> None:
+def test_non_finite_pixels_are_magenta_and_counted(tmp_path: Path) -> None:
     x = digits().double()
     x[0, 0, 4, 5], x[0, 0, 27, 27], x[99, 0, 0, 0] = math.nan, math.inf, -math.inf
     sheet = panels(tmp_path / "images.png", x, digits())[-858:, :858]
@@ -105,24 +106,24 @@ def test_what_is_not_finite_is_magenta_and_counted(tmp_path: Path) -> None:
     expected = [[y + i, x + j] for y, x in corners for i in range(3) for j in range(3)]
     assert sorted(lost.tolist()) == sorted(expected)
     assert image_grids._noted("x", x, 100) == "x (3 not finite)"
-    # a pixel is lost with any of its channels
+    # a pixel is magenta if any of its channels is not finite
     colours = torch.ones(1, 3, 1, 1).index_fill(1, torch.tensor([1]), math.nan)
     assert panels(tmp_path / "images.png", colours, colours)[-1, 429].tolist() == MAGENTA
     assert image_grids._noted("x", x.expand(100, 3, 28, 28), 50) == "x (first 50 of 100, 3 not finite)"
 
 
-def test_large_images_are_averaged_and_lose_no_lost_pixel(tmp_path: Path) -> None:
+def test_averaging_large_images_keeps_non_finite_pixels_visible(tmp_path: Path) -> None:
     x = (torch.arange(300) % 2 * 255.0).expand(100, 1, 300, 300).clone()
     x[0, 0, 150, 150] = math.nan
     sheet = panels(tmp_path / "images.png", x, torch.zeros(1, 1, 300, 300))[-858:, :858]
     assert sheet[42, 42].tolist() == MAGENTA
     image = sheet[86:170, 86:170]
     assert image.mean() == pytest.approx(127.5, abs=1)
-    # the stripes are finer than the screen: no coarser ones may stand in for them
+    # the stripes are finer than the pixels of the picture. Their mean must be drawn, without coarser stripes
     assert np.ptp(image[:, 2:-2]) < 16
 
 
-def test_rows_of_any_length_start_at_one_place(tmp_path: Path) -> None:
+def test_rows_of_different_lengths_are_left_aligned(tmp_path: Path) -> None:
     bright = torch.full((4, 1, 28, 28), 200.0)
     picture = np.rint(255 * imread(rows(tmp_path / "rows.png", bright[:2], bright[:0], bright))[..., :3]).astype(int)
     first, second, last = (
@@ -135,10 +136,10 @@ def test_rows_of_any_length_start_at_one_place(tmp_path: Path) -> None:
     assert (picture[-EDGE - 700, 300 + first[-1] + 1 :] == 255).all()
 
 
-def test_differences_have_signed_colours_and_the_scale_of_the_largest(tmp_path: Path) -> None:
+def test_differences_have_signed_colours_scaled_to_the_largest(tmp_path: Path) -> None:
     shades = torch.linspace(0, 255, 3).reshape(3, 1, 1, 1).expand(3, 1, 8, 8)
     differences = torch.zeros(3, 3, 8, 8)
-    # of the channels the one that differs most, which a mean would hide
+    # the channel with the largest difference is shown. A mean over channels would hide it
     differences[0, 0], differences[0, 1], differences[2, 2] = -2e-5, 1e-5, 1e-5
     differences[1, 0, 0, 0] = math.nan
     cell = image_grids.Cell(8, 8, 2)
@@ -153,17 +154,17 @@ def test_differences_have_signed_colours_and_the_scale_of_the_largest(tmp_path: 
     assert any("2e-05" in words and "of a level" in words for words in written)
     assert {"\N{MINUS SIGN}2e-05", "0", "2e-05", "difference (1 not finite)"} <= set(written)
     picture = np.rint(255 * imread(path)[..., :3]).astype(int)
-    # the image, its row being as wide as the colour bar is not
+    # so many pixels of this colour belong to the image, not to the colour bar, which has few
     deepest = (picture == image_grids.SIGNED(0.0, bytes=True)[:3]).all(2)
     assert deepest.sum() > 10_000
 
 
 @pytest.mark.parametrize("levels", [17, 256])
-def test_reconstructions_show_the_error_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, levels: int) -> None:
-    """Not rounded to levels: an error of 1e-5 is no level, and one of half a level is an error."""
+def test_reconstruction_errors_are_not_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, levels: int) -> None:
+    """Errors are not rounded to levels: an error of half a level is shown."""
 
     class Off(Affine):
-        """Misses by 0.4 in latents of the first pixel."""
+        """An affine map with an error of 0.4 in the latent of the first pixel."""
 
         def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
             x, log_det = super().forward(z, label)
@@ -204,7 +205,7 @@ class Flat(Bijection):
         return z.view_as(x), log_det
 
 
-def test_a_difference_is_not_lost_where_images_are_made_smaller() -> None:
+def test_downscaling_keeps_single_pixel_differences_visible() -> None:
     image = torch.zeros(1, 300, 300)
     image[0, 150, 150], image[0, 20, 20] = -1.0, 0.5
     cell = image_grids.Cell(30, 30, 2)
@@ -219,7 +220,7 @@ def test_a_difference_is_not_lost_where_images_are_made_smaller() -> None:
     "shape", [(1, 1, 1), (1, 8, 8), (3, 32, 32), (4, 7, 28), (3, 200, 10), (1, 1, 900), (1, 900, 1)]
 )
 @pytest.mark.parametrize("count", [0, 1, 300])
-def test_survives_any_shape_and_number(
+def test_any_shape_and_number_of_images_is_drawn(
     tmp_path: Path, coarse: int, shape: tuple[int, ...], count: int, png_size: Callable[..., tuple[int, int]]
 ) -> None:
     x, path = torch.randint(0, 256, (count, *shape), dtype=torch.uint8), tmp_path / "images.png"
@@ -242,13 +243,13 @@ def test_survives_any_shape_and_number(
     ],
     ids=["all_nan", "bfloat16_with_a_graph", "bool", "uint16", "huge_integers"],
 )
-def test_survives_any_values(tmp_path: Path, coarse: int, spoil: Callable[[Tensor], Tensor]) -> None:
+def test_any_values_are_drawn(tmp_path: Path, coarse: int, spoil: Callable[[Tensor], Tensor]) -> None:
     x = spoil(digits(5).double())
     panels(tmp_path / "panels.png", x, digits(5))
     rows(tmp_path / "rows.png", x, digits(5))
 
 
-def test_of_many_images_the_first_are_drawn_and_the_rest_named(tmp_path: Path, coarse: int) -> None:
+def test_first_of_many_images_are_drawn_and_counted(tmp_path: Path, coarse: int) -> None:
     written = []
 
     def text(figure: Figure, x: float, y: float, words: str, **look: Any) -> None:
@@ -267,7 +268,7 @@ def test_of_many_images_the_first_are_drawn_and_the_rest_named(tmp_path: Path, c
 
 
 @pytest.mark.parametrize(("count", "columns"), [(100, 10), (64, 8), (50, 10), (97, 10), (2, 2), (1, 1)])
-def test_grids_are_near_a_square_and_full_where_they_can_be(count: int, columns: int) -> None:
+def test_grids_are_nearly_square_and_full_if_possible(count: int, columns: int) -> None:
     assert image_grids._grid(count, None, aspect=1.0, most=13) == (math.ceil(count / columns), columns)
 
 
@@ -288,14 +289,14 @@ def test_titles_may_contain_any_text(tmp_path: Path, coarse: int) -> None:
         ([torch.zeros(5, 1, 8, 8)], math.nan, "levels=nan"),
     ],
 )
-def test_refuses_what_cannot_be_drawn(tmp_path: Path, given: list[Tensor], levels: float, words: str) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path, given: list[Tensor], levels: float, words: str) -> None:
     for draw in (panels, rows):
         with pytest.raises(FlowtrainError, match=words):
             draw(tmp_path / "images.png", *given, levels=levels)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_refuses_more_panels_than_a_page_holds(tmp_path: Path) -> None:
+def test_too_many_panels_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FlowtrainError, match="7 panels"):
         panels(tmp_path / "images.png", *[digits(1)] * 7)
 
@@ -324,7 +325,7 @@ def test_words_do_not_overlap_and_rows_fill_the_figure(
         assert 1800 - 0.06 * 1800 < right + EDGE <= 1800
 
 
-def test_heads_are_above_their_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headings_are_above_their_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = catch_figures(monkeypatch)
     x = torch.rand(5, 1, 28, 28)
     draw_rows(tmp_path / "a.png", rows=[("row", x)], levels=1, title="t", heads=["h0", "h1", "h2", "h3", "h4"])
@@ -351,7 +352,7 @@ class Digits:
         (False, False, ["test 0 → 1", "test 2 → 3"]),
     ],
 )
-def test_interpolations_are_named_by_classes_and_rows_of_their_ends(
+def test_interpolation_labels_name_classes_and_rows_of_both_ends(
     known: bool, conditional: bool, expected: list[str]
 ) -> None:
     flow = Flow((1, 4, 4), Chain([Flat(Affine(16)), Logit(16, 0.05)]), integer_valued=True, levels=16).eval()
@@ -365,6 +366,6 @@ def test_interpolations_are_named_by_classes_and_rows_of_their_ends(
     for name, images in rows:
         assert len(images) == pictures.WEIGHTS
         i, j = (int(word) for word in name.split("test ")[1].split(" → "))
-        # dequantized within a level
+        # the ends are dequantized, so they differ from the integers by less than 1
         for end, row in ((images[0], i), (images[-1], j)):
             assert ((end - data.test[row]).floor() == 0).all()

@@ -1,4 +1,4 @@
-"""The options of figures: what a config may say, and the files and columns that follow from it."""
+"""The options of figures: valid and invalid options, file formats, and the choice of columns."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from flowtrain.runs.compose import compose
 from flowtrain.utils.errors import ConfigError
 
 
-def test_defaults_are_those_of_the_config_file() -> None:
+def test_defaults_equal_the_config_file() -> None:
     assert compose({"model": "affine"}).config["plots"] == DEFAULTS
     assert PlotOptions.of({}) == PlotOptions.of({"plots": DEFAULTS}) == DEFAULT
 
@@ -19,7 +19,7 @@ def test_defaults_are_those_of_the_config_file() -> None:
     ("given", "formats"),
     [("pdf", ("pdf",)), (["svg"], ("svg",)), (["png", "pdf", "png"], ("png", "pdf")), (("svg", "png"), ("svg", "png"))],
 )
-def test_a_format_or_a_list_of_formats(given: Any, formats: tuple[str, ...]) -> None:
+def test_format_may_be_a_name_or_a_list(given: Any, formats: tuple[str, ...]) -> None:
     options = PlotOptions.of({"plots": {"format": given}})
     assert options.formats == formats
     assert options.files(Path("plots/a.b.png")) == [Path(f"plots/a.b.{name}") for name in formats]
@@ -40,7 +40,7 @@ def test_a_format_or_a_list_of_formats(given: Any, formats: tuple[str, ...]) -> 
         ({"colums": [0]}, "columns"),
     ],
 )
-def test_what_is_not_valid_is_refused_with_what_is(given: Any, words: str) -> None:
+def test_error_message_for_an_invalid_option_names_the_valid_ones(given: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         PlotOptions.of({"plots": given})
 
@@ -64,6 +64,6 @@ def test_columns_are_chosen_by_name_position_and_range() -> None:
         ([0], (1, 8, 8), "leave plots.columns out"),
     ],
 )
-def test_columns_that_are_not_there_are_refused(columns: list[Any], event_shape: tuple[int, ...], words: str) -> None:
+def test_unknown_or_repeated_columns_are_refused(columns: list[Any], event_shape: tuple[int, ...], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         PlotOptions(columns=tuple(columns)).positions(event_shape, ("age", "height", "weight", "wealth"))

@@ -22,7 +22,7 @@ def figure(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def test_curves_have_the_values_of_the_rows(figure: list[Figure]) -> None:
-    # a resumed run repeats a step, the last value of which counts
+    # a resumed run repeats a step. The last value of the step is drawn
     rows = [*curve([5.0, 4.0, 3.0]), {"split": "val", "step": 20, "seconds": 1.5, "nll": 2.0}]
     rows += [{"split": "train", "step": 5, "nll": 9.0}, {"split": "val", "step": 40, "seconds": 3, "nll": None}]
     runs_figure.draw_runs(Path("x.png"), runs={"one": rows, "two": curve([4.5, 2.5])}, title="t")
@@ -50,7 +50,7 @@ def test_images_are_in_bits_per_dim_if_all_are(figure: list[Figure]) -> None:
     assert "nats" in figure[1].axes[0].get_ylabel()
 
 
-def test_a_divergence_leaves_the_frame(figure: list[Figure]) -> None:
+def test_divergence_does_not_extend_the_axis(figure: list[Figure]) -> None:
     runs = {"one": curve([9e6, 3.0, 2.9, 2.8, 2.7, 2.6, 2.5]), "two": curve([2.6, 2.55, 2.5])}
     runs_figure.draw_runs(Path("x.png"), runs=runs, title="t")
     low, high = figure[0].axes[0].get_ylim()

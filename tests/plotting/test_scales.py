@@ -1,4 +1,4 @@
-"""Scales and ticks of axes: heavy tails keep their shape, and tick labels are round, in one format, and apart."""
+"""Scales and ticks of axes: heavy tails are compressed. Tick labels are round, have one format and do not overlap."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_density_along_the_axis_integrates_to_one() -> None:
 
 
 def number(label: str) -> float:
-    """The value of a tick label."""
+    """Returns the value of a tick label."""
     plain = label.replace(scales.MINUS, "-")
     mantissa, power, exponent = plain.partition("10") if any(c in plain for c in "⁰¹²³⁴⁵⁶⁷⁸⁹") else (plain, "", "")
     if not power:
@@ -72,7 +72,7 @@ def number(label: str) -> float:
     return (float(f"{front}1") if front in ("", "-") else float(front)) * 10.0 ** int(digits)
 
 
-def test_ticks_of_a_compressed_axis_tell_the_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ticks_of_a_compressed_axis_show_the_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = catch_figures(monkeypatch)
     data = torch.from_numpy(LOGNORMAL)[:, None]
     draw_flow_1d(tmp_path / "a.png", data=data, samples=-data, log_density=lambda x: -x[:, 0].square(), title="t")
@@ -90,7 +90,7 @@ LIMITS = [(-3.2, 4.1), (0, 1), (1.1959, 1.2041), (-2e7, 3.1e7), (1e-9, 4e-9), (1
 
 @pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize("inches", [1.5, 8.0])
-def test_ticks_are_few_and_apart_and_their_labels_have_one_format(limits: tuple[float, float], inches: float) -> None:
+def test_tick_labels_are_few_and_apart_in_one_format(limits: tuple[float, float], inches: float) -> None:
     with style.styled():
         figure = Figure(figsize=(9, 9), dpi=style.DPI)
         FigureCanvasAgg(figure)
@@ -104,13 +104,13 @@ def test_ticks_are_few_and_apart_and_their_labels_have_one_format(limits: tuple[
         edges = axes.get_window_extent()
     assert 1 <= len(labels) <= 5
     assert all(a.x1 + 2 < b.x0 for a, b in pairwise(boxes))
-    # not into the next panel, which is a tenth of an inch away
+    # the labels do not reach the next panel at a distance of a tenth of an inch
     assert edges.x0 - 0.055 * style.DPI < boxes[0].x0
     assert boxes[-1].x1 < edges.x1 + 0.055 * style.DPI
     assert len({len(each.get_text().partition(".")[2]) for each in labels}) == 1
     values, ticks = [number(each.get_text()) for each in labels], np.asarray(axes.get_xticks())
     if len(values) > 1:
-        # the labels are the ticks up to the power of ten and the offset in the note
+        # the values of the labels are linear in the ticks. The note gives the power of ten and the offset
         slope = (values[-1] - values[0]) / (ticks[-1] - ticks[0])
         np.testing.assert_allclose(np.diff(values), slope * np.diff(ticks), rtol=1e-4)
         assert (np.allclose(values, ticks, rtol=1e-9, atol=0)) == (note == "")

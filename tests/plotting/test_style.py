@@ -1,4 +1,4 @@
-"""Files of figures in each format, figures without a title, and the numbers along axes."""
+"""Files of figures in each format, figures without a title, and tick labels."""
 
 import errno
 import re
@@ -23,7 +23,7 @@ def small(options: PlotOptions, title: str = "the title") -> Figure:
 
 
 @pytest.mark.parametrize("formats", [("png",), ("pdf",), ("png", "pdf", "svg")])
-def test_each_format_is_a_file(tmp_path: Path, formats: tuple[str, ...]) -> None:
+def test_each_format_gives_a_file(tmp_path: Path, formats: tuple[str, ...]) -> None:
     options = PlotOptions(formats)
     with style.styled():
         style.save(small(options), tmp_path / "new/curves.png", options)
@@ -32,7 +32,7 @@ def test_each_format_is_a_file(tmp_path: Path, formats: tuple[str, ...]) -> None
     assert all(content.startswith(STARTS[name.rpartition(".")[2]]) for name, content in found.items())
 
 
-def test_text_stays_text_and_a_figure_gives_the_same_files_again(tmp_path: Path) -> None:
+def test_vector_files_contain_text_and_are_reproducible(tmp_path: Path) -> None:
     options = PlotOptions(("pdf", "svg"))
     for name in ("a", "b"):
         with style.styled():
@@ -45,7 +45,7 @@ def test_text_stays_text_and_a_figure_gives_the_same_files_again(tmp_path: Path)
     assert ">words along an axis</text>" in (tmp_path / "a.svg").read_text()
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_bytes(b"old")
 
     def full(self: Figure, content: object, **named: object) -> None:
@@ -58,7 +58,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.png", b"old")]
 
 
-def test_without_a_title_a_figure_is_lower_and_its_axes_stay() -> None:
+def test_figure_without_title_is_lower_with_the_same_axes() -> None:
     with style.styled():
         plain, titled = small(PlotOptions(title=False)), small(PlotOptions())
     assert [text.get_text() for text in plain.texts] == []
@@ -80,7 +80,7 @@ def test_without_a_title_a_figure_is_lower_and_its_axes_stay() -> None:
         ((0, 4e6), [0, 2e6, 4e6], ["0", "2e6", "4e6"]),
         ((0, 1), [-0.0, 0.1 + 0.2, 0.6], ["0.0", "0.3", "0.6"]),
         ((-123_460, -123_450), [-123_460, -123_455], ["\N{MINUS SIGN}123,460", "\N{MINUS SIGN}123,455"]),
-        # ticks out of view have no say
+        # ticks out of view do not affect the format
         ((0, 1), [0, 0.5, 1, 1.25], ["0.0", "0.5", "1.0", "1.2"]),
     ],
 )
@@ -101,7 +101,7 @@ def test_ticks_of_an_axis_have_one_format(limits: tuple[float, float], ticks: li
         ([3.0, 3.0], {"3", "2", "5"}),
     ],
 )
-def test_a_logarithmic_axis_has_labels_however_narrow(values: list[float], labels: set[str]) -> None:
+def test_narrow_logarithmic_axis_has_labels(values: list[float], labels: set[str]) -> None:
     with style.styled():
         axes = style.add_axes(style.new_figure(2, "t"), 0.5, 0.5, 4, 1)
         style.make_logarithmic(axes.yaxis, values)
@@ -116,7 +116,7 @@ def test_a_logarithmic_axis_has_labels_however_narrow(values: list[float], label
     assert shown & labels
 
 
-def test_long_names_lose_their_middle() -> None:
+def test_long_names_are_shortened_in_the_middle() -> None:
     assert style.abbreviated("price", 10) == "price"
     names = [style.abbreviated(f"average delay of the research department {i}", 20) for i in (7, 8)]
     assert len({*names}) == 2

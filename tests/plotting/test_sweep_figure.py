@@ -1,4 +1,4 @@
-"""The figure of a sweep: its layout for several keys, and what it shows of each run."""
+"""The figure of a sweep: the layout for several keys, and the error bar of each run."""
 
 import math
 
@@ -11,7 +11,7 @@ from flowtrain.plotting.sweep_figure import Swept, draw_sweep
 
 
 def swept(values: list[str], runs: int = 1, **changed: object) -> Swept:
-    """Results that fall with the value, of so many runs for each."""
+    """Returns results of a sweep. The NLL decreases with the value, and each value has `runs` runs."""
     numbers = [float(value) for value in values] if all(v.replace(".", "").isdigit() for v in values) else None
     nll = [[3.0 - 0.5 * i + 0.01 * run for run in range(runs)] for i in range(len(values))]
     found = {"val_nll": nll, "nll": [[value + 0.05 for value in row] for row in nll]}
@@ -39,12 +39,12 @@ SWEEPS = {
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_layout_of_any_sweep(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_any_sweep_has_no_overlapping_texts(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     check_layout(drawn(monkeypatch, draw_sweep, lines=SWEEPS[name], title="a sweep"))
 
 
 def points_of(figure: Figure) -> list[list[float]]:
-    """The points of the first series of the first panel."""
+    """Returns the points of the first series of the first panel."""
     return [[float(x), float(y)] for x, y in figure.axes[0].lines[0].get_xydata()]
 
 
@@ -57,7 +57,7 @@ def test_each_run_has_an_error_bar_within_the_frame(monkeypatch: pytest.MonkeyPa
     assert (ends.min(), ends.max()) == pytest.approx((2.48, 3.04))
     low, high = axes.get_ylim()
     assert low < ends.min() < ends.max() < high
-    # the means, in front of the runs
+    # the line of means over runs
     means = next(line for line in axes.lines if line.get_label() == "validation")
     assert means.get_ydata() == pytest.approx([3.01, 2.51])
     assert axes.get_xscale() == "log"

@@ -1,4 +1,4 @@
-"""The transport from base to data: it ends at the samples of the flow, with densities and velocities of its states."""
+"""The transport from base to data: it ends at the samples of the flow. Densities and velocities match the states."""
 
 import math
 
@@ -32,13 +32,13 @@ def test_images_form_from_noise_to_samples(name: str) -> None:
         x = way.states(z)
         torch.testing.assert_close(x[-1], flow(z), rtol=1e-5, atol=1e-5)
         assert float((x[0] - x[-1]).abs().max()) > 0.1
-        # of the logit, by its alpha
+        # the logit with its alpha limits pixels to this range
         assert float((x - 8).abs().max()) < 8.001
 
 
 @pytest.mark.parametrize("name", VECTORS)
-def test_densities_are_those_of_the_states(name: str) -> None:
-    """log p_t(x_t) = log p0(z) - log|det dx_t/dz|, the Jacobian by autograd."""
+def test_log_density_matches_the_jacobian(name: str) -> None:
+    """log p_t(x_t) equals log p0(z) - log |det dx_t/dz|, with the Jacobian by autograd."""
     flow = vectors(name)
     way, z = Trajectory(flow, 7), torch.randn(4, 2)
     exact = way.exact(7)
@@ -56,7 +56,7 @@ def test_densities_are_those_of_the_states(name: str) -> None:
 
 
 def _by_rows(way: Trajectory):  # type: ignore[no-untyped-def]
-    # a solver looks at its values, which functional transforms do not allow
+    # row by row, because functional transforms do not allow the solver to read values
     def rows(z: Tensor) -> Tensor:
         return torch.stack([torch.autograd.functional.jacobian(lambda r: way.states(r[None])[:, 0], row) for row in z])
 
@@ -64,7 +64,7 @@ def _by_rows(way: Trajectory):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("name", ["realnvp", "glow", "nsf", "maf"])
-def test_between_steps_densities_fade_and_stay_densities(name: str) -> None:
+def test_densities_between_steps_are_mixtures(name: str) -> None:
     flow = vectors(name, standardized=False)
     way = Trajectory(flow, 12)
     moment = next(m for m in way.moments if m.part)
@@ -88,14 +88,14 @@ def test_velocities_are_the_slopes_of_the_states(name: str) -> None:
         way = Trajectory(flow, 101)
         n = len(way.steps)
         x = way.states(z)[28:33]
-        # to the fourth order
+        # finite difference of fourth order
         slope = (x[0] - 8 * x[1] + 8 * x[3] - x[4]) / 12 * 100 / n
         v = way.velocity(x[2], way.moments[30])
     assert v is not None
     torch.testing.assert_close(v, slope, rtol=1e-5, atol=1e-5)
 
 
-def test_a_coupling_has_no_velocity() -> None:
+def test_couplings_have_no_velocity() -> None:
     way = Trajectory(vectors("realnvp"), 4)
     assert way.velocity(torch.randn(3, 2), way.moments[1]) is None
     assert not way.is_continuous
@@ -103,7 +103,7 @@ def test_a_coupling_has_no_velocity() -> None:
         between(innermost(stages(vectors("affine").bijection)[0]), 0.0, 0.5)
 
 
-def test_a_conditional_flow_goes_the_way_of_its_label() -> None:
+def test_trajectory_of_a_conditional_flow_depends_on_the_label() -> None:
     flow = vectors("ffjord", classes=3)
     way, z, label = Trajectory(flow, 3), torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
     with torch.no_grad():
@@ -112,13 +112,13 @@ def test_a_conditional_flow_goes_the_way_of_its_label() -> None:
         torch.testing.assert_close(way.log_density(x[-1], way.moments[-1], label), flow.log_prob(x[-1], label))
 
 
-def test_moments_are_even_and_named() -> None:
+def test_moments_are_evenly_spaced_and_named() -> None:
     way = Trajectory(vectors("ffjord"), 5)
     assert [way.name(m) for m in way.moments] == ["t = 0.00", "t = 0.25", "t = 0.50", "t = 0.75", "t = 1.00"]
     two = Trajectory(vectors("two ffjords"), 5)
     assert [two.name(m) for m in two.moments][1::3] == ["flow 1 of 2, t = 0.50", "flow 2 of 2, t = 1.00"]
     couplings = Trajectory(vectors("realnvp"), 5)
-    # one after each of three steps, and halves
+    # a moment after each of three couplings, and a moment in the middle of each coupling
     assert [sum(m) for m in couplings.moments] == pytest.approx([0, 0.5, 1, 1.5, 2, 2.5, 3])
     after = [f"after {i} of 3 couplings" for i in (1, 2, 3)]
     assert [couplings.name(m) for m in couplings.exact(9)] == ["base", *after]
@@ -146,7 +146,7 @@ def test_frames_give_the_units_of_the_data() -> None:
 
 @pytest.mark.parametrize("steps", [2, 3])
 def test_fixed_steps_end_at_the_samples_of_the_flow(steps: int) -> None:
-    """Whatever the moments: each is solved from where its part of the flow begins, not from one to the next."""
+    """The end does not depend on the moments: each moment is solved from the start of its part of the flow."""
     flow = vectors("ffjord", solver=["solver=euler", f"solver.steps={steps}"])
     z = torch.randn(6, 2)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Figures and animations of the transport from base to data: drawn for any numbers, without overlapping words."""
+"""Figures and animations of the transport from base to data: any values are drawn, and texts do not overlap."""
 
 import shutil
 import stat
@@ -37,7 +37,7 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def log_density(x: Tensor) -> Tensor:
-    """Normals that get narrower."""
+    """Returns the log densities of three normal distributions, each narrower than the one before."""
     return torch.stack([-0.5 * (x / s).square().sum(1) - 2 * np.log(s) for s in (1.0, 0.7, 0.5)])
 
 
@@ -65,7 +65,7 @@ def test_transport_figure_has_a_row_per_quantity(tmp_path: Path) -> None:
     assert three.shape[1] == two.shape[1] == 360
     # a row of three small panels, and a row of three large ones
     assert three.shape[0] > 1.3 * two.shape[0]
-    # colours of a density, and of both families of lines
+    # there are the dark blue of a density, and the blue and red of the two families of lines
     colours = {tuple(c) for c in three.reshape(-1, 3).tolist()}
     assert any(r < 90 and g < 60 and b > 70 for r, g, b in colours)
     assert any(b > r + 60 for r, g, b in colours)
@@ -124,7 +124,7 @@ def test_words_do_not_overlap(
         check_layout(figure)
 
 
-def test_panels_of_the_grid_are_larger_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_panels_of_the_grid_are_larger_and_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = catch_figures(monkeypatch)
     names = [f"t = {i}" for i in range(5)]
     stacked = {"log_density": lambda x: torch.stack([x.sum(1)] * 5), "forward": lambda z: torch.stack([z] * 5)}
@@ -172,7 +172,7 @@ def test_couplings_are_counted_in_whole_numbers(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("name", "paths"), [("realnvp", 15), ("ffjord", 110)])
-def test_a_flow_of_couplings_has_few_paths(
+def test_flow_of_couplings_has_few_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, paths: int
 ) -> None:
     drawn: dict[str, Any] = {}
@@ -194,7 +194,7 @@ def test_transport_figure_needs_two_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", ["none", "some", "all", "one moment"])
-def test_paths_are_drawn_and_lost_ones_left_out(tmp_path: Path, lost: str) -> None:
+def test_non_finite_paths_are_left_out(tmp_path: Path, lost: str) -> None:
     states, log_p = torch.randn(5, 20, 2).cumsum(0), torch.randn(5, 20)
     if lost in ("some", "all"):
         states[2, slice(3) if lost == "some" else slice(None)] = torch.nan
@@ -223,7 +223,7 @@ def move(path: Path, **changed: Any) -> Gif:
 def test_gif_has_a_frame_per_time_and_pauses_at_the_ends(tmp_path: Path) -> None:
     gif = move(tmp_path / "new" / "a.gif")
     assert (gif.n_frames, gif.width) == (K, 180)
-    # equal frames are one that is shown for longer
+    # equal frames are merged into one frame with a longer duration
     assert gif.durations == [100, 50, 100]
     assert gif.loops == 0
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.gif"]
@@ -270,7 +270,7 @@ def test_mp4_needs_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(FlowtrainError, match=r"ffmpeg .* give a \.gif"):
         move(tmp_path / "a.mp4")
     stub = tmp_path / "ffmpeg"
-    # what it is given last is where it writes
+    # the last argument of ffmpeg is the output file
     stub.write_text(f'#!{shutil.which("bash", path="/bin:/usr/bin")}\nfor last; do :; done; /bin/cat > "$last"\n')
     stub.chmod(stub.stat().st_mode | stat.S_IEXEC)
     assert animation.can_write_mp4()
@@ -294,5 +294,5 @@ def test_arrows_are_scaled_by_the_sample_density(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(transport_figures, "_arrows", seen)
     still(tmp_path / "p.png")
     counts = drawn[0].sum(1)
-    # the narrower the density, the fewer places it has samples at
+    # a narrower density has samples in fewer cells, and so fewer arrows
     assert counts[0] > counts[1] > counts[2] > 0

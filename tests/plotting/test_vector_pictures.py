@@ -1,4 +1,4 @@
-"""Figures of tables beside samples: which rows, classes and densities they show."""
+"""Figures that compare tables with samples: the choice of rows, classes and densities."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from flowtrain.plotting import pictures, vector_pictures
 
 
 class Rows(Dataset):
-    """Rows whose first column is their label."""
+    """A data set whose labels are the first column."""
 
     def __init__(self, columns: int, labelled: bool = True) -> None:
         self.event_shape = (columns,)
@@ -32,7 +32,7 @@ class Rows(Dataset):
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The arguments of the last figure."""
+    """Returns the arguments of the last figure."""
     given: dict[str, Any] = {}
     for name in ("draw_flow_1d", "draw_flow_2d", "draw_corner"):
         monkeypatch.setattr(vector_pictures, name, lambda path, name=name, **rest: given.update(rest, figure=name))
@@ -63,7 +63,7 @@ def conditional(columns: int) -> Flow:
     return flow
 
 
-def test_labelled_rows_have_classes_and_samples_of_a_conditional_flow_too(drawn: dict[str, Any]) -> None:
+def test_rows_with_labels_and_conditional_samples_have_classes(drawn: dict[str, Any]) -> None:
     data = Rows(3)
     pictures.draw(Flow((3,), Affine(3)), data, Path("a.png"), "t")
     assert torch.equal(drawn["classes"].data, drawn["data"][:, 0].long())

@@ -37,7 +37,7 @@ def test_run_prints_nothing_without_a_terminal(run: Run, tmp_path: Path) -> None
 def test_terminal_shows_a_banner_and_a_summary(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     output = terminal_output(run, monkeypatch)
     begins = output.index("flowtrain: ffjord on moons")
-    # for names in both the banner and the final table, take the banner's value
+    # if a name is in the banner and in the final table, the value of the banner is used
     named = dict(reversed(re.findall(r"^ +(\w[\w ]*?)  (.+)$", output, re.MULTILINE)))
     assert begins == 0
     assert ("ffjord" in named["model"], "72" in named["model"]) == (True, True)

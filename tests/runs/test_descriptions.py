@@ -37,7 +37,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def actnorm_node(flow: Node) -> Node:
-    """The ActNorm."""
+    """Returns the ActNorm."""
     found: Node = flow["bijection"]["bijections"][0]
     return found
 
@@ -88,7 +88,8 @@ TARGETS = {
     "object as flag": put(coupling, swap=HIDDEN),
     "object as number": put(coupling, cap=LINEAR),
     "object as torch flag": lambda flow: coupling(flow)["conditioner"]["_args_"][0].update(bias=LINEAR),
-    # as a flag the list counts as true, and no object is kept, so the flow would still match the weights of the file
+    # a flow would accept the list as a true flag and would not keep its objects, so it would still match the weights in
+    # the file
     "list of objects as flag": lambda flow: flow["bijection"]["bijections"][3].update(offset=HIDDEN),
     "positional list of objects as flag": lambda flow: flow["bijection"]["bijections"].__setitem__(
         3, {"_target_": "flowtrain.bijections.Standardize", "_args_": [2, HIDDEN]}

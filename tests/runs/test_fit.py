@@ -38,7 +38,7 @@ KEYS = [f"{key}={value}".replace(" ", "") for key, value in SMALL.items()]
 
 
 class Frame:
-    """A data frame with the fewest attributes that flowtrain needs."""
+    """A data frame with only the attributes that flowtrain needs."""
 
     def __init__(self, values: Any, columns: list[str]) -> None:
         self.values, self.columns = values, columns
@@ -66,7 +66,7 @@ def equal_weights(a: Flow | Path | str, b: Flow | Path | str) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-# the same result as the command
+# Equality with the command
 
 
 @pytest.mark.parametrize("model", ["realnvp", "ffjord"])
@@ -119,7 +119,7 @@ def test_every_input_type_gives_the_same_flow(x: np.ndarray) -> None:
     )
 
 
-# the caller's process
+# The caller's process
 
 
 def test_nothing_is_written_without_a_run_directory(
@@ -244,7 +244,7 @@ def test_fitted_flow_is_in_eval_mode_and_pickles(x: np.ndarray) -> None:
     assert not {*held["val"]} & {*held["test"]}
 
 
-# run directories
+# Run directories
 
 
 def test_resumed_fit_equals_an_uninterrupted_fit(
@@ -338,7 +338,7 @@ def test_fit_reuses_the_directory_of_an_early_killed_fit(x: np.ndarray, tmp_path
 
 
 def forget_training(run_dir: Path) -> None:
-    """Removes all files that a fit writes from its first checkpoint on."""
+    """Removes the first checkpoint and all files that a fit writes later."""
     for path in [*run_dir.glob("checkpoints/*"), run_dir / "metrics.jsonl", run_dir / "result.json"]:
         path.unlink()
 
@@ -374,7 +374,7 @@ def test_deleted_working_directory_is_refused_only_for_run_dir(
     fit_small(x)
 
 
-# data
+# Data
 
 
 def test_val_may_be_a_set_or_a_fraction(x: np.ndarray) -> None:
@@ -461,7 +461,7 @@ def test_byte_images_with_labels_are_fitted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "named"),
+    ("bad", "words"),
     [
         (np.zeros((0, 2)), "(0, 2)"),
         (np.full((50, 2), np.nan), "x"),
@@ -481,10 +481,10 @@ def test_byte_images_with_labels_are_fitted() -> None:
         (np.array([[1, 10**400]] * 50, dtype=object), "row 0, column 1"),
     ],
 )
-def test_bad_rows_are_refused_by_name(bad: Any, named: str) -> None:
+def test_error_for_bad_data_names_the_fault(bad: Any, words: str) -> None:
     with pytest.raises(FlowtrainError) as e:
         fit_small(bad)
-    assert named in str(e.value)
+    assert words in str(e.value)
 
 
 def test_tensors_with_the_negative_bit_are_accepted(x: np.ndarray) -> None:
@@ -525,7 +525,7 @@ def test_overrides_are_applied_and_validated(x: np.ndarray) -> None:
             fit(x, progress=False, **named)
 
 
-# failures
+# Failures
 
 
 def test_failed_fit_message_suggests_a_setting(x: np.ndarray) -> None:
@@ -578,7 +578,7 @@ def test_interrupted_fit_returns_the_best_flow_so_far(
         fit_small("moons")
 
 
-# flows built by hand
+# Flows built by hand
 
 
 def hand_built_flow() -> Flow:
@@ -632,7 +632,7 @@ def test_train_refuses_data_that_do_not_match_the_flow(x: np.ndarray) -> None:
         train(hand_built_flow(), x, progress=False, overrides={"model.hidden": [3]})
 
 
-def test_train_reaches_the_closed_form(x: np.ndarray) -> None:
+def test_trained_affine_flow_equals_the_gaussian_of_the_training_rows(x: np.ndarray) -> None:
     flow = Flow((3,), Affine(3))
     train(flow, x, steps=50, progress=False, overrides={"trainer.lr": 1e-4})
     inside = np.delete(x, np.concatenate([*flow.record.held_out.values()]), axis=0)

@@ -9,7 +9,7 @@ from helpers import Run
 from flowtrain.runs.fit import fit
 from flowtrain.training import checkpoint
 
-# a minimal training, because the tests only look at the config
+# training is minimal, because the tests check only the config
 FEW = {"trainer.steps": 12, "trainer.val_every": 12, "trainer.lr": 0.0123, "model.hidden": [4]}
 
 

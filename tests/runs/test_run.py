@@ -48,7 +48,7 @@ def test_full_disk_does_not_stop_a_run(
     assert run.step == 16
     assert re.search(r"step 8: .*checkpoints/last\.pt", caplog.text)
     assert "metrics.jsonl" in caplog.text
-    # no row or checkpoint is missing, and the best checkpoint is the one on disk
+    # no row or checkpoint is missing, and best.pt contains the best checkpoint
     undisturbed = trainer(tmp_path / "calm", "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=16")
     undisturbed.fit()
     assert rows(tmp_path) == rows(tmp_path / "calm")

@@ -242,7 +242,7 @@ def test_current_solver_is_saved(name: str, tmp_path: Path) -> None:
 
 def test_each_ode_block_keeps_its_solver(tmp_path: Path) -> None:
     flow = perturbed(flow_of(ode_block(), ode_block()))
-    # neither solver was given to a constructor
+    # no constructor was called with these solvers
     flow.ode_blocks[1].solver = ode_solver("rk4", steps=3)
     again = saved_and_loaded(flow, tmp_path)
     assert [block.solver.method for block in again.ode_blocks] == ["dopri5", "rk4"]
@@ -387,7 +387,7 @@ def test_loading_user_classes_requires_trust(mypkg: Any, tmp_path: Path) -> None
     for trust in ((), ("other",), ("my",), "mypkg.other"):
         with pytest.raises(CheckpointError, match="would run mypkg"):
             flowtrain.load(tmp_path / "own.pt", trust=trust)
-    # an argument that the object does not keep as a submodule
+    # the object does not keep this argument as a submodule
     hidden = flow_of(ActNorm(2), shape=2)
     hidden.bijection.bijections[0] = mypkg.Pair({"a": ActNorm(2), "b": ActNorm(2)}, order=[nn.Linear(1, 1)])
     with pytest.raises(CheckpointError, match="cannot be saved"):

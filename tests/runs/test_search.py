@@ -217,7 +217,7 @@ def test_foreign_search_directory_is_refused(clusters: np.ndarray, tmp_path: Pat
     with pytest.raises(ConfigError):
         fit_search(clusters, ["affine"], run_dir=tmp_path)
     assert (tmp_path / "search/mine.txt").read_text() == "mine"
-    # leftovers of a search that was killed before its first checkpoint do not block a new one
+    # leftovers of a search that was killed before its first checkpoint do not block a new search
     (tmp_path / "r/search/nsf/checkpoints").mkdir(parents=True)
     (tmp_path / "r/search/search.json").write_text('{"candidates": [], "stacks": {}}')
     fit_search(clusters, ["affine"], run_dir=tmp_path / "r")

@@ -76,7 +76,7 @@ def test_summary_of_failed_jobs_only(tmp_path: Path) -> None:
     failed = sweep_summary.Job("0", {"seed": "1"}, {}, "one|two\nthe last line")
     lines = sweep_summary.as_markdown([failed], ["seed"]).splitlines()
     assert lines == ["| job | seed |  |", "| --- | --- | --- |", "| 0 | 1 | failed: the last line |"]
-    assert sweep_summary.write_summary(tmp_path) == ("no job was begun", 0)
+    assert sweep_summary.write_summary(tmp_path) == ("no job was started", 0)
     odd = [
         sweep_summary.Job("0", {"seed": "123456781", "x": "a|b\nc"}, {}, None),
         sweep_summary.Job("1", {"seed": "2"}, {}, None),

@@ -40,12 +40,13 @@ class Mirror:
     """A server that serves the same content under every path.
 
     Attributes:
-        ranges: whether Range requests are answered with the requested part, or else with the whole content.
+        ranges: whether the server answers Range requests with the requested part. Otherwise, it sends the whole
+            content.
         cuts: the number of bytes after which each of the first answers is cut off.
         stalls: whether the connection then stays open without data.
-        code: an HTTP error code to answer with instead.
+        code: an HTTP error code, which the server sends instead of content.
         length: whether the answers have a Content-Length header.
-        shift: offset of the sent part from the requested one, in bytes.
+        shift: offset of the sent part from the requested part, in bytes.
         asked: (path, Range header) of every request.
     """
 
@@ -254,7 +255,7 @@ def test_mirror_with_a_wrong_file_is_skipped(serve: Serve, target: Path, case: s
 
 def test_wrong_content_range_is_not_appended(serve: Serve, target: Path) -> None:
     part = write_part(target, CONTENT[:HALF])
-    with pytest.raises(OSError, match=f"from {HALF} on were requested, but it sends bytes {HALF + 5}-"):
+    with pytest.raises(OSError, match=f"from {HALF} on were requested, but the server sends bytes {HALF + 5}-"):
         obtain(target, serve(shift=5))
     assert part.read_bytes() == CONTENT[:HALF]
 

@@ -43,7 +43,7 @@ def test_wheel_built_from_the_sdist_runs_the_readme_examples(tmp_path: Path) -> 
     assert {p.name for p in config_dir().rglob("*.yaml")} == {
         p.name for p in (site / "flowtrain/configs").rglob("*.yaml")
     }
-    # the long description of a package index, which has no relative paths
+    # the long description for a package index, where relative links do not work
     description = next(site.glob("flowtrain-*.dist-info/METADATA")).read_text()
     assert "# flowtrain" in description
     assert not re.findall(r"\]\((?!https?:|#)", description)

@@ -61,7 +61,8 @@ def test_split_contains_each_row_once_and_depends_on_the_seed(tables: ModuleType
 
 
 def test_baseline_nlls_approach_the_true_entropy(tables: ModuleType) -> None:
-    """Their NLL on many rows of a known density is close to its entropy in data units."""
+    """The NLL of the baselines on many rows of a known density is close to the entropy of the density, in data
+    units."""
     rng = np.random.default_rng(0)
     factor = np.array([[20.0, 0.0], [3.0, 0.1]])
     parts = [rng.normal(size=(n, 2)) @ factor.T for n in (2000, 2000, 500)]

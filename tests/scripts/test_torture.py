@@ -1,4 +1,4 @@
-"""Short fuzzing and kill tests with the parts of scripts/torture.py, which runs them for longer."""
+"""Short fuzzing and kill tests. scripts/torture.py runs the same tests for longer."""
 
 import itertools
 import os
@@ -82,7 +82,7 @@ def test_run_comparison_detects_any_difference(tmp_path: Path, trainer: MakeTrai
 
 @pytest.fixture(scope="module")
 def original_checkpoint(tmp_path_factory: pytest.TempPathFactory, trainer: MakeTrainer) -> tuple[Path, Original]:
-    """Trains a run and returns a checkpoint without a previous one beside it, and its content."""
+    """Trains a run. Returns a copy of a checkpoint without the previous checkpoint beside it, and its content."""
     torch.set_default_dtype(torch.float32)
     folder = tmp_path_factory.mktemp("run")
     trainer(folder, "model=realnvp", "model.layers=2", "model.hidden=[8]", "trainer.steps=4").fit()

@@ -32,7 +32,7 @@ class Poisoned(Dataset):
 
 
 class PoisonedOnce(Poisoned):
-    """Data whose batch at one step contains a NaN the first `times` times that it is requested."""
+    """Data whose batch at one step contains a NaN. Only the first `times` requests of this batch return the NaN."""
 
     def __init__(self, bad_step: int, times: int = 1) -> None:
         super().__init__(bad_step)
@@ -54,7 +54,7 @@ def poisoned() -> type[Poisoned]:
 
 @pytest.fixture(scope="session")
 def poisoned_once() -> type[PoisonedOnce]:
-    """Returns the class of data with a NaN at one step, the first time."""
+    """Returns the class of data with a NaN in the first request of one step."""
     return PoisonedOnce
 
 

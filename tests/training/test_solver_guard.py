@@ -42,7 +42,7 @@ def lines() -> Iterator[list[str]]:
     solver_guard.log.removeHandler(handler)
 
 
-# one step of rk4, and a learning rate at which the field learns to exploit it
+# a single step of rk4, and a learning rate at which the field learns to exploit the error of this step
 EXPLOIT = ["solver=rk4", "solver.step_size=1.0", "trainer.lr=0.02", "trainer.lr_decay=constant", "trainer.steps=150"]
 
 
@@ -162,7 +162,7 @@ def test_steps_are_halved_until_max_nfe(lines: list[str]) -> None:
     solver = ode_solver("rk4", step_size=4.0, max_nfe=20)
     watch, _ = guarded(solver, lambda s: 1 / s.steps_between(0, 1))
     assert watch.check(10, X, 0)
-    # half of 4 would give the same single step
+    # a step size of 4 and of 2 both give a single step, because t has an interval of length 1
     assert "from 4 to 0.5" in lines[0]
     # each step has 4 evaluations, so max_nfe=20 allows 4 steps but not 8
     assert watch.solver.step_size == 0.25

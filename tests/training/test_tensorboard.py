@@ -207,7 +207,7 @@ def test_entries_are_written_once_the_disk_has_space(
     metrics.back_to(7)
     scalars, images = read_tensorboard(tmp_path / "r")
     assert scalars == {("train/nll", step): 1.5 * step for step in range(1, 8)}
-    # pictures are not queued: TensorBoard has those that fitted and the first one that did not
+    # pictures are not queued: TensorBoard has the pictures that fitted, and the first picture that did not fit
     assert [step for _, step in images] == [1, 2, 5, 7]
     assert len([r for r in caplog.records if r.name == "flowtrain"]) == 1
 

@@ -54,7 +54,7 @@ def test_resumed_run_has_no_duplicate_entries(
     begin_and_stop(stop_at, run, monkeypatch, 3, *SMALL, LOGGER, f"hydra.run.dir={tmp_path}/r")
     assert read_tensorboard(tmp_path / "r")[0] == expected_scalars(tmp_path / "r")
     begun = wall_time(tmp_path / "r", 1)
-    # a smaller learning rate, so that repeated steps would give different values
+    # the learning rate is smaller, so that repeated steps would give different values
     assert run("flowtrain", f"resume={tmp_path}/r", "trainer.lr=1e-4")[0] == 0
     scalars, images = read_tensorboard(tmp_path / "r")
     assert scalars == expected_scalars(tmp_path / "r")
@@ -80,7 +80,7 @@ def test_entries_after_the_last_checkpoint_are_dropped_on_resume(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        # killed after the validation at step 6, before the checkpoint that includes it
+        # the run is killed after the validation at step 6, before the checkpoint that includes this validation
         save = CheckpointManager.write_last
         patched.setattr(
             CheckpointManager, "write_last", lambda self: killed() if self.progress.step == 6 else save(self)

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
 
 
 class Clock:
-    """A clock that advances only when told to."""
+    """A clock that advances only when a test advances it."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -213,12 +213,12 @@ def test_training_leaves_time_for_the_evaluation(fake_clock: Clock) -> None:
     cheap, dear = budget_with_row_time(fake_clock, 100, 1e-6), budget_with_row_time(fake_clock, 100, 1e-3)
     assert 90 < cheap.for_training < cheap.left == 95
     assert dear.end == pytest.approx(dear.left - dear.for_training)
-    # the reserve covers all test rows, a validation, the checks and a picture
+    # the time reserved for the end covers all test rows, a validation, the checks and a picture
     assert dear.end > 10
     assert dear.affordable_rows(dear.room) == (10_000, True)
     # checks are dropped before test rows
     assert budget_with_row_time(fake_clock, 100, 3.3e-3).affordable_rows(50.0) == (10_000, False)
-    # the reserve does not shrink with time
+    # the time reserved for the end does not shrink during training
     before = dear.end
     fake_clock.now += 40
     assert dear.end == before
@@ -235,7 +235,7 @@ def test_checks_take_precedence_over_table_baselines(fake_clock: Clock) -> None:
     assert budget_with_row_time(fake_clock, 100, 1e-6).for_baselines == 0
     assert budget(100).for_baselines == pytest.approx(5)
     assert budget(10_000).for_baselines == 20
-    # a share too small to fit a mixture
+    # the share of the budget is too small to fit a mixture
     assert budget(30).for_baselines == 0
     assert budget(100, Flow((2,), Affine(2), classes=3)).for_baselines == 0
     assert budget(100).end == pytest.approx(budget_with_row_time(fake_clock, 100, 0).end + 5)
@@ -331,7 +331,7 @@ def test_exhausted_budget_still_gives_a_result(run: Run, monkeypatch: pytest.Mon
     assert code == 0, err
     found = result(Path(out.splitlines()[-1]))
     assert (found["n"], found["steps"]) == (200, 1)
-    # only checks without further scoring
+    # only checks that score no further rows are made
     assert found["checks"].keys() <= {"concentration", "baseline"}
     assert found["budget"]["rows"] == 10
     assert "200 of the 500" in err

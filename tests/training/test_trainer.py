@@ -19,7 +19,7 @@ from flowtrain.utils.errors import CheckpointError
 pytestmark = pytest.mark.usefixtures("float32")
 
 
-# with lr=1 each validation is worse than the previous one, so the plateau schedule has state to restore
+# with lr=1 each validation is worse than the validation before, so the plateau schedule has state to restore
 PLATEAU = ["trainer.lr_decay=plateau", "trainer.lr_plateau_patience=1", "trainer.lr=1.0", "trainer.val_every=2"]
 
 RUNS = [
@@ -111,7 +111,8 @@ def test_run_killed_before_its_first_validation_resumes(tmp_path: Path, trainer:
 
 
 def test_trace_noise_and_toy_data_are_independent() -> None:
-    """With equal keys both would draw the same numbers, and Hutchinson's estimate would be biased."""
+    """With equal keys, noise and data would be drawn from the same numbers, and Hutchinson's estimate would be
+    biased."""
     toy = build_data(compose_defaults(["data=8gaussians"]))
     noise = torch.randn(512, 2, generator=step_generator(0, STEP_STREAM, 7))
     batch = toy.train_batch(7, 512, 0)

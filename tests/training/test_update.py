@@ -81,7 +81,7 @@ def test_aborted_step_leaves_running_statistics_unchanged(
 
 
 def test_guard_does_not_change_running_statistics(tmp_path: Path, guarded_config: Compose) -> None:
-    """The guard solves twice in training mode if the training tolerance differs from the final one."""
+    """The guard solves twice in training mode if the training tolerance differs from the final tolerance."""
     config = guarded_config("trainer.guard_every=1", "solver.rtol=1e-4", "solver.train_rtol=1e-2")
     torch.manual_seed(0)
     data = build_data(config)

@@ -112,7 +112,7 @@ def test_early_validations_do_not_change_training(
 
 
 def rising_nll(self: Validation) -> tuple[float, float]:
-    """Validation NLL that falls until step 20 and then rises by 1 nat in 10 steps."""
+    """Returns a validation NLL that falls until step 20 and then rises by 1 nat in 10 steps."""
     self.scored = torch.linspace(-4, -2, 30) - abs(self.progress.step - 20) / 10
     self.n = 30
     return -self.scored.mean().item(), 0.1
@@ -275,7 +275,7 @@ def test_validation_rise_must_affect_most_rows() -> None:
     one = before.clone()
     one[7] -= 1e9
     assert not clearly_worse(before, one, 1.0)
-    # differences over many orders of magnitude, for which the standard error of the mean is uninformative
+    # the differences vary over many orders of magnitude, so the standard error of their mean is uninformative
     assert clearly_worse(before, before - 10 ** torch.linspace(0.1, 9, 40), 1.0)
     assert not clearly_worse(before[:3], before[:3] - 5, 1.0)
     # the shares of the ranks together select the same rows as one process
@@ -285,7 +285,7 @@ def test_validation_rise_must_affect_most_rows() -> None:
 
 
 def test_checkpoints_of_older_versions_resume(table: list[str], tmp_path: Path, trainer_of: MakeTrainer) -> None:
-    """Old checkpoints lack some keys: they have no early validations, and `stale` counts from the best so far."""
+    """Runs of old checkpoints have no early validations, and their `stale` counts from the best validation so far."""
     keys = [*table, "trainer.lr=0.3", "trainer.lr_decay=constant", "trainer.patience=2"]
     trainer_of(tmp_path, [*keys, "trainer.steps=20", "trainer.val_early=false", "trainer.max_rise=null"]).fit()
     saved = checkpoint.load(tmp_path / "checkpoints/last.pt")

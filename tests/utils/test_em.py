@@ -1,4 +1,4 @@
-"""EM for Gaussian mixtures agrees with formulas written with torch.distributions; k-means."""
+"""EM for Gaussian mixtures agrees with formulas written with torch.distributions. k-means finds clusters."""
 
 import math
 

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def precision() -> list[Any]:
-    """Returns torch's precision settings for products, or the error's name for settings that contradict each other."""
+    """Returns torch's precision settings for products. A setting that torch refuses to read gives the error's name."""
     found: list[Any] = []
     backends: Any = torch.backends
     cuda, cudnn = backends.cuda, backends.cudnn
@@ -91,13 +91,13 @@ def test_torch_settings_of_the_caller_are_restored(end: Callable[[], None], grad
         assert settings() == before
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="the names of torch 2.9 and later")
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="needs the settings of torch 2.9")
 @pytest.mark.usefixtures("restored")
 @pytest.mark.parametrize("legacy", ["highest", "high", "medium"])
 @pytest.mark.parametrize("backend", ["cuda.matmul", "mkldnn.matmul", "cudnn.conv"])
 @pytest.mark.parametrize("value", ["ieee", "tf32", "bf16"])
 def test_contradictory_precision_settings_are_restored(legacy: str, backend: str, value: str) -> None:
-    """torch has old and new names for precision, and refuses to read the old ones if they contradict the new ones."""
+    """torch has old and new settings of precision, and refuses to read old settings that contradict new settings."""
     torch.set_float32_matmul_precision(legacy)
     first, second = backend.split(".")
     place: Any = getattr(getattr(torch.backends, first), second)
@@ -213,7 +213,7 @@ def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 @pytest.mark.parametrize("order", ["first in, first out", "first in, last out"])
 @pytest.mark.parametrize("fresh", [False, True])
 def test_overlapping_calls_restore_the_thread_count(order: str, fresh: bool) -> None:
-    """A Python thread that first uses torch during another thread's call inherits that call's thread count."""
+    """If a Python thread first uses torch during a call in another thread, it inherits the thread count of the call."""
     torch.set_num_threads(2)
     started, entered, leave, left = (threading.Event() for _ in range(4))
 

@@ -1,4 +1,4 @@
-"""Matrix products of both libraries agree with float64, as does the gradient of a network that uses both."""
+"""Matrix products of both libraries agree with float64. So does the gradient of a network that uses both."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Data parallelism: two ranks compute what one process computes, and a failure of one rank affects both alike."""
+"""Data parallelism: two ranks give the result of one process, and a failure on one rank has the same effect on both."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rank_results(folder: Path) -> Found:
     """Returns the results of both ranks."""
-    # the server process imports modules once for both ranks
+    # the fork server imports the modules once, for both ranks
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["flowtrain.cli.train", "flowtrain.cli.evaluate", "torch._dynamo"])
     processes = [context.Process(target=run_all, args=(rank, 2, folder)) for rank in range(2)]
@@ -49,7 +49,7 @@ def assert_equal_runs(a: dict[str, Any], b: dict[str, Any], atol: float = 0.0) -
 
 @pytest.mark.parametrize("name", EQUAL)
 def test_two_ranks_give_the_result_of_one_process(name: str, rank_results: Found, tmp_path: Path) -> None:
-    """A batch of 17 rows, 8 on one rank and 9 on the other, gives the same 12 steps in float64."""
+    """Each of the 12 steps has a batch of 17 rows: 8 on one rank and 9 on the other."""
     alone = fit_outcome(trainer(tmp_path, *EQUAL[name], data=DATA.get(name)))
     first, second = rank_results[0][name], rank_results[1][name]
     assert (first["error"], first["step"]) == (None, 12)
@@ -152,7 +152,7 @@ LAUNCHED += ["data.n_val=20", "data.n_test=50", "trainer.plot_every=null"]
 
 
 def test_torchrun_restarts_after_a_killed_rank(tmp_path: Path) -> None:
-    """After SIGKILL of a rank, the second attempt finds the run directory, whose default name contains the time."""
+    """After SIGKILL of a rank, torchrun starts again. The ranks find the run directory, although its name is a time."""
     here = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}

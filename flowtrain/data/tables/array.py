@@ -144,7 +144,7 @@ class ArrayData(Finite):
         path: the training file, see `read_table`; or a table in memory.
         val_path, test_path: held-out files or tables with the same columns.
         key: the array to read from an .npz file with several arrays, or the sheet to read from an .xlsx file with
-            several sheets. Held-out files of other formats ignore it.
+            several sheets. Held-out files of other formats ignore this key.
         columns: names, positions or slices such as "0:64" of the columns to keep.
         header: whether the first line of a text file or an .xlsx file names the columns. None means detected. Held-out
             files of other formats ignore it.
@@ -167,8 +167,9 @@ class ArrayData(Finite):
             true for files of 256 MiB or more. A held-out file of 256 MiB or more is read in the same way unless this is
             False, and at most 100,000 of its rows are drawn at random.
         seed: the seed of the split. Batches use the seed of the run.
-        center: whether samples may be kept in float64. This happens if the mean of a column is so large compared with
-            its standard deviation that float32 would lose significant digits. The flow then subtracts an offset.
+        center: whether samples may be kept in float64. Samples are kept in float64 if the mean of a column is so large
+            compared with its standard deviation that float32 would lose significant digits. The flow then subtracts an
+            offset.
         gaussian_start: whether the flow starts at the Gaussian of the training rows, with a shrunk covariance. A fixed
             linear layer next to the base maps to this Gaussian. None means true for vectors.
 
@@ -419,7 +420,7 @@ def _starts(asked: bool | None, event_shape: tuple[int, ...]) -> bool:
     if asked is None:
         return len(event_shape) == 1
     if flag("data.gaussian_start", asked) and len(event_shape) > 1:
-        raise ConfigError("data.gaussian_start=true is only for vectors; omit it or data.event_shape")
+        raise ConfigError("data.gaussian_start=true is only for vectors; omit this setting or data.event_shape")
     return asked
 
 

@@ -31,29 +31,32 @@ _log = logging.getLogger("flowtrain")
 _MISSING = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "?", "-"})
 _BOOLEANS = {"true": 1.0, "false": 0.0}
 _GZIP = b"\x1f\x8b"
-# Number of rows below the first that are used to detect a header
+# Number of rows below the first row that are used to detect a header
 LOOK = 100
 _COMMENT = "; comments are allowed only at the top of a file: remove the line"
 UNNAMED = re.compile(r"unnamed_\d+|Unnamed: \d+|__index_level_\d+__|")
 _WHOLE = re.compile(r"\s*[+-]?\d+\s*")
 _EXPONENT = r"(?:[eE][+-]?\d+)?"
-# Numbers with a decimal point and commas between thousands; numbers with a decimal comma and points between thousands
+# Numbers with a decimal point and commas between thousands
 _GROUPED = re.compile(rf"\s*[+-]?\d{{1,3}}(?:,\d{{3}})+(?:\.\d*)?{_EXPONENT}\s*")
+# Numbers with a decimal comma, optionally with points between thousands
 _COMMA = re.compile(rf"\s*[+-]?(?:\d+|\d{{1,3}}(?:\.\d{{3}})+)(?:,\d+)?{_EXPONENT}\s*")
 
-# Chooses the columns to keep, from the names of all columns and the positions of columns with row numbers or row names
-Choose = Callable[[Sequence[str], Sequence[int]], list[int]]
+# A function that returns the positions of the columns to keep. Its arguments are the names of all columns, and the
+# positions of the columns that contain row numbers or row names
+ChooseColumns = Callable[[Sequence[str], Sequence[int]], list[int]]
 
 
 @dataclass(frozen=True)
 class TextFormat:
-    """The format of a text file.
+    """What the user states about the format of a text file. The rest is detected.
 
     Attributes:
         header: whether the first line after the comments names the columns. None means detected.
         decimal: the decimal mark, point or comma. None means detected.
-        known: expected column names. A first line that contains all of them is a header, even if they are numbers.
-        na: the contents of cells that count as missing besides the usual ones, stripped and in lower case.
+        known: expected column names. A first line that contains all these names is a header, even if the names are
+            numbers.
+        na: the contents of cells that count as missing besides the usual contents, stripped and in lower case.
         drops: whether rows with missing values are left out, so that no message needs the contents of their cells.
     """
 
@@ -69,7 +72,7 @@ DETECTED = TextFormat()
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of a text file.
+    """The detected layout of a text file.
 
     Attributes:
         delimiter: the delimiter of cells. None means any run of white space.
@@ -85,14 +88,14 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Text:
+class TextTable:
     """A table read from a text file.
 
     Attributes:
         values: (n, d), with NaN for missing values.
         names, indices: the names of the columns and their positions in the file.
         lines: the line number of each row, from 1.
-        cells: the text of the first missing value, by its row and column in `values`.
+        cells: the text of the cell of the first missing value, by row and column in `values`.
     """
 
     values: NDArray[np.float64]
@@ -103,31 +106,35 @@ class Text:
 
 
 class _File:
-    """A text file. Its first bytes show whether it is gzipped: browsers may unpack a .gz file and keep its name."""
+    """A text file, which may be gzipped.
+
+    The first bytes show whether the file is gzipped. The name does not, because a browser may unpack a .gz file and
+    keep the name.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as file:
             self.gzipped = file.read(2) == _GZIP
 
-    def bytes(self) -> IO[bytes]:
+    def open_bytes(self) -> IO[bytes]:
         return cast(IO[bytes], gzip.open(self.path)) if self.gzipped else self.path.open("rb")
 
-    def text(self, newline: str | None = None) -> TextIO:
-        return io.TextIOWrapper(self.bytes(), encoding="utf-8-sig", newline=newline)
+    def open_text(self, newline: str | None = None) -> TextIO:
+        return io.TextIOWrapper(self.open_bytes(), encoding="utf-8-sig", newline=newline)
 
 
-def read_delimited(path: Path, choose: Choose, text_format: TextFormat) -> Text:
-    """Reads the columns whose positions `choose` returns.
+def read_delimited(path: Path, choose: ChooseColumns, text_format: TextFormat) -> TextTable:
+    """Reads a text table. Only the columns whose positions `choose` returns are kept.
 
-    Other columns may contain anything, but all rows must have the same number of cells.
+    The other columns may contain anything, but all rows must have the same number of cells.
 
     Raises:
         DataError: an empty or damaged file, a row with too few or too many cells, a cell that is not a number, or text
             that is not UTF-8.
     """
     file = _File(path)
-    with _readable(file):
+    with _reading_errors(file):
         layout = find_layout(file, text_format)
         counting = [i for i, name in enumerate(layout.names) if _is_row_index(file, layout, i)]
         indices = choose(layout.names, counting)
@@ -142,22 +149,25 @@ def read_delimited(path: Path, choose: Choose, text_format: TextFormat) -> Text:
             values, lines, cells = _read_by_cell(file, layout, indices, text_format)
     if not lines:
         raise DataError(f"{path} has no rows" + (" below its header" if layout.named else ""))
-    return Text(values, tuple(layout.names[i] for i in indices), tuple(indices), lines, cells)
+    return TextTable(values, tuple(layout.names[i] for i in indices), tuple(indices), lines, cells)
 
 
 @contextmanager
-def _readable(file: _File) -> Iterator[None]:
+def _reading_errors(file: _File) -> Iterator[None]:
+    """Raises DataError if the text is not UTF-8 or if a gzip file is damaged."""
     try:
         yield
     except UnicodeDecodeError as error:
-        raise DataError(f"{file.path}, line {_undecodable(file)} is not UTF-8 text; save the file as UTF-8") from error
+        raise DataError(
+            f"{file.path}, line {_first_bad_line(file)} is not UTF-8 text; save the file as UTF-8"
+        ) from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{file.path} is a damaged gzip file ({error}); download or copy it again") from error
 
 
-def _undecodable(file: _File) -> int:
+def _first_bad_line(file: _File) -> int:
     """Returns the number of the first line that is not UTF-8. The decoder's error gives only a position in a block."""
-    with file.bytes() as stream:
+    with file.open_bytes() as stream:
         for number, line in enumerate(stream, 1):
             try:
                 line.decode()
@@ -170,7 +180,7 @@ def _undecodable(file: _File) -> int:
 
 
 def find_layout(file: _File, text_format: TextFormat) -> Layout:
-    """Detects delimiter, names and first line of data from the comments at the top of the file and the lines below.
+    """Detects the delimiter, the column names and the first line of data.
 
     Raises:
         DataError: an empty file or an empty first line.
@@ -181,7 +191,7 @@ def find_layout(file: _File, text_format: TextFormat) -> Layout:
         raise DataError(f"{path} has no rows below its comments" if comments else f"{path} is empty")
     if not lines[0].strip():
         raise DataError(f"{path}, line {top} is empty")
-    delimiter = _sniff([line for line in lines if line.strip()], text_format.decimal)
+    delimiter = _detect_delimiter([line for line in lines if line.strip()], text_format.decimal)
     found = list(islice(_rows(file, delimiter, top), LOOK + 1))
     first, below = found[0][1], found[1:]
     rows = [row for _, row in below if row]
@@ -201,12 +211,12 @@ def find_layout(file: _File, text_format: TextFormat) -> Layout:
 
 
 def _top(file: _File) -> tuple[list[str], int, list[str]]:
-    """Returns the comments (#) at the top, the number of the first line after them, and this line and the next one.
+    """Returns the comments (#) at the top, the number of the first line of the table, and the table's first two lines.
 
     Blank lines between the comments and the table are skipped.
     """
     comments: list[str] = []
-    with file.text() as stream:
+    with file.open_text() as stream:
         for number, line in enumerate(stream, 1):
             if line.startswith("#"):
                 comments.append(line.strip())
@@ -220,17 +230,17 @@ def _any_text(lines: Iterator[str]) -> bool:
 
 
 def _commented_names(comments: Sequence[str], delimiter: str | None, width: int) -> tuple[str, ...]:
-    """Returns column names from the last comment above a table without a header; () if it does not contain names.
+    """Returns column names from the last comment above a table without a header; () if the comment contains no names.
 
-    numpy.savetxt writes such comments. If there are several comments, the last may be a sentence, so names must be
-    single words, optionally after a prefix such as "columns:".
+    numpy.savetxt writes names in a comment. The last of several comments may be a sentence. Its words are names only if
+    each name is a single word. A prefix such as "columns:" is allowed.
     """
     if not comments:
         return ()
     line = comments[-1].removeprefix("# ")
     if len(comments) > 1:
         line = re.sub(r"^[#\s]*\w+:\s*", "", line)
-    cells = next(csv.reader([line], delimiter=delimiter)) if delimiter else _blank_cells(line)
+    cells = next(csv.reader([line], delimiter=delimiter)) if delimiter else _cells_between_blanks(line)
     names = tuple(cell.strip() for cell in cells)
     if delimiter is None and names[:1] == ("#",):
         names = names[1:]
@@ -238,14 +248,16 @@ def _commented_names(comments: Sequence[str], delimiter: str | None, width: int)
     return names if len(names) == width and all(names) and words and any(map(_is_text, names)) else ()
 
 
-def _blank_cells(line: str) -> list[str]:
+def _cells_between_blanks(line: str) -> list[str]:
     return next(csv.reader([" ".join(line.split())], delimiter=" "), [])
 
 
-def _sniff(lines: Sequence[str], decimal: str | None) -> str | None:
-    """Detects the delimiter: one that occurs equally often in all lines, else one that occurs at all, else white space.
+def _detect_delimiter(lines: Sequence[str], decimal: str | None) -> str | None:
+    """Detects the delimiter. None means white space.
 
-    Semicolons, tabs and bars have priority over commas, because commas may be decimal commas.
+    The first choice is a character that occurs equally often in all lines, the second a character that occurs in any
+    line, and the last white space. In the first choice, semicolons, tabs and bars have priority over commas, because
+    commas may be decimal commas.
     """
     bare = [re.sub(r'"[^"]*"', "", line.strip("\r\n")) for line in lines]
     commas = "" if decimal == "comma" or _blanks_between_decimals(bare[-1], decimal) else ","
@@ -256,7 +268,7 @@ def _sniff(lines: Sequence[str], decimal: str | None) -> str | None:
     for delimiter in f"{commas};\t|":
         if any(delimiter in line for line in bare):
             return delimiter
-    # Only the last line counts, because the name of a single column may contain blanks
+    # Blanks in the first line do not count, because the name of a single column may contain blanks
     return None if len(bare[-1].split()) > 1 else commas or ";"
 
 
@@ -413,8 +425,11 @@ def _decimal_mark(file: _File, layout: Layout, indices: Sequence[int]) -> str:
 
 
 def _rows(file: _File, delimiter: str | None, first_line: int) -> Iterator[tuple[int, list[str]]]:
-    """Yields each row from `first_line` on, with the number of its first line. A blank line gives an empty row."""
-    with file.text(newline="") as stream:
+    """Yields the line number and the cells of each row from `first_line` on. A blank line gives an empty row.
+
+    A row may continue over several lines. The line number is the number of the first of them.
+    """
+    with file.open_text(newline="") as stream:
         lines: Iterator[str] = islice(stream, first_line - 1, None)
         if not delimiter:
             lines = (" ".join(line.split()) for line in lines)
@@ -429,12 +444,12 @@ def _rows(file: _File, delimiter: str | None, first_line: int) -> Iterator[tuple
 
 
 def _plain_rows(file: _File, layout: Layout) -> int | None:
-    """Counts the rows; None if rows differ in width or if blank lines are not at the end.
+    """Counts the rows; None if rows differ in width or if a blank line is not at the end.
 
-    This check is needed because NumPy skips blank lines and ignores the width of rows if columns are chosen.
+    NumPy does not check this: it skips blank lines and, if columns are chosen, ignores the width of rows.
     """
     rows, ended, width = 0, False, len(layout.names)
-    with file.text() as stream:
+    with file.open_text() as stream:
         for line in islice(stream, layout.first_line - 1, None):
             if not line.strip():
                 ended = True
@@ -459,7 +474,7 @@ def _read_with_numpy(
     """
     if not rows or text_format.decimal == "comma":
         return None
-    with warnings.catch_warnings(), file.text() as stream:
+    with warnings.catch_warnings(), file.open_text() as stream:
         warnings.simplefilter("error")
         # NumPy reads a path in blocks, but a stream line by line, which is slower
         source: Any = stream if file.gzipped or file.path.suffix == ".gz" else str(file.path.absolute())
@@ -500,7 +515,7 @@ def _missing_cells(delimiter: str | None, na: Collection[str]) -> re.Pattern[str
 def _read_by_cell(
     file: _File, layout: Layout, indices: Sequence[int], text_format: TextFormat
 ) -> tuple[NDArray[np.float64], Sequence[int], dict[tuple[int, int], str]]:
-    """Reads the table cell by cell. Returns the values, the line of each row, and the first missing cell."""
+    """Reads the table cell by cell. Returns the values, the line number of each row, and the first missing cell."""
     decimal = text_format.decimal or _decimal_mark(file, layout, indices)
     values, lines = array("d"), array("q")
     cells: dict[tuple[int, int], str] = {}
@@ -512,12 +527,12 @@ def _read_by_cell(
         if blank:
             raise DataError(f"{file.path}, line {blank} is empty, but rows follow; remove the line")
         if len(row) != len(layout.names):
-            raise DataError(f"{file.path}, line {line} {_ragged(row, layout)}")
+            raise DataError(f"{file.path}, line {line} {_width_error(row, layout)}")
         for column, i in enumerate(indices):
             value = number_of(row[i], decimal)
             if value is None:
                 if not is_missing(row[i], text_format.na):
-                    words = _no_number(file.path, line, layout, i, row[i], decimal)
+                    words = _number_error(file.path, line, layout, i, row[i], decimal)
                     found = _text_columns(file, layout, indices, text_format.na, decimal)
                     raise DataError(f"{words}. {advice_on_text(found, indices)}")
                 value = float("nan")
@@ -549,12 +564,12 @@ def _text_columns(
     return [found[i] for i in sorted(found)]
 
 
-def _ragged(row: Sequence[str], layout: Layout) -> str:
+def _width_error(row: Sequence[str], layout: Layout) -> str:
     width, cells = len(layout.names), len(row)
     where = (
-        f"it ends before column {layout.names[cells]!r}"
+        f"the row ends before column {layout.names[cells]!r}"
         if cells < width
-        else f"it continues after column {layout.names[-1]!r}"
+        else f"the row continues after column {layout.names[-1]!r}"
     )
     hint = ""
     if row[0].startswith("#"):
@@ -565,7 +580,7 @@ def _ragged(row: Sequence[str], layout: Layout) -> str:
     return f"has {cells} cell{'s' * (cells != 1)}, but {expected} {width}: {where}{hint}"
 
 
-def _no_number(path: Path, line: int, layout: Layout, column: int, cell: str, decimal: str) -> str:
+def _number_error(path: Path, line: int, layout: Layout, column: int, cell: str, decimal: str) -> str:
     hint = ""
     if cell.startswith("#"):
         hint = _COMMENT

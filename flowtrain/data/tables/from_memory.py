@@ -28,7 +28,7 @@ class Frame(Protocol):
         """The names of the columns."""
 
     def to_numpy(self) -> Any:
-        """The values, (n, d)."""
+        """Returns the values, (n, d)."""
 
 
 def is_frame(x: Any) -> bool:
@@ -109,7 +109,7 @@ def check_all_finite(rows: NDArray[Any], name: str = "x") -> None:
 
 
 def as_tensor(rows: NDArray[Any]) -> Tensor:
-    """A copy of rows as a tensor: whole numbers as uint8 or int64, others as float32 or float64."""
+    """Returns a copy of rows as a tensor: whole numbers as uint8 or int64, others as float32 or float64."""
     kind, size = rows.dtype.kind, rows.dtype.itemsize
     if kind == "f":
         return torch.from_numpy(np.array(rows, dtype=np.float32 if size <= 4 else np.float64, order="C"))
@@ -162,7 +162,7 @@ def as_array(x: Rows, name: str = "x", na: Collection[str] | None = None) -> NDA
     except ValueError as e:
         raise DataError(f"{name}: not an array ({e}); give rows of equal length") from e
     except (TypeError, RuntimeError, NotImplementedError) as e:
-        # of a list of tensors, for example
+        # NumPy raises such an error for a list of tensors, for example
         raise DataError(f"{name}: not an array ({first_line(e)}); give a NumPy array, a tensor or a data frame") from e
     if array.dtype.kind in "biuf":
         return array

@@ -80,7 +80,7 @@ class ScoredRows(Dataset):
 
 
 class RowsInMemory(ScoredRows):
-    """Rows in memory. Rows that the flow was trained on can be given this way to fit baselines to them."""
+    """Rows in memory. For baselines, these may also be the rows that the flow was trained on."""
 
     def train_rows(self, most: int) -> Tensor:
         return self.test[:most]
@@ -89,7 +89,7 @@ class RowsInMemory(ScoredRows):
 class RowsToScore(ScoredRows):
     """The rows of a file as samples to score. There are no training batches.
 
-    The columns are those that the flow was trained on. If the file has column names, the columns are found by name, in
+    The columns that the flow was trained on are read. If the file has column names, the columns are found by name, in
     any order, and other columns are ignored. Otherwise the positions chosen in training are used. If the file lacks
     these positions but has as many columns as a sample has elements, all columns are read in order. Images are rows of
     numbers, an array (n, C, H, W) or (n, H, W), or an IDX file.
@@ -99,8 +99,8 @@ class RowsToScore(ScoredRows):
         samples: the description of the samples that the flow was trained on.
         key, columns, label, header, decimal, missing, na: the settings that the training file was read with, see
             `ArrayData`. None for the last two means that no row is left out, and no further values are missing.
-        asked: the names of the settings among these that the user gave for this file. They override what is detected
-            from the file.
+        asked: the names of the settings among these that the user gave for this file. These settings have priority over
+            the column names in the file.
         seed: the seed of the noise on columns that `data.dequantize` names.
 
     Raises:
@@ -252,7 +252,7 @@ def _key_of(file: Path, key: str | None) -> str | None:
 
 
 def _is_idx(file: Path) -> bool:
-    """Whether the name is that of an IDX file, such as train-images-idx3-ubyte.gz."""
+    """Whether the name is a name of an IDX file, such as train-images-idx3-ubyte.gz."""
     known = ending_of(file).removesuffix(".gz") in ARRAYS + TEXTS + TYPED
     return file.suffix == ".idx" or ("-idx" in file.name and not known)
 

@@ -27,7 +27,7 @@ class SampleSpec:
         event_shape: the shape of one sample.
         integer_valued: whether samples are whole numbers.
         levels: whole numbers are 0 to levels - 1. None if they are not bounded.
-        noisy: the columns of whole numbers to which noise is added. Only vectors of real numbers have them.
+        noisy: the columns of whole numbers to which noise is added. Only real-valued vectors have such columns.
         wide: whether real samples are float64 because float32 loses significant digits.
     """
 
@@ -37,13 +37,13 @@ class SampleSpec:
     noisy: tuple[int, ...] = ()
     wide: bool = False
 
-    def check(self, table: Table, whole: Iterable[Table] | None = None) -> None:
-        """Raises DataError if values do not fit this specification; see `check_levels` for `whole`."""
+    def check(self, table: Table, blocks: Iterable[Table] | None = None) -> None:
+        """Raises DataError if values do not fit this specification; see `check_levels` for `blocks`."""
         check_range(table)
         if self.integer_valued or self.noisy:
-            check_whole(table, range(len(table.columns)) if self.integer_valued else self.noisy, whole)
+            check_whole(table, range(len(table.columns)) if self.integer_valued else self.noisy, blocks)
         if self.levels is not None:
-            check_levels(table, self.levels, whole)
+            check_levels(table, self.levels, blocks)
 
     def samples(self, values: NDArray[Any], real: type[np.floating[Any]] | None = None) -> Tensor:
         """Converts rows (n, d) to samples (n, *event_shape): whole numbers to uint8 or int64, others to `real`.
@@ -57,7 +57,7 @@ class SampleSpec:
         return torch.from_numpy(narrowed).view(-1, *self.event_shape)
 
     def moments(self, mean: Values, variance: Values) -> tuple[Values, Values]:
-        """Returns mean and standard deviation of samples, (d,): the moments of rows plus those of the noise U[0, 1)."""
+        """Returns mean and standard deviation of samples, (d,): moments of rows plus moments of the noise U[0, 1)."""
         noise = self.noise(len(mean))
         return mean + noise / 2, np.sqrt(variance + noise / 12)
 
@@ -163,10 +163,10 @@ def add_batch_noise(x: Tensor, noisy: Sequence[int], seed: int, step: int, batch
 
 
 def add_set_noise(x: Tensor, noisy: Sequence[int], seed: int, which: int = 2) -> Tensor:
-    """Adds noise to all rows of a set, (n, *event_shape); the noise depends on the seed only.
+    """Adds noise to all rows of a set, (n, *event_shape). The noise depends only on the seed and on `which`.
 
     Args:
-        which: 0 for the validation set, 1 for the test set, 2 for rows to score.
+        which: the number of the set: 0 for the validation set, 1 for the test set, 2 for rows to score.
     """
     return _add_noise(x, _uniform(tuple(x.shape), noisy, seed, _SET_NOISE, which)) if noisy else x
 

@@ -102,7 +102,7 @@ class NpyRows:
 
 
 class Piece(NamedTuple):
-    """The part of a batch in one window of one epoch: positions start to stop of the window."""
+    """The part of a batch that lies in one window: positions `start` to `stop` in window `window` of an epoch."""
 
     epoch: int
     window: int
@@ -122,7 +122,7 @@ class WindowedEpochs:
         block: the number of adjacent positions in a block. A block is read at once.
         blocks: the largest number of blocks in a window. Windows differ by at most one block, because a short last
             window would be shuffled less.
-        stream: the key of the random stream. The epoch, or the epoch and the window, are appended to it.
+        stream: the key of the random stream. The epoch, or the epoch and the window, are appended to this key.
     """
 
     def __init__(self, n: int, block: int, blocks: int, *stream: int) -> None:
@@ -165,7 +165,7 @@ class WindowedEpochs:
         return self._order[1:]
 
 
-# Bytes in a block; bytes in a window, including the order of its rows
+# Size in bytes of a block, and of a window including the order of its rows
 BLOCK, WINDOW = 2**18, 2**26
 # Number of windows in memory
 KEPT = 2
@@ -238,7 +238,7 @@ class StreamedStore:
         return np.concatenate([self._rows.read(0, 0), *pieces])
 
     def _window(self, epoch: int, window: int, seed: int) -> NDArray[Any]:
-        """Returns the shuffled rows of a window. They are cached, because the next batches usually need them."""
+        """Returns the shuffled rows of a window. The rows are cached, because the next batches usually need them."""
         key = (epoch, window, seed)
         if key not in self._kept:
             while len(self._kept) >= KEPT:
@@ -270,9 +270,9 @@ class StreamedStore:
 LARGE = 2**28
 # Bytes of float64 in a chunk of the pass over the whole file
 CHUNK = 2**20
-# Number of training rows that checks such as the one for repeated values look at
+# Number of training rows for checks such as the check for repeated values
 LOOK = 10_000
-# Approximate number of hashes of training rows that held-out rows are compared with to find copies
+# Approximate number of training rows whose hashes are compared with the hashes of held-out rows, to find copies
 HASHES = 200_000
 
 
@@ -332,7 +332,7 @@ class StreamedTable:
         labels = [None] * len(sizes) if part.labels is None else list(torch.split(part.labels, sizes))
         rows = [r.numpy() for r in torch.split(torch.from_numpy(held), sizes)]
         parts = [Part(*each) for each in zip(torch.split(part.x, sizes), labels, rows, strict=True)]
-        # random rows, because the first rows of a file may not represent the others
+        # the rows are random, because the first rows of a file may not represent the others
         look = store.values(min(store.n, LOOK, store.in_window)).astype(np.float64)
         return TrainingSplit(
             store=store,
@@ -357,7 +357,7 @@ class StreamedTable:
             training: whether the other rows are training rows.
 
         Raises:
-            DataError: values that are not finite or do not fit `spec`, or invalid labels; names the row of the file.
+            DataError: values that are not finite or do not fit `spec`, or invalid labels. The message names the row.
         """
         order = np.argsort(wanted, kind="stable")
         found = _HeldOutRows(spec, len(wanted), self.label_column is not None)
@@ -479,7 +479,7 @@ def draw_rows(n: int, k: int, generator: torch.Generator) -> NDArray[np.int64]:
 
 
 def is_streamed(path: str, key: str | None, asked: bool | None) -> bool:
-    """Whether a file is streamed: as the user asks, by default .npy files of 256 MiB or more.
+    """Whether a file is streamed. The default is true for .npy files of 256 MiB or more.
 
     Raises:
         ConfigError: true for a file that is not .npy, or together with a key of an .npz file.

@@ -16,21 +16,21 @@ from flowtrain.utils.formatting import as_ranges, counted
 
 _log = logging.getLogger("flowtrain")
 
-# Common codes for missing values. One is detected if its gap to the other values is wider than their range
+# Common codes for missing values. A common code is detected if its gap to the other values exceeds their range
 _USUAL_SENTINELS = frozenset(
     {-1.0, 0.0} | {s * v for s in (-1.0, 1.0) for v in (9, 99, 999, 9999, 99999, 999999, 32767, 32768)}
 )
-# Any other value is detected if the gap exceeds this many times that range
+# Any other code is detected if the gap exceeds this many times the range of the other values
 _WIDE_GAP = 5.0
-# Smallest number of rows and of distinct values in the rest of the column
-_LEAST_REPEATS = 10
+# Smallest number of other rows, and of distinct values in these rows
+_LEAST_OTHERS = 10
 # A common code inside the range of a real column is detected if more than this fraction of the rows, and at least
 # _LEAST_CODES rows, have it
 _CODE_SHARE, _LEAST_CODES = 0.01, 5
 
 
 def sentinel_of(column: NDArray[np.float64]) -> tuple[float, int] | None:
-    """Detects a code for missing values in a column (n,). Returns the code and its count, or None.
+    """Detects a code for missing values in a column (n,). Returns the code and the number of its rows, or None.
 
     The code is the smallest or the largest value and occurs at least twice. For common codes and for values of at least
     1e20 in magnitude, the gap to the next value exceeds the range of the other values. For any other value, the gap
@@ -44,13 +44,13 @@ def sentinel_of(column: NDArray[np.float64]) -> tuple[float, int] | None:
     for end in (float(column.min()), float(column.max())):
         rest = column[column != end]
         count = len(column) - len(rest)
-        if count < 2 or len(rest) < _LEAST_REPEATS:
+        if count < 2 or len(rest) < _LEAST_OTHERS:
             continue
         low, high = float(rest.min()), float(rest.max())
         gap = max(low - end, end - high)
         if (
             gap > (high - low) * (1.0 if end in _USUAL_SENTINELS or abs(end) >= 1e20 else _WIDE_GAP)
-            and len(np.unique(rest)) >= _LEAST_REPEATS
+            and len(np.unique(rest)) >= _LEAST_OTHERS
         ):
             return end, count
     return _inner_sentinel(column)
@@ -62,14 +62,14 @@ def _inner_sentinel(column: NDArray[np.float64]) -> tuple[float, int] | None:
     The other values must be mostly distinct and not whole numbers, so that the code cannot be one of them by chance. A
     code at the end of the range must be apart from the other values, because values may be clipped there.
     """
-    some = column[:_LOOK]
+    some = column[:_REPEATS_ROWS]
     n = len(some)
     distinct, counts = np.unique(some, return_counts=True)
     code, count = float(distinct[counts.argmax()]), int(counts.max())
     if code == 0 or code not in _USUAL_SENTINELS or count <= max(_CODE_SHARE * n, _LEAST_CODES - 1):
         return None
     rest = distinct[distinct != code]
-    if len(rest) < _LEAST_REPEATS or (code < rest[0] and not _apart(rest - code)):
+    if len(rest) < _LEAST_OTHERS or (code < rest[0] and not _apart(rest - code)):
         return None
     if code > rest[-1] and not _apart(code - rest[::-1]):
         return None
@@ -108,15 +108,18 @@ def warn_of_sentinels(table: Table, values: NDArray[np.float64]) -> dict[int, fl
 
 _FLOAT32, _FLOAT64 = np.finfo(np.float32), np.finfo(np.float64)
 _MOST_CLASSES = 10_000
-# Above this value, float32 has no values between whole numbers, so noise in [0, 1) is lost
+# Above this value, float32 has no numbers between whole numbers, so noise in [0, 1) is lost
 _MOST_WHOLE = 2**23
-# Largest number of rows checked for repeated values, and of rows and columns checked for linear dependence
-_LOOK, _MOST_DEPENDENT, _MOST_CORRELATED = 10_000, 100_000, 500
-# A value is an atom if at least this fraction, and this number, of the rows have it
+# Largest number of rows that are checked for repeated values
+_REPEATS_ROWS = 10_000
+# Largest number of rows and of columns that are checked for linear dependence
+_DEPENDENCE_ROWS, _DEPENDENCE_COLUMNS = 100_000, 500
+# A value is an atom if at least this fraction of the rows, and at least this number of rows, have the value
 _ATOM, _LEAST_ATOM = 0.05, 5
-# Smallest fraction of copies of training rows in a held-out set that causes a warning
+# A warning is given if at least this fraction of a held-out set are copies of training rows
 _COPIES = 0.01
-# A column is linear in others if its residual variance is below this fraction. Rounding to four digits leaves 1e-9
+# A column depends linearly on others if they explain its variance up to this fraction. Rounding to four digits leaves
+# 1e-9
 _RESIDUAL = 1e-8
 # Largest number of dependent columns, or of single values, that a warning lists
 _MOST_NAMED = 5
@@ -172,18 +175,18 @@ def check_whole(table: Table, columns: Sequence[int], blocks: Iterable[Table] | 
         )
 
 
-def check_levels(table: Table, levels: int, whole: Iterable[Table] | None = None) -> None:
+def check_levels(table: Table, levels: int, blocks: Iterable[Table] | None = None) -> None:
     """Raises DataError if whole numbers are outside 0 .. levels - 1.
 
     Args:
         table: a file or a block of a file.
         levels: the number of allowed values.
-        whole: all blocks of the file. None if `table` is the whole file.
+        blocks: all blocks of the file. None if `table` is the whole file.
     """
     bad = (table.values < 0) | (table.values >= levels)
     if bad.any():
         row, column = (int(i) for i in np.argwhere(bad)[0])
-        ends = [(block.values.min(), block.values.max()) for block in whole or [table]]
+        ends = [(block.values.min(), block.values.max()) for block in blocks or [table]]
         low, high = min(end[0] for end in ends), max(end[1] for end in ends)
         raise DataError(
             f"{table.place(row, column)}: {table.values[row, column]:g} is outside 0 to {levels - 1}, the range that "
@@ -236,8 +239,8 @@ def check_spread(
             f"{table.path}: in the training rows, column{'s' * (len(names) > 1)} {listed(names, most=50)} "
             f"{'is' if len(names) == 1 else 'are'} constant to the precision of {precision.dtype}; {advice}"
         )
-    # The offset is exact in float32, so subtracting it leaves a mean of up to 2^-24 |mean|. Its rounding error in
-    # float32, 2^-48 |mean|, must stay below 1e-4 std
+    # The offset that the flow subtracts is a float32 number, so a mean of up to 2^-24 |mean| remains. The rounding
+    # error of this remaining mean in float32, 2^-48 |mean|, must stay below 1e-4 std
     coarse = std < (2**18 * float(_FLOAT64.eps) if centered else 1e-4) * np.abs(mean)
     if coarse.any():
         names = [name for name, is_coarse in zip(table.columns, coarse, strict=True) if is_coarse]
@@ -264,7 +267,7 @@ def check_enough_rows(path: str, n: int, d: int) -> None:
 
 
 def whole_columns(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Whether each column of values (n, d) has only whole numbers that noise can be added to, (d,)."""
+    """Whether each column of values (n, d) contains only whole numbers to which noise can be added, (d,)."""
     whole = np.ones(values.shape[1], dtype=bool)
     for part in (values[:1000], values[1000:]):
         there = part[:, whole]
@@ -289,12 +292,12 @@ def warn_of_repeats(
         values: some training rows, (n, d).
         whole: whether `data.dequantize` accepts each column, (d,).
         noisy: the columns that have noise.
-        codes: the code for missing values of each column that has already been warned of, by column.
+        codes: the code for missing values in each column with such a code, by column. A warning about it was given.
 
     Returns:
         The columns that have few distinct values.
     """
-    values = values[:_LOOK]
+    values = values[:_REPEATS_ROWS]
     found = {i: repeats(values[:, i]) for i in range(values.shape[1]) if i not in noisy}
     few = {i for i, repeated in found.items() if repeated.few}
     unexplained = {i for i in few if not whole[i] and not found[i].step}
@@ -347,10 +350,10 @@ class Repeats:
 
     Attributes:
         few: whether the column has few distinct values, apart from atoms.
-        step: the step of the grid that the few values lie on; 0 if there is no grid.
+        step: the step of the grid on which the few values lie; 0 if there is no grid.
         atoms: (value, fraction of rows) of single values that many rows have, the most frequent first.
-        origin: a value to subtract before dividing by the step. It is the smallest value if the multiples of the step
-            are otherwise too large to add noise to, as for seconds since 1970. Else it is 0.
+        origin: a value to subtract before dividing by the step. The origin is the smallest value if the multiples of
+            the step are otherwise too large to add noise to, as for seconds since 1970. Otherwise the origin is 0.
     """
 
     few: bool
@@ -383,7 +386,7 @@ def repeats(column: NDArray[np.float64]) -> Repeats:
 
 
 def grid_step(distinct: NDArray[np.float64]) -> float:
-    """Finds the largest step such that all values are its multiples, up to rounding in float32; 0 if there is none.
+    """Finds the largest step such that all values are multiples of the step, up to rounding in float32; 0 if none.
 
     Args:
         distinct: distinct values in ascending order.
@@ -437,7 +440,7 @@ def row_hashes(values: NDArray[Any], step: int = 1) -> NDArray[np.uint64]:
 
 
 def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Mixes the bits of 64-bit words in place, as in SplitMix64: each new bit depends on many old ones."""
+    """Mixes the bits of 64-bit words in place, as in SplitMix64. Each new bit depends on many old bits."""
     words ^= words >> np.uint64(32)
     words *= np.uint64(0xBF58476D1CE4E5B9)
     words ^= words >> np.uint64(29)
@@ -445,7 +448,7 @@ def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def warn_of_copies(path: str, train: NDArray[np.uint64], held: Mapping[str, NDArray[np.uint64]]) -> None:
-    """Warns of held-out rows that are copies of training rows, because memorized rows make the test NLL too low.
+    """Warns of held-out rows that are copies of training rows. A flow that memorizes them gets too low a test NLL.
 
     Args:
         path: the file, for the message.
@@ -465,7 +468,7 @@ def warn_of_copies(path: str, train: NDArray[np.uint64], held: Mapping[str, NDAr
 
 
 def warn_of_dependence(table: Table, values: NDArray[np.float64], noise: NDArray[np.float64]) -> None:
-    """Warns of columns that are linear in others: the rows lie in a subspace, where the density is unbounded.
+    """Warns of columns that depend linearly on others: the rows lie in a subspace, where the density is unbounded.
 
     Args:
         table: gives the names of the columns.
@@ -473,9 +476,9 @@ def warn_of_dependence(table: Table, values: NDArray[np.float64], noise: NDArray
         noise: 1 for columns with added uniform noise, else 0, (d,).
     """
     d = values.shape[1]
-    if not 1 < d <= _MOST_CORRELATED:
+    if not 1 < d <= _DEPENDENCE_COLUMNS:
         return
-    values = values[: max(5 * d, min(_MOST_DEPENDENT, 2 * 10**9 // d**2))]
+    values = values[: max(5 * d, min(_DEPENDENCE_ROWS, 2 * 10**9 // d**2))]
     n = len(values)
     if n <= d:
         _log.warning(
@@ -505,12 +508,13 @@ def warn_of_dependence(table: Table, values: NDArray[np.float64], noise: NDArray
 
 
 def dependent_columns(correlation: NDArray[np.float64]) -> tuple[list[int], list[int]]:
-    """Splits columns into those that are linear in others, up to _RESIDUAL of their variance, and the others.
+    """Splits columns into linearly dependent and independent columns. Returns the positions of both.
 
-    The method is a Cholesky decomposition with pivoting: each step picks the column with the largest residual variance.
+    A dependent column is a linear combination of independent columns, up to a fraction _RESIDUAL of its variance. The
+    method is a Cholesky decomposition with pivoting: each step picks the column with the largest residual variance.
 
     Args:
-        correlation: (d, d).
+        correlation: the correlation matrix, (d, d).
 
     Example:
         >>> a, b = np.random.default_rng(0).normal(size=(2, 100))
@@ -532,7 +536,7 @@ def dependent_columns(correlation: NDArray[np.float64]) -> tuple[list[int], list
 
 
 def warn_of_unseen(path: str, class_counts: NDArray[np.int64], held: Mapping[str, NDArray[np.int64]]) -> None:
-    """Warns of labels that no training row has, and of held-out rows with these labels.
+    """Warns of labels that no training row has. The warning counts the held-out rows with these labels.
 
     Args:
         path: the file, for the message.

@@ -15,7 +15,7 @@ from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from flowtrain.data.tables.columns import Columns, as_option, default_names, first_of, pick
-from flowtrain.data.tables.csv_reader import DETECTED, Choose, TextFormat, read_delimited
+from flowtrain.data.tables.csv_reader import DETECTED, ChooseColumns, TextFormat, read_delimited
 from flowtrain.data.tables.missing import REFUSED, Missing
 from flowtrain.data.tables.typed_files import TYPED, read_typed
 from flowtrain.utils.errors import ConfigError, DataError
@@ -54,7 +54,7 @@ def npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
     """Reads the header of a .npy array: its shape, whether it is in Fortran order, and its dtype.
 
     Raises:
-        ValueError: no header at the position of the stream, or one of an unknown version.
+        ValueError: no header at the position of the stream, or a header of an unknown version.
     """
     version = npy.read_magic(stream)
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
@@ -202,7 +202,7 @@ def split_off_labels(table: Table, labels: Table | None, label: str | int | None
 def read_table(
     path: str | Path | Table,
     key: str | None = None,
-    columns: Columns | Choose | None = None,
+    columns: Columns | ChooseColumns | None = None,
     option: str = "data.columns",
     event_shape: tuple[int, ...] = (),
     text_format: TextFormat = DETECTED,
@@ -214,8 +214,7 @@ def read_table(
         path: a file with an ending in ARRAYS, TEXTS or TYPED (text files may also end in .gz); or a table in memory.
         key: the array to read from an .npz file with several arrays, or the sheet of an .xlsx file with several sheets.
         columns: names, positions or slices such as "0:64" to keep, in this order. None keeps all columns except unnamed
-            columns of row numbers or row names. A function returns the positions to keep from the names of all columns
-            and the positions of these exceptions.
+            columns of row numbers or row names. `columns` may also be a function, see `ChooseColumns`.
         option: the name of the setting that `columns` comes from, for messages.
         event_shape: (C, H, W) if the file may be an array of images (n, C, H, W), or (n, H, W) for C = 1.
         text_format: the format of a text file.
@@ -233,7 +232,8 @@ def read_table(
     check_file(file)
     if key is not None and not takes_key(file):
         raise ConfigError(
-            f"data.key={key} names an array of an .npz file or a sheet of an .xlsx file, but {path} is neither; omit it"
+            f"data.key={key} names an array of an .npz file or a sheet of an .xlsx file, but {path} is neither; omit "
+            "data.key"
         )
     try:
         if ending in ARRAYS:
@@ -285,12 +285,12 @@ def ending_of(file: Path) -> str:
     return Path(file.stem).suffix.lower() + ending if ending == ".gz" else ending
 
 
-def _from_text(file: Path, choose: Choose, text_format: TextFormat) -> Table:
+def _from_text(file: Path, choose: ChooseColumns, text_format: TextFormat) -> Table:
     text = read_delimited(file, choose, text_format)
     return Table(text.values, text.names, text.indices, str(file), text.lines, cells=text.cells)
 
 
-def _from_array(file: Path, key: str | None, choose: Choose, event_shape: tuple[int, ...]) -> Table:
+def _from_array(file: Path, key: str | None, choose: ChooseColumns, event_shape: tuple[int, ...]) -> Table:
     array, names = _load(file, key)
     if is_images(array.shape, event_shape):
         array = array.reshape(len(array), -1)
@@ -332,7 +332,7 @@ def damage_refused(file: Path) -> Iterator[None]:
         yield
     except (ConfigError, DataError, PermissionError):
         raise
-    # NumPy raises a dozen types of errors for damaged files, including those of zlib and tokenize
+    # NumPy raises a dozen types of errors for damaged files, including errors of zlib and tokenize
     except Exception as error:
         if "pickle" in str(error):
             raise _pickled(file) from error

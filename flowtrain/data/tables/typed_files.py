@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowtrain.data.tables.columns import TextColumn, advice_on_text
-from flowtrain.data.tables.csv_reader import LOOK, UNNAMED, Choose, is_header, is_missing, number_of
+from flowtrain.data.tables.csv_reader import LOOK, UNNAMED, ChooseColumns, is_header, is_missing, number_of
 from flowtrain.utils.errors import ConfigError, DataError
 
 # endings of the files
@@ -65,14 +65,14 @@ class _Source:
 
 
 def read_typed(
-    file: Path, key: str | None, choose: Choose, header: bool | None = None, na: Collection[str] = ()
+    file: Path, key: str | None, choose: ChooseColumns, header: bool | None = None, na: Collection[str] = ()
 ) -> TypedColumns:
     """Reads the columns whose positions `choose` returns.
 
     Args:
         file: a file with an ending in TYPED.
         key: the sheet of an .xlsx file.
-        choose: see `Choose`.
+        choose: see `ChooseColumns`.
         header: whether the first row of an .xlsx file names the columns. None means detected.
         na: text that counts as missing, stripped and in lower case.
 

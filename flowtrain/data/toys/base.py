@@ -12,9 +12,10 @@ from flowtrain.data.base import Dataset, step_generator
 from flowtrain.utils.arguments import whole, within_memory
 from flowtrain.utils.errors import ConfigError, DataError
 
+# keys of the random numbers of each set
 _TRAIN, _VAL, _TEST = 1, 2, 3
-# largest number of held-out points in a set
-MOST = 10_000_000
+# largest number of points in a held-out set
+MOST_POINTS = 10_000_000
 
 
 def uniform(generator: torch.Generator, *shape: int) -> Tensor:
@@ -65,8 +66,10 @@ class Toy(Dataset):
         for key, n in (("data.n_val", n_val), ("data.n_test", n_test)):
             # two coordinates, in float64 and in float32
             within_memory(key, whole(key, n), 2 * (8 + 4))
-            if n > MOST:
-                raise ConfigError(f"{key}={n}: give at most {MOST:,}; evaluating the density of more takes hours")
+            if n > MOST_POINTS:
+                raise ConfigError(
+                    f"{key}={n}: give at most {MOST_POINTS:,}; evaluating the density of more points takes hours"
+                )
         self.val = self.sample(n_val, step_generator(seed, _VAL)).float()
         self.test = self.sample(n_test, step_generator(seed, _TEST)).float()
 
@@ -78,8 +81,8 @@ class Toy(Dataset):
     def log_prob(self, x: Tensor) -> Tensor:
         """Returns the true log density of x (B, 2) in nats: shape (B,), float64, on the device of x, without gradient.
 
-        A point with NaN gives NaN. A point with an infinite coordinate gives -inf. Apart from input and output, memory
-        does not grow with B.
+        A point with NaN gives NaN. A point with an infinite coordinate gives -inf. The memory needed beyond input and
+        output does not depend on B.
 
         Raises:
             DataError: x of another shape.
@@ -145,7 +148,10 @@ def log_mixture(log_kernels: Tensor, log_weights: Tensor) -> Tensor:
 
 
 def log_uniform_mixture(log_kernels: Tensor) -> Tensor:
-    """Returns the log of the mean density over components: (B, N) gives (B,)."""
+    """Returns the log density of a mixture with equal weights, from the log densities of its components.
+
+    Shapes: (B, N) to (B,) for N components.
+    """
     return torch.logsumexp(log_kernels, dim=1) - math.log(log_kernels.shape[1])
 
 

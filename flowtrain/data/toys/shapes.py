@@ -24,7 +24,7 @@ _LOG_SQUARE_DENSITY = -math.log(32)
 
 
 def _square_centres() -> Tensor:
-    """Centres (8, 2) of the squares of side 2 whose column and row numbers have an even sum."""
+    """Returns the centres (8, 2) of the squares of side 2 whose column and row numbers have an even sum."""
     grid = torch.arange(4)
     cells = torch.cartesian_prod(grid, grid)
     return 2.0 * cells[cells.sum(dim=1) % 2 == 0].double() - 3

@@ -54,6 +54,6 @@ def table() -> Callable[..., tuple[str, NDArray[Any]]]:
 
 
 @pytest.fixture(scope="session")
-def big() -> Callable[..., ArrayData]:
+def open_streamed() -> Callable[..., ArrayData]:
     """Returns a function that opens a file for streaming."""
     return lambda path, **options: ArrayData(path, memory_map=True, **options)

@@ -43,7 +43,7 @@ def test_centered_samples_keep_float64_precision(tmp_path: Path, ending: str) ->
     assert data.val.dtype == data.test.dtype == data.train_batch(0, 5, 0).dtype == torch.float64
     np.testing.assert_array_equal(data.test, values)
     assert data.offset is not None
-    # only columns that need an offset have one, and float32 represents it exactly
+    # only the columns with a large mean have an offset, and float32 represents the offset exactly
     assert (data.offset == data.offset.float()).all()
     np.testing.assert_allclose(data.offset, [MEAN[0], MEAN[1], 0.0], atol=128)
     assert data.statistics()[1].numpy() == pytest.approx(STD, rel=0.3)  # type: ignore[index]
@@ -70,9 +70,11 @@ def test_constant_columns_are_still_refused(tmp_path: Path, refused: Refused) ->
     refused(lambda: ArrayData(path), DataError, [path, "'c1'", "constant"])
 
 
-def test_memory_mapped_file_is_centered(tmp_path: Path, small_windows: None, big: Callable[..., ArrayData]) -> None:
+def test_memory_mapped_file_is_centered(
+    tmp_path: Path, small_windows: None, open_streamed: Callable[..., ArrayData]
+) -> None:
     values = large_values(300)
-    data = big(npy(tmp_path / "t.npy", values))
+    data = open_streamed(npy(tmp_path / "t.npy", values))
     assert data.train_batch(0, 7, 0).dtype == data.val.dtype == torch.float64
     known = {tuple(row) for row in values.tolist()}
     assert {tuple(row) for row in torch.cat([data.train_batch(0, 50, 0), data.val]).tolist()} <= known

@@ -120,7 +120,7 @@ def test_csv_variants_are_read(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize("ending", [".csv", ".CSV", ".tsv", ".txt", ".data", ".tra", ".tes", ".csv.gz", ".TXT.gz"])
 @pytest.mark.parametrize("zipped", [False, True])
 def test_line_endings_and_gzip_are_read(tmp_path: Path, ending: str, zipped: bool) -> None:
-    """The first bytes of a file tell if it is gzipped: browsers unpack downloads without renaming them."""
+    """The first bytes of a file show whether it is gzipped, because browsers unpack downloads without renaming them."""
     path = tmp_path / f"t{ending}"
     text = b"a\tb\n1\t2\n"
     path.write_bytes(gzip.compress(text) if zipped else text)
@@ -282,7 +282,7 @@ def test_non_utf8_error_names_the_line(tmp_path: Path, refused: Refused) -> None
     refused(lambda: read_table(path), DataError, [str(path), "line 1", "UTF-8"])
 
 
-# Headers that are probably something else
+# First lines that are probably read wrongly: a header with numbers, or data that look like a header
 
 ODD_HEADERS = {
     "pandas index": (",a,b\n0,1,2\n1,3,4\n", None, "left out"),

@@ -35,7 +35,7 @@ def rows_to_score(data: ArrayData, path: str, label: Any = None, columns: Any = 
 
 
 POSITIONS: list[tuple[str, Any, Any]] = [
-    # positions as in the training file
+    # positions refer to the training file
     ("same.npy", [1, 0], [1, 0]),
     ("same.npy", ["0:2"], [0, 1]),
     ("same.npy", [-2, 0], [3, 0]),
@@ -49,7 +49,8 @@ POSITIONS: list[tuple[str, Any, Any]] = [
 def test_positions_select_the_training_columns(
     tmp_path: Path, name: str, columns: Any, expected: list[int], header: bool
 ) -> None:
-    """Positions work in files with and without names, and after training on either."""
+    """Positions select the same columns in files with and without names, after training on a file with or without
+    names."""
     files = [table(tmp_path / "t.npy", list(range(5))), table(tmp_path / "t.csv", list(range(5)))]
     data = ArrayData(files[header], columns=columns)
     for path in files:
@@ -59,7 +60,7 @@ def test_positions_select_the_training_columns(
 def test_file_with_only_the_selected_columns_keeps_its_order(tmp_path: Path) -> None:
     data = ArrayData(table(tmp_path / "t.npy", list(range(5))), columns=[3, 1])
     chosen = table(tmp_path / "chosen.npy", [3, 1])
-    # the positions 3 and 1 of the training file do not exist in the new one
+    # the new file has no columns 3 and 1, which the training file had
     np.testing.assert_array_equal(rows_to_score(data, chosen, columns=[3, 1]).test, DATA[:, [3, 1]])
     # positions that exist select columns; data.columns overrides this
     data = ArrayData(table(tmp_path / "two.npy", [0, 1]), columns=[1, 0])
@@ -83,10 +84,10 @@ def test_duplicate_names_are_matched_by_position(tmp_path: Path, refused: Refuse
         data = ArrayData(path, columns=columns)
         np.testing.assert_array_equal(rows_to_score(data, path, columns=columns).test, DATA[:, expected])
     data = ArrayData(path)
-    # the order differs, and duplicate names cannot resolve it
+    # the order differs, and duplicate names do not determine the order
     other = table(tmp_path / "o.csv", [2, 0, 1], "b,a,a")
     refused(lambda: rows_to_score(data, other), DataError, [other, "'b', 'a', 'a'", "data.columns"])
-    # names resolve the order if the needed ones are unique
+    # names give the order of the columns if the names that are needed are unique
     data = ArrayData(table(tmp_path / "u.csv", [0, 1]))
     np.testing.assert_array_equal(
         rows_to_score(data, table(tmp_path / "v.csv", [1, 2, 3, 0], "b,c,c,a")).test, DATA[:, [0, 1]]

@@ -123,7 +123,7 @@ def test_changed_data_file_is_refused(run: Run, tmp_path: Path, grown: tuple[str
         assert len(err.strip().splitlines()) == 1
         assert "60 rows and has 63" in err
     assert {p: p.read_bytes() for p in kept} == kept
-    # following the advice of the message
+    # the option that the message suggests works
     assert evaluated(run_dir, f"data.path={path}", name=f"eval-{path.stem}.json")["n"] == 63
     code, out, err = run("flowtrain", f"from={run_dir}", *FAST[1:], "hydra.run.dir=new")
     assert code == 0, err
@@ -209,7 +209,7 @@ def test_labels_are_sampled_by_class_frequency() -> None:
     for label in (0, torch.tensor([1, 2])):
         with pytest.raises(FlowtrainError, match=r"no rows? of this class.*1, 3"):
             flow.sample(2, label=label)
-    # rows of such a class can still be scored
+    # rows of a class without training rows can still be scored
     assert flow.log_prob(torch.zeros(1, 2), 0).isfinite().all()
     # checkpoints of earlier versions have no class counts
     flow.class_counts = ()

@@ -1,4 +1,4 @@
-"""A streamed training file gives the same rows and labels as one in memory, one window at a time."""
+"""A streamed training file gives the same rows and labels as a file in memory. One window is read at a time."""
 
 import re
 from collections import Counter
@@ -21,10 +21,13 @@ pytestmark = pytest.mark.usefixtures("small_windows")
 
 @pytest.mark.parametrize("batch_size", [7, 64, 900, 2500])
 def test_epoch_visits_each_training_row_once(
-    batch_size: int, tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
+    batch_size: int,
+    tmp_path: Path,
+    table: Callable[..., tuple[str, np.ndarray]],
+    open_streamed: Callable[..., ArrayData],
 ) -> None:
     path, values = table(tmp_path)
-    data = big(path)
+    data = open_streamed(path)
     assert (len(data.val), len(data.test)) == (60, 60)
     held = {float(row[0]) for row in torch.cat([data.val, data.test])}
     assert len(held) == 120
@@ -45,12 +48,12 @@ def test_epoch_visits_each_training_row_once(
 
 
 def test_batch_depends_only_on_step_size_and_seed(
-    tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
+    tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], open_streamed: Callable[..., ArrayData]
 ) -> None:
     path, _ = table(tmp_path)
-    data = big(path)
+    data = open_streamed(path)
     found = {(step, seed): data.train_batch(step, 50, seed) for step in range(40) for seed in (0, 1)}
-    again = big(path)
+    again = open_streamed(path)
     for step, seed in reversed(found):
         assert torch.equal(again.train_batch(step, 50, seed), found[step, seed])
 
@@ -91,7 +94,7 @@ def test_windows_are_shuffled() -> None:
     assert first != sorted(first)
     assert windows.blocks_of(0, 0, 0) != windows.blocks_of(1, 0, 0)
     assert windows.mixed(0, 0, 50, 0).tolist() != windows.mixed(1, 0, 50, 0).tolist()
-    # in a random order of 2,000 rows, neighbours are on average a third of them apart
+    # in a random order of 2,000 rows, the mean distance of neighbours in the file is a third of the rows
     place = np.argsort(windows.mixed(0, 0, 2000, 0))
     assert np.abs(np.diff(place)).mean() == pytest.approx(2000 / 3, rel=0.1)
 
@@ -110,10 +113,10 @@ def test_windows_cover_every_row_once(n: int) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4", np.int32, np.uint8])
 def test_moments_equal_numpy_on_the_training_rows(
-    dtype: Any, tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
+    dtype: Any, tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], open_streamed: Callable[..., ArrayData]
 ) -> None:
     path, values = table(tmp_path, dtype, n=200)
-    data = big(path)
+    data = open_streamed(path)
     moments = data.statistics()
     assert moments is not None
     held = {float(row[0]) for row in torch.cat([data.val, data.test])}
@@ -132,11 +135,11 @@ def test_moments_are_accurate_far_from_zero() -> None:
 
 
 def test_streamed_options_match_in_memory_options(
-    tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
+    tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], open_streamed: Callable[..., ArrayData]
 ) -> None:
     path, values = table(tmp_path, np.int64)
     np.save(tmp_path / "test.npy", values[:10])
-    data = big(path, columns=[1, 2], label=2, test_path=str(tmp_path / "test.npy"), dequantize=True)
+    data = open_streamed(path, columns=[1, 2], label=2, test_path=str(tmp_path / "test.npy"), dequantize=True)
     plain = ArrayData(path, columns=[1, 2], label=2, test_path=str(tmp_path / "test.npy"), dequantize=True)
     assert data.samples == plain.samples
     assert (data.classes, data.event_shape, data.columns) == (4, (1,), ("c1",))
@@ -149,16 +152,16 @@ def test_streamed_options_match_in_memory_options(
     assert y is not None
     by_row = {(int(row[1]), int(row[2])) for row in values}
     assert {(int(a), int(b)) for a, b in zip(x[:, 0], y, strict=True)} <= by_row
-    images = big(path, columns=[2], event_shape=[1, 1, 1], levels=256)
+    images = open_streamed(path, columns=[2], event_shape=[1, 1, 1], levels=256)
     assert images.train_batch(0, 5, 0).shape == (5, 1, 1, 1)
     assert images.train_batch(0, 5, 0).dtype == torch.uint8
 
 
 def test_memory_does_not_grow_with_steps(
-    tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
+    tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], open_streamed: Callable[..., ArrayData]
 ) -> None:
     path, _ = table(tmp_path)
-    data = big(path)
+    data = open_streamed(path)
     for step in range(60):
         data.train_batch(step, 100, step % 3)
     store = data._store
@@ -167,9 +170,9 @@ def test_memory_does_not_grow_with_steps(
     assert max(len(rows) for rows in store._kept.values()) == 16 * 8
 
 
-def test_one_dimensional_array_is_one_column(tmp_path: Path, big: Callable[..., ArrayData]) -> None:
+def test_one_dimensional_array_is_one_column(tmp_path: Path, open_streamed: Callable[..., ArrayData]) -> None:
     np.save(tmp_path / "x.npy", np.arange(500.0))
-    data = big(str(tmp_path / "x.npy"))
+    data = open_streamed(str(tmp_path / "x.npy"))
     assert data.event_shape == (1,)
     assert NpyRows(str(tmp_path / "x.npy")).read(3, 5).tolist() == [[3.0], [4.0]]
 
@@ -217,14 +220,14 @@ def test_resume_on_a_streamed_file_is_bitwise_exact(
 
 
 def test_wide_rows_are_shuffled_within_the_memory_bound(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, big: Callable[..., ArrayData]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, open_streamed: Callable[..., ArrayData]
 ) -> None:
     monkeypatch.setattr(streaming, "BLOCK", 2**14)
     monkeypatch.setattr(streaming, "WINDOW", 2**17)
     values = np.random.default_rng(0).standard_normal((900, 300)).astype(np.float32)
     values[:, 0] = np.arange(900)
     np.save(tmp_path / "x.npy", values)
-    data = big(str(tmp_path / "x.npy"))
+    data = open_streamed(str(tmp_path / "x.npy"))
     x = data.train_batch(0, 50, 0)[:, 0]
     assert x.max() - x.min() > 400
     # a batch is not a run of consecutive rows of the file
@@ -245,7 +248,7 @@ def test_large_held_out_files_are_subsampled(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     table: Callable[..., tuple[str, np.ndarray]],
-    big: Callable[..., ArrayData],
+    open_streamed: Callable[..., ArrayData],
 ) -> None:
     path, _ = table(tmp_path)
     other = table(tmp_path, np.float64)[1]
@@ -253,13 +256,13 @@ def test_large_held_out_files_are_subsampled(
     np.save(tmp_path / "test.npy", other[:40])
     monkeypatch.setattr(streaming, "LARGE", 900)
     caplog.set_level("INFO", "flowtrain")
-    data = big(path, val_path=str(tmp_path / "val.npy"), test_path=str(tmp_path / "test.npy"))
+    data = open_streamed(path, val_path=str(tmp_path / "val.npy"), test_path=str(tmp_path / "test.npy"))
     assert re.search(r"val\.npy: 60\b.*\b1,000\b", caplog.text)
     assert len({float(row[0]) for row in data.val}) == 60
     assert not {float(row[0]) for row in data.val} <= set(other[:200, 0])
     # a small held-out file keeps its order
     np.testing.assert_array_equal(data.test.numpy(), other[:40].astype(np.float32))
-    assert big(path, val_path=str(tmp_path / "val.npy")).val.equal(data.val)
+    assert open_streamed(path, val_path=str(tmp_path / "val.npy")).val.equal(data.val)
 
 
 def test_number_of_held_out_rows_is_bounded(
@@ -267,12 +270,12 @@ def test_number_of_held_out_rows_is_bounded(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     table: Callable[..., tuple[str, np.ndarray]],
-    big: Callable[..., ArrayData],
+    open_streamed: Callable[..., ArrayData],
 ) -> None:
     path, _ = table(tmp_path)
     monkeypatch.setattr(array, "HELD_OUT_BYTES", 8 * 3 * 20)
     caplog.set_level("INFO", "flowtrain")
-    data = big(path)
+    data = open_streamed(path)
     assert (len(data.val), len(data.test)) == (20, 20)
     assert "at most 20 rows are held out" in caplog.text
 

@@ -1,4 +1,4 @@
-"""A streamed training file is checked and refused like one in memory."""
+"""A streamed training file passes the same checks, with the same error messages, as a file read into memory."""
 
 import os
 from collections.abc import Callable
@@ -34,28 +34,28 @@ def test_bad_value_error_names_the_row(
     says: str,
     tmp_path: Path,
     table: Callable[..., tuple[str, np.ndarray]],
-    big: Callable[..., ArrayData],
+    open_streamed: Callable[..., ArrayData],
 ) -> None:
     path, values = table(tmp_path, np.float64)
     values[row, column] = value
     np.save(path, values)
     with pytest.raises(DataError) as caught:
-        big(path, **options)
+        open_streamed(path, **options)
     assert says in str(caught.value)
 
 
 def test_constant_column_is_refused(
-    tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
+    tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], open_streamed: Callable[..., ArrayData]
 ) -> None:
     path, values = table(tmp_path)
     values[:, 1] = 3
     np.save(path, values)
     with pytest.raises(DataError, match="column 'c1' is constant"):
-        big(path)
+        open_streamed(path)
 
 
 def test_files_that_cannot_be_streamed_are_refused(
-    tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
+    tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], open_streamed: Callable[..., ArrayData]
 ) -> None:
     path, values = table(tmp_path)
     for name, content, says in (
@@ -66,23 +66,23 @@ def test_files_that_cannot_be_streamed_are_refused(
     ):
         np.save(tmp_path / name, content)
         with pytest.raises(DataError, match=says):
-            big(str(tmp_path / name))
+            open_streamed(str(tmp_path / name))
     whole = Path(path).read_bytes()
     (tmp_path / "cut.npy").write_bytes(whole[:-40])
     with pytest.raises(DataError, match="cut short"):
-        big(str(tmp_path / "cut.npy"))
+        open_streamed(str(tmp_path / "cut.npy"))
     with pytest.raises(DataError, match="there is no file"):
-        big(str(tmp_path / "none.npy"))
+        open_streamed(str(tmp_path / "none.npy"))
     np.savetxt(tmp_path / "x.csv", values)
     with pytest.raises(ConfigError, match=r"for \.npy files"):
-        big(str(tmp_path / "x.csv"))
+        open_streamed(str(tmp_path / "x.csv"))
 
 
 def test_truncated_or_replaced_file_is_an_error(
-    tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
+    tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], open_streamed: Callable[..., ArrayData]
 ) -> None:
     path, values = table(tmp_path)
-    data = big(path)
+    data = open_streamed(path)
     first = data.train_batch(0, 880, 0)
     Path(path).rename(tmp_path / "old.npy")
     np.save(path, values + 1)
@@ -108,22 +108,24 @@ BAD: dict[str, tuple[list[tuple[int, int, float]], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_streamed_and_in_memory_errors_agree(
-    case: str, tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
+    case: str, tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], open_streamed: Callable[..., ArrayData]
 ) -> None:
     path, values = table(tmp_path, np.float64)
     cells, options = BAD[case]
     for row, column, value in cells:
         values[row, column] = value
     np.save(path, values)
-    assert message(lambda: big(path, **options)) == message(lambda: ArrayData(path, memory_map=False, **options))
+    assert message(lambda: open_streamed(path, **options)) == message(
+        lambda: ArrayData(path, memory_map=False, **options)
+    )
 
 
 def test_modified_file_is_an_error(
-    tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
+    tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], open_streamed: Callable[..., ArrayData]
 ) -> None:
-    """A file that is saved again in place keeps its length, but its new rows were never checked."""
+    """If a file is saved again in place, its length is the same, but the new rows have not been checked."""
     path, values = table(tmp_path)
-    data = big(path)
+    data = open_streamed(path)
     state = Path(path).stat()
     np.save(path, np.full_like(values, np.nan))
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
@@ -134,19 +136,19 @@ def test_modified_file_is_an_error(
 @pytest.mark.parametrize("given", [(), ("val_path",), ("val_path", "test_path")])
 def test_integer_columns_give_a_warning(
     table: Callable[..., tuple[str, np.ndarray]],
-    big: Callable[..., ArrayData],
+    open_streamed: Callable[..., ArrayData],
     given: tuple[str, ...],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     path, values = table(tmp_path)
     np.save(tmp_path / "own.npy", values[:50])
-    big(path, **{name: str(tmp_path / "own.npy") for name in given})
+    open_streamed(path, **{name: str(tmp_path / "own.npy") for name in given})
     assert "looks integer-valued in 'c2'" in caplog.text
 
 
-def test_key_is_refused_unless_the_file_is_an_archive(
-    tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], big: Callable[..., ArrayData]
+def test_archives_are_not_streamed_and_other_files_have_no_key(
+    tmp_path: Path, table: Callable[..., tuple[str, np.ndarray]], open_streamed: Callable[..., ArrayData]
 ) -> None:
     np.savez(tmp_path / "x.npz", a=np.zeros((9, 2)))
     for asked in (True, "off"):
@@ -154,13 +156,15 @@ def test_key_is_refused_unless_the_file_is_an_archive(
             ArrayData(str(tmp_path / "x.npz"), key="a", memory_map=asked)  # type: ignore[arg-type]
     path, _ = table(tmp_path)
     with pytest.raises(ConfigError, match=r"data\.key"):
-        big(path, key="a")
+        open_streamed(path, key="a")
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"a,b\n1,2\n", b"\x93NUMPY\x01\x00", b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f4',"]
 )
-def test_files_that_are_not_arrays_are_refused(content: bytes, tmp_path: Path, big: Callable[..., ArrayData]) -> None:
+def test_files_that_are_not_arrays_are_refused(
+    content: bytes, tmp_path: Path, open_streamed: Callable[..., ArrayData]
+) -> None:
     (tmp_path / "x.npy").write_bytes(content)
     with pytest.raises(DataError, match="no NumPy file"):
-        big(str(tmp_path / "x.npy"))
+        open_streamed(str(tmp_path / "x.npy"))

@@ -128,7 +128,7 @@ def test_fewer_rows_than_columns_are_refused(
     refused(lambda: ArrayData(path, memory_map=True), DataError, ["32 training rows", "100 columns"])
     assert ArrayData(path, columns=["0:31"]).event_shape == (31,)
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
-    # as many rows as columns lie in a hyperplane too
+    # a table with as many rows as columns also lies in a hyperplane
     ArrayData(path, columns=["0:32"])
     assert "32 rows of 32 columns" in caplog.text
     # an image may have more pixels than there are rows
@@ -137,7 +137,7 @@ def test_fewer_rows_than_columns_are_refused(
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_equal_rows_have_equal_hashes(dtype: type) -> None:
-    # integers, whose bits are mostly zero
+    # the bits of such integers are mostly zero
     values = RNG.integers(0, 50, (5000, 3)).astype(dtype)
     distinct = len(np.unique(values, axis=0))
     assert len(np.unique(row_hashes(values))) == distinct

@@ -1,4 +1,4 @@
-"""data=array: .npy and .npz files, including damaged, foreign and malicious ones."""
+"""data=array: .npy and .npz files, including damaged, foreign and malicious files."""
 
 import io
 import zlib
