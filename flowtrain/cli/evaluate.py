@@ -59,8 +59,8 @@ USAGE = Usage(
         "scores": "A .npy file for log p(x) of every row, in nats, in the order of the rows. It is -inf if the "
         "density is zero. It is NaN if it cannot be computed, or if the row has a missing value and data.missing=drop. "
         "For an ensemble, FILE_members.npy contains log p(x) of each member, (rows, members)",
-        "ood": "A second data set, to be distinguished by log p(x): a file, or the name of data, whose test set is "
-        "used. The AUROC is added to the table, and plots/ood.png is drawn. With scores, FILE_ood.npy is written. "
+        "ood": "A second data set, to be distinguished by log p(x): a file, or the name of data. A name stands for its "
+        "test set. The AUROC is added to the table, and plots/ood.png is drawn. With scores, FILE_ood.npy is written. "
         "The entropy H of the typicality score is the NLL of the validation set of the run. "
         "If that set is missing, H is the NLL of the scored rows",
         "baselines": "true: also fits a Gaussian mixture and a kernel density estimate, for tables. They are fitted "
