@@ -78,7 +78,7 @@ def _command() -> int:
     steps = None if own["steps"] is None else whole("steps", own["steps"])
     tolerance = number("tolerance", own["tolerance"])
     loaded_run = load_run({**own, "device": "cpu"}, overrides)
-    flow = loaded_run.single_flow("flowexport", "flowexport {}")
+    flow = loaded_run.single_flow("an export", "flowexport {}")
     out = given or loaded_run.run_dir / "flow.pt2"
     check_outputs(list(paths_beside(out).values()), [*loaded_run.files, *paths_of(loaded_run.config["data"])])
     with status("reading the data"):

@@ -96,7 +96,7 @@ class LoadedRun(NamedTuple):
         which = "give one of its members"
         if best is not None:
             which = f"for its best candidate: {command.format(option('ckpt', shortest(best)))}"
-        raise ConfigError(f"{what}: needs a single flow, and {self.path} is an ensemble; {which}")
+        raise ConfigError(f"{what} needs a single flow, and {self.path} is an ensemble; {which}")
 
     def build(self, data: Mapping[str, Any] | None = None) -> Dataset:
         """Builds the data set of `data`, or of the config of this run.
