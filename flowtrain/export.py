@@ -44,7 +44,7 @@ MOST_ROWS, MOST_NUMBERS = 1000, 200_000
 TOLERANCE = 1e-4
 # the numbers of steps that are tried, and the largest accepted root mean square of the bias in nats
 STEPS, LEAST_BIAS = (8, 16, 32, 64, 128), 1e-3
-# the reference solve for the bias, in float64
+# the solver of the reference from which the bias is measured, in float64
 TIGHT: dict[str, Any] = {"method": "dopri5", "rtol": 1e-7, "max_nfe": 100_000}
 METADATA = "metadata.json"
 

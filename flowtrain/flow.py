@@ -145,7 +145,7 @@ class Density(Recorded, nn.Module):
 
     @property
     def ode_blocks(self) -> list[Continuous]:
-        """The continuous bijections. Each solves one ODE in a pass."""
+        """The continuous bijections. Each solves one ODE per forward or inverse pass."""
         return [m for flow in self.flows for m in flow.modules() if isinstance(m, Continuous)]
 
     @property

@@ -110,7 +110,7 @@ class CommentedConfig:
     """The text of a config file with the meanings of its keys, from its comments.
 
     Attributes:
-        whole: whether its keys belong to the whole config; otherwise they belong to its group.
+        whole: whether the keys of the file belong to the whole config; otherwise they belong to the group of the file.
         sentence: the first sentence of the comment at the head of the file.
         keys: the comment of each key and of each block, by dotted path; empty if there is no comment.
         groups: the comment of each group in the `defaults` list.

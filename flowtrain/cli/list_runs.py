@@ -36,17 +36,17 @@ USAGE = Usage(
         ("flowtrain runs outputs/first outputs/second", "two runs, with their curves in runs.png"),
     ],
     options={
-        "DIR": "A run, a sweep, or a directory that contains some. Default: outputs",
+        "DIR": "A run, a sweep, or a directory that contains runs. Default: outputs",
         "out": "A .csv or .json file with a row for each run. NLL is in nats",
         "plot": "A .png file with the validation NLL of the runs by step and by seconds. Default: if two or more runs "
         "are given, runs.png in the working directory, or runs-2.png if that exists",
     },
     notes=[
-        "Columns: the name is the path below DIR. The NLL is that of the test set with its standard error, in nats "
-        "or, for images, in bits/dim. (val) marks the lowest validation NLL of a run without a result. The state is "
-        "finished, running (a process holds the lock of the directory), failed, or stopped at step K. The runs of a "
-        "sweep follow below its line. The candidates of a search are left out. No checkpoint is read, and no code of "
-        "a run is executed."
+        "Columns: the name is the path below DIR. The NLL is measured on the test set. It is in nats or, for images, "
+        "in bits/dim, with its standard error. (val) marks the lowest validation NLL of a run without a result. The "
+        "state is finished, running (a process holds the lock of the directory), failed, or stopped at step K. The "
+        "runs of a sweep follow below its line. The candidates of a search are left out. No checkpoint is read, and no "
+        "code of a run is executed."
     ],
 )
 
@@ -104,12 +104,12 @@ def _root_of(path: Path) -> Path:
     if path.is_file() and path.suffix == ".pt":
         return run_dir_of(path)
     if not path.is_dir():
-        raise ConfigError(f"{path}: there is no such directory; give run directories, or directories that contain some")
+        raise ConfigError(f"{path}: there is no such directory; give run directories, or directories that contain runs")
     return path
 
 
 def _files_of(runs: Sequence[ListedRun]) -> Iterator[Path]:
-    """The files of runs and sweeps whose names end as an output of `flowtrain runs` can."""
+    """Yields the files of runs and sweeps that have an ending that `flowtrain runs` can write."""
     for folder in {folder for run in runs for folder in (run.path, run.sweep) if folder is not None}:
         yield from (path for path in folder.glob("*") if path.suffix in (".csv", ".json", ".png"))
 
@@ -150,7 +150,7 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
         for i, (cell, width) in enumerate(zip(row, widths, strict=True))
     ]
     if not any(row[2:6]):
-        # a sweep
+        # the line of a sweep
         between = sum(widths[1:6]) + 2 * 4
         return f"{cells[0]}  {row[1]:{between}}  {row[6]}".rstrip()
     return "  ".join(cells).rstrip()
@@ -184,7 +184,7 @@ def nll_of(run: ListedRun) -> str:
 
 
 def as_csv(runs: Sequence[ListedRun]) -> str:
-    """Returns a row for each run, with every digit."""
+    """Returns the runs as CSV: the names of the columns, and a row for each run, with all digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -199,10 +199,10 @@ def draw(path: Path, runs: Sequence[ListedRun]) -> None:
     """Draws the validation curves of runs. Runs without a validation are left out with a warning.
 
     Raises:
-        ConfigError: no run has a validation, or more runs than a figure can tell apart.
+        ConfigError: no run has a validation, or there are more than MOST_RUNS curves.
     """
     rows = {_label(run): read_rows(run.path) for run in runs}
-    curves = {name: its for name, its in rows.items() if any(_is_validation(row) for row in its)}
+    curves = {name: metrics for name, metrics in rows.items() if any(_is_validation(row) for row in metrics)}
     if left := [name for name in rows if name not in curves]:
         log.warning("%s: no validation in metrics.jsonl, so no curve is drawn", ", ".join(left))
     if not curves:

@@ -149,7 +149,7 @@ def _quoted(argument: str) -> str:
     if sweeps or isinstance(value, list | dict):
         return argument if read else f"{start}={in_quotes(text)}"
     if read and "," in text and not re.search(r"['\"]", text):
-        # the values of a sweep, with -m
+        # with -m, commas separate the values of a sweep
         return f"{start}={','.join(_quoted(f'{key}={part.strip()}').partition('=')[2] for part in text.split(','))}"
     # a value that begins with a quote, but cannot be parsed, is not changed, so that Hydra reports it
     return argument if value is None and text[0] in "'\"" else f"{start}={in_quotes(text)}"
@@ -382,7 +382,7 @@ def overridden(
     # configs of earlier versions lack these keys
     solver, logger = saved["solver"], saved.get("logger", list(DEFAULT))
     plots = {**PLOTS, **saved.get("plots", {})}
-    # a description contains tensors, which OmegaConf does not accept, and no keys to override
+    # the description of a model has no keys to override, and OmegaConf does not accept its tensors
     described = {"model": {"name": saved["model"].get("name")}} if is_description(saved["model"]) else {}
     config = OmegaConf.create(
         {

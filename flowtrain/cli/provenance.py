@@ -49,9 +49,9 @@ def provenance(loaded_run: LoadedRun, arguments: Sequence[str], seed: int) -> li
 
 
 def training_dates(run_dir: Path) -> str:
-    """Returns the first and the last date in the log of a run, "2026-01-31 12:00 to 2026-01-31 14:30".
+    """Returns the first and the last date in the log of a run, as in "2026-01-31 12:00 to 2026-01-31 14:30".
 
-    The text is empty without a log.
+    The text is empty if there is no log.
     """
     try:
         found = STAMP.findall((run_dir / "flowtrain.log").read_text(encoding="utf-8", errors="replace"))

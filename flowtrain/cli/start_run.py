@@ -54,7 +54,7 @@ class DirectoryRecorder(Callback):
 
 
 def record_directory(folder: Path) -> None:
-    """Records those of a directory and its parents that do not exist yet."""
+    """Records which of a directory and its parents do not exist yet."""
     folder = folder.absolute()
     _CREATED[:] = [path for path in (folder, *folder.parents) if not path.exists()]
 

@@ -110,7 +110,7 @@ def unused_directory(run_dir: Path) -> Path:
 
 
 class JobError(FlowtrainError):
-    """The error if the process of a job was killed, which ended the other jobs."""
+    """The process of a job was killed. This ended the other jobs of the sweep, too."""
 
     exit_code = 1
 

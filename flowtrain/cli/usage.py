@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 # a row of a table with two columns
 Row = tuple[str, str]
 
-# the limits of the width, and the width if standard output is not a terminal
+# the limits of the width in characters, and the width if standard output is not a terminal
 NARROWEST, WIDEST, WITHOUT_TERMINAL = 80, 120, 100
 # the column at which the descriptions of options begin
 OPTION_COLUMN = 16
@@ -21,8 +21,8 @@ RUN_TEXT = (
     "runs"
 )
 WEIGHTS_TEXT = (
-    "Weights of the members of an ensemble, as in weights=[0.3,0.7], or equal. Default: the weights with the highest "
-    "likelihood of the validation rows"
+    "Weights of the members of an ensemble: numbers, as in weights=[0.3,0.7], or weights=equal. Default: the weights "
+    "with the highest likelihood of the validation rows"
 )
 DEVICE_TEXT = "auto (default), cpu, cuda or cuda:0"
 TRUST_TEXT = "Packages besides flowtrain that the checkpoint may use. Their code is run. Example: trust=[mypkg]"

@@ -58,7 +58,7 @@ def record_of(file: tuple[int, str], rows: Iterable[tuple[str, NDArray[np.int64]
 
 
 def changes(before: Record, now: Record, sets: Iterable[str] = (FILE, "val", "test")) -> str | None:
-    """Describes how sets have changed between two records. Returns None if no set that is in both records has changed.
+    """Describes how sets have changed between two records. Returns None if all sets in both records are unchanged.
 
     Example:
         >>> before = ("file", 150, "a5"), ("test", 15, "07@a5")

@@ -24,7 +24,10 @@ class Activation(ABC):
         """Returns f(x), differentiable by autograd."""
 
     def gain(self, device: torch.device) -> float:
-        """Returns the factor by which x is multiplied before `replace`. A matrix product before it can do this."""
+        """Returns the factor by which x is multiplied before `replace`.
+
+        The matrix product that computes x can include this factor.
+        """
         return 1.0
 
     @abstractmethod

@@ -89,12 +89,12 @@ def draw_corner(
     are outlined. With `classes`, the data are drawn as dots with a colour for each class, and an outline is the region
     with 60 percent of the samples of a class.
 
-    The columns are `options.columns`, or the first 5. Axes range from the 0.5% to the 99.5% quantile of the data,
-    or of the samples if a column of the data is constant. The
-    axis of a heavy-tailed column has an asinh scale, and densities are per unit of the axes.
+    The columns are `options.columns`, or the first 5. Axes range from the 0.5% to the 99.5% quantile of the data, or of
+    the samples if a column of the data is constant. The axis of a heavy-tailed column has an asinh scale, and densities
+    are per unit of the axes.
 
     Args:
-        columns: the names of all columns; (): c0, c1, ...
+        columns: the names of all columns. If empty, they are c0, c1, ...
     """
     real, model = points.as_points(data, samples)
     width = real.values.shape[1]

@@ -96,7 +96,7 @@ def _top(observed: Array, sampled: Array, density: Array) -> float:
 
 
 BINS_2D = 120
-# nats from the top of a logarithmic colour scale to its bottom
+# the range of a logarithmic colour scale, in nats
 DEPTH_2D = 10.0
 # inches
 LEFT_2D, BOTTOM_2D, GAP_2D, HEAD_2D = 0.78, 0.5, 0.1, 0.63

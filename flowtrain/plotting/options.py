@@ -10,7 +10,7 @@ from flowtrain.utils.arguments import choose, flag, one_of
 from flowtrain.utils.errors import ConfigError
 
 FORMATS = ("png", "pdf", "svg")
-# the values for configs that were written before these keys existed
+# the defaults; configs of earlier versions lack some of these keys
 DEFAULTS: dict[str, Any] = {"format": ["png"], "title": True, "columns": None}
 # corner plots show tables of at least this many columns
 LEAST_COLUMNS = 3
@@ -64,7 +64,7 @@ class PlotOptions:
 
         Args:
             event_shape: the shape of one sample.
-            names: the names of the columns; empty: c0, c1, ...
+            names: the names of the columns. If empty, they are c0, c1, ...
 
         Raises:
             ConfigError: a column that the table does not have, a column chosen twice, or data without corner plots.
@@ -80,7 +80,7 @@ class PlotOptions:
 
 
 def _formats(given: Any) -> tuple[str, ...]:
-    """Returns the formats, each once."""
+    """Returns the formats without duplicates."""
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, list | tuple) or not names:
         raise ConfigError(

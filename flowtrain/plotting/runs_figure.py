@@ -30,8 +30,8 @@ def draw_runs(path: Path, *, runs: Mapping[str, Rows], title: str) -> None:
     Args:
         runs: the rows of metrics.jsonl by the name of the run; at least one row of one run has a validation NLL.
     """
-    rows = {name: [row for row in its if row.get("split") == "val"] for name, its in runs.items()}
-    in_bits = all(_is_finite(row.get("bits_per_dim")) for its in rows.values() for row in its)
+    rows = {name: [row for row in metrics if row.get("split") == "val"] for name, metrics in runs.items()}
+    in_bits = all(_is_finite(row.get("bits_per_dim")) for validations in rows.values() for row in validations)
     key, unit = ("bits_per_dim", "bits/dim") if in_bits else ("nll", "nats")
     columns = 3 if max(map(len, runs)) <= 32 else 2 if max(map(len, runs)) <= 50 else 1
     legend = LEGEND_LINE * -(-len(runs) // columns)
@@ -41,14 +41,14 @@ def draw_runs(path: Path, *, runs: Mapping[str, Rows], title: str) -> None:
         by_step = style.add_axes(figure, LEFT, BOTTOM, width, TALL)
         by_time = style.add_axes(figure, LEFT + width + GAP, BOTTOM, width, TALL)
         values = []
-        for i, (name, its) in enumerate(rows.items()):
+        for i, (name, validations) in enumerate(rows.items()):
             look: dict[str, Any] = {
                 "color": COLOURS[i % len(COLOURS)],
                 "linestyle": LINES[i // len(COLOURS) % len(LINES)],
                 "label": style.literal(name, most=60),
             }
-            values.append(_curve(by_step, its, "step", key, look))
-            _curve(by_time, its, "seconds", key, look)
+            values.append(_curve(by_step, validations, "step", key, look))
+            _curve(by_time, validations, "seconds", key, look)
         limits = _limits([each for each in values if len(each)])
         for axes, label in ((by_step, "step"), (by_time, "seconds of training")):
             axes.grid(axis="y")
@@ -76,7 +76,7 @@ def _curve(axes: Axes, rows: Rows, x: str, y: str, look: Mapping[str, Any]) -> n
 
 
 def _limits(curves: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Returns the range of the NLL axis. It does not cover steep starts and divergences.
+    """Returns the range of the NLL axis. Steep starts and divergences may lie outside this range.
 
     Let q be the largest third quartile of a curve. The range begins at the lowest value. It ends at the highest value,
     or at most as far above q as the lowest value is below q.

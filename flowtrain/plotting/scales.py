@@ -18,7 +18,7 @@ from flowtrain.plotting.points import Array, LogDensity, Points, Range
 LONGEST_TAIL = 20.0
 # the data have a single tail if one side is this many times longer than the other
 ONE_SIDED = 10.0
-# width of a character of a tick label and height of a tick label, in inches for each point of the font size
+# width of a character of a tick label and height of a tick label, in inches per point of the font size
 CHARACTER, LINE = 0.0092, 0.0165
 # width of a letter of the label of an axis, in inches
 LETTER = 0.085
@@ -28,7 +28,7 @@ APART = 0.1
 TICKS_APART = 0.16
 # tick labels are multiples of a power of ten if the largest is outside these limits
 PLAIN_NUMBERS = (1e-2, 1e4)
-# tick labels are differences from an offset if the largest is this many times the distance of two ticks
+# tick labels are differences from an offset if the largest exceeds this many times the distance between two ticks
 MOST_STEPS = 2e4
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -36,7 +36,7 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Scale:
-    """The position of a value along an axis: x itself, or asinh((x - centre) / reach) if there is a reach."""
+    """The scale of an axis. The position of a value x is asinh((x - centre) / reach), or x itself without a reach."""
 
     centre: float = 0.0
     reach: float | None = None
@@ -81,7 +81,7 @@ def choose_scale(values: Array) -> Scale:
         centre, reach = high, high - float(np.quantile(values, 0.9))
     else:
         centre, reach = middle, (third - first) / 2
-    # most values are equal, so no scale can show their shape
+    # if most values are equal, no scale can show their shape
     return Scale(centre, reach) if reach > 1e-9 * max(abs(low), abs(high)) else Scale()
 
 
@@ -179,7 +179,7 @@ def numbers(values: Array, step: float | None = None) -> tuple[list[str], str]:
     """Formats evenly spaced numbers with the same decimals.
 
     Args:
-        step: the distance of two numbers; None: the smallest distance that occurs.
+        step: the distance between two numbers. None: the smallest distance that occurs.
 
     Returns:
         The labels, and a note with the power of ten or the offset that they leave out.
@@ -233,8 +233,8 @@ def round_values(limits: Range, scale: Scale, fit: Callable[[list[float]], bool]
     The roundest numbers have priority: zero, then powers of ten from the largest.
 
     Args:
-        fit: returns whether numbers fit together on the axis. None: their distances must be more than TICKS_APART of
-            the axis.
+        fit: returns whether numbers fit together on the axis. None: their distances must exceed the share
+            TICKS_APART of the axis.
     """
     assert scale.reach is not None
     (low, high), (begin, end) = limits, scale.places(np.array(limits))

@@ -49,8 +49,9 @@ class Step:
         return self.first is not None and not list(self.rest)
 
     def states(self, y: Tensor, parts: list[float], label: Tensor | None) -> Iterator[Tensor]:
-        """Yields the states at each of `parts`, in ascending order, and at the end, from y (B, *event) at the start.
+        """Yields the states at each of `parts` and at the end of the step. The state at the start is y (B, *event).
 
+        The parts are in ascending order.
         A solver with fixed steps starts each time from y, because its steps depend on the interval.
         """
         origin, after = y, None

@@ -97,7 +97,7 @@ def draw_flow(
 
     Args:
         log_density: maps (G, d) to (G,), in nats. It is called once for one or two columns, otherwise never.
-        columns: the names of the columns; (): c0, c1, ...
+        columns: the names of the columns. If empty, they are c0, c1, ...
         classes: the classes of the rows, for a corner plot.
         log_scale: whether densities of one and two columns are drawn on a logarithmic scale.
     """

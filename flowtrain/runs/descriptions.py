@@ -276,7 +276,7 @@ def _has_objects(node: Any) -> bool:
 
 
 def home_of(target: str) -> str | None:
-    """Returns the module that defines the object of a name: `torch` for `flowtrain.models.x.torch.load`."""
+    """Returns the module that defines the object with a dotted name: `torch` for `flowtrain.models.x.torch.load`."""
     try:
         return getattr(resolve_name(target), "__module__", None)
     except Exception as e:  # importing by name can raise any exception
@@ -284,5 +284,5 @@ def home_of(target: str) -> str | None:
 
 
 def under(name: Any, roots: Sequence[str]) -> bool:
-    """Returns whether a dotted name is one of the roots or inside of one."""
+    """Returns whether a dotted name is one of the roots or begins with a root and a dot."""
     return isinstance(name, str) and any(name == root or name.startswith(root + ".") for root in roots)

@@ -22,7 +22,7 @@ CONFIG, METRICS = ".hydra/config.yaml", "metrics.jsonl"
 OF_SWEEP = ("multirun.yaml", "sweep.csv")
 # a directory with one of these files is a run
 OF_RUN = (METRICS, RESULT, CONFIG)
-# keys of a row in a file, in this order
+# the columns of a file with the listed runs, in this order
 COLUMNS = (
     "name", "sweep", "overrides", "model", "data", "split", "nll", "nll_stderr", "bits_per_dim", "train_seconds",
     "steps", "state", "problem", "path",
@@ -42,7 +42,7 @@ class ListedRun:
         bits_per_dim: for images.
         train_seconds: seconds of training.
         steps: the last step that the metrics or the result name.
-        state: "finished", "stopped at step K", "failed" or "running".
+        state: "finished", "stopped at step K", "failed", "failed at step K" or "running".
         changed: the time at which a file of the run was last written, in seconds since 1970.
         sweep: the path of the sweep that the run belongs to.
         overrides: the overrides of the run that differ between the runs of its sweep.
@@ -79,7 +79,7 @@ def find_runs(root: Path) -> list[ListedRun]:
     Candidates of a search are left out.
 
     Args:
-        root: a run directory, a sweep directory, or a directory that contains some.
+        root: a run directory, a sweep directory, or a directory that contains runs.
     """
     paths = [*_run_dirs(root)]
     sweeps = {path: _sweep_of(path, root) for path in paths}
@@ -100,7 +100,7 @@ def find_runs(root: Path) -> list[ListedRun]:
 
 
 def _run_dirs(root: Path) -> Iterator[Path]:
-    """Returns the run directories below a directory. Hidden directories, and those inside a run, are not searched."""
+    """Yields the run directories below a directory. Hidden directories and directories in a run are not searched."""
     # os.walk skips directories that cannot be read, and does not follow links
     for folder, below, files in os.walk(root):
         path = Path(folder)
@@ -178,7 +178,7 @@ def _names(path: Path, problems: list[str]) -> tuple[str | None, str | None]:
         return name_of(config["model"]), data_name(config)
     except FileNotFoundError:
         return None, None
-    except Exception as e:  # whatever else is in a file of this name
+    except Exception as e:  # a file of this name may contain anything
         problems.append(f"{CONFIG} cannot be read ({_brief(e)})")
         return None, None
 
@@ -211,7 +211,7 @@ def read_rows(path: Path, problems: list[str] | None = None) -> list[dict[str, A
 
 
 def _last_row(path: Path) -> dict[str, Any]:
-    """Returns the last whole row of metrics.jsonl, from the end of the file."""
+    """Returns the last complete row of metrics.jsonl. Reads only the end of the file."""
     try:
         with (path / METRICS).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))

@@ -44,7 +44,7 @@ def train(
     recipes: Mapping[str, Sequence[str]] | None = None,
     given: Parts = NOTHING_GIVEN,
 ) -> Ended:
-    """Trains a run. In a run directory, the best checkpoint is then evaluated.
+    """Trains a run. If the run has a directory, its best checkpoint is then evaluated.
 
     Args:
         config: the config, with plain values and without interpolations.

@@ -153,7 +153,7 @@ class SolverGuard:
         return log_p, max((s.nfe_forward for s in solves), default=0), failure
 
     def _tighten(self, step: int, nfe: int, finding: str) -> bool:
-        """Tightens, or warns that a limit is reached. Returns whether it tightened.
+        """Tightens the tolerances, or warns that a limit is reached. Returns whether they were tightened.
 
         Args:
             nfe: the NFE of the coarse solve.

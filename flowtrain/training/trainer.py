@@ -163,7 +163,7 @@ class Trainer:
         """Trains until the last step, or until the time limit, early stopping or a signal, which set `stopped_by`.
 
         Args:
-            name: the name of the flow next to the progress counter, which then has no total. None: no name.
+            name: the name of the flow, shown next to the progress counter. With a name, the counter shows no total.
 
         Raises:
             FlowtrainError: a loss, gradient or solve failed. The step did not change the weights.

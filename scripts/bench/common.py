@@ -87,7 +87,7 @@ def cores() -> int:
 
 
 def peak_bytes(usage: Any) -> int:
-    """Returns the largest resident memory of a resource usage, which is in KiB on Linux and in bytes on macOS."""
+    """Returns the peak resident memory in bytes. `ru_maxrss` is in KiB on Linux and in bytes on macOS."""
     return int(usage.ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -379,10 +379,10 @@ def format_of(header: bool | None, decimal: str | None) -> TextFormat:
 
 
 def check_format(path: str, text_format: TextFormat) -> None:
-    """Refuses a header or a decimal mark for a file whose format has names of columns or numbers.
+    """Refuses `data.header` and `data.decimal` for files whose format stores column names and numbers.
 
     Raises:
-        ConfigError: `data.decimal` for a typed file, or `data.header` for one with names.
+        ConfigError: `data.decimal` for a typed file, or `data.header` for a file whose format has column names.
     """
     ending = ending_of(Path(path))
     useless = {"decimal": text_format.decimal, "header": None if ending == ".xlsx" else text_format.header}

@@ -1,7 +1,7 @@
 """Reader of text tables. Delimiter, header, comments and decimal mark are detected.
 
-NumPy's parser reads plain files. If it fails, a slow parser reads the file cell by cell and names the wrong cell in its
-error message. The slow parser defines the accepted grammar. NumPy's parser is used only for files that both parsers
+NumPy's parser reads plain files. If it fails, a slow parser reads the file cell by cell and names the invalid cell in
+its error message. The slow parser defines the accepted grammar. NumPy's parser is used only for files that both parsers
 read in the same way.
 """
 
@@ -32,7 +32,7 @@ _MISSING = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "?", "-"})
 _BOOLEANS = {"true": 1.0, "false": 0.0}
 _GZIP = b"\x1f\x8b"
 # Number of rows below the first row that are used to detect a header
-LOOK = 100
+HEADER_ROWS = 100
 _COMMENT = "; comments are allowed only at the top of a file: remove the line"
 UNNAMED = re.compile(r"unnamed_\d+|Unnamed: \d+|__index_level_\d+__|")
 _WHOLE = re.compile(r"\s*[+-]?\d+\s*")
@@ -56,8 +56,8 @@ class TextFormat:
         decimal: the decimal mark, point or comma. None means detected.
         known: expected column names. A first line that contains all these names is a header, even if the names are
             numbers.
-        na: the contents of cells that count as missing besides the usual contents, stripped and in lower case.
-        drops: whether rows with missing values are left out, so that no message needs the contents of their cells.
+        na: the contents of cells that count as missing besides the usual words, stripped and in lower case.
+        drops: whether rows with missing values are left out. If so, no message needs the contents of their cells.
     """
 
     header: bool | None = None
@@ -95,7 +95,7 @@ class TextTable:
         values: (n, d), with NaN for missing values.
         names, indices: the names of the columns and their positions in the file.
         lines: the line number of each row, from 1.
-        cells: the text of the cell of the first missing value, by row and column in `values`.
+        cells: the text of the first cell with a missing value, by its row and column in `values`; empty if unknown.
     """
 
     values: NDArray[np.float64]
@@ -136,9 +136,9 @@ def read_delimited(path: Path, choose: ChooseColumns, text_format: TextFormat) -
     file = _File(path)
     with _reading_errors(file):
         layout = find_layout(file, text_format)
-        counting = [i for i, name in enumerate(layout.names) if _is_row_index(file, layout, i)]
-        indices = choose(layout.names, counting)
-        _warn_of_unnamed(path, layout, indices, counting)
+        left_out = [i for i, name in enumerate(layout.names) if _is_row_index(file, layout, i)]
+        indices = choose(layout.names, left_out)
+        _warn_of_unnamed(path, layout, indices, left_out)
         rows = _plain_rows(file, layout)
         values = None if rows is None else _read_with_numpy(file, layout, indices, rows, text_format)
         if values is None and rows is not None and text_format.drops:
@@ -192,7 +192,7 @@ def find_layout(file: _File, text_format: TextFormat) -> Layout:
     if not lines[0].strip():
         raise DataError(f"{path}, line {top} is empty")
     delimiter = _detect_delimiter([line for line in lines if line.strip()], text_format.decimal)
-    found = list(islice(_rows(file, delimiter, top), LOOK + 1))
+    found = list(islice(_rows(file, delimiter, top), HEADER_ROWS + 1))
     first, below = found[0][1], found[1:]
     rows = [row for _, row in below if row]
     start = below[0][0] if below else top + 1
@@ -232,8 +232,8 @@ def _any_text(lines: Iterator[str]) -> bool:
 def _commented_names(comments: Sequence[str], delimiter: str | None, width: int) -> tuple[str, ...]:
     """Returns column names from the last comment above a table without a header; () if the comment contains no names.
 
-    numpy.savetxt writes names in a comment. The last of several comments may be a sentence. Its words are names only if
-    each name is a single word. A prefix such as "columns:" is allowed.
+    numpy.savetxt writes names in a comment. If there are several comments, the last may be a sentence. Its parts are
+    then names only if each part is a single word. A prefix such as "columns:" is allowed.
     """
     if not comments:
         return ()
@@ -279,7 +279,7 @@ def _blanks_between_decimals(line: str, decimal: str | None) -> bool:
 
 
 def is_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
-    """Whether the first line names the columns, by its cells and those of some rows below."""
+    """Whether the first line names the columns, judged by its cells and the cells of some rows below."""
     text = [i for i, cell in enumerate(first) if _is_text(cell)]
     if (
         first
@@ -343,8 +343,8 @@ def _is_row_index(file: _File, layout: Layout, column: int) -> bool:
     return bool(numbers) != bool(texts)
 
 
-def _warn_of_unnamed(path: Path, layout: Layout, indices: Sequence[int], counting: Sequence[int]) -> None:
-    if layout.named and layout.names[0] == "unnamed_0" and 0 in indices and 0 not in counting:
+def _warn_of_unnamed(path: Path, layout: Layout, indices: Sequence[int], left_out: Sequence[int]) -> None:
+    if layout.named and layout.names[0] == "unnamed_0" and 0 in indices and 0 not in left_out:
         _log.warning(
             f"{path}: the first column has no name; if it contains row names, leave it out with "
             f"{as_option(range(1, len(layout.names)))}"
@@ -444,9 +444,9 @@ def _rows(file: _File, delimiter: str | None, first_line: int) -> Iterator[tuple
 
 
 def _plain_rows(file: _File, layout: Layout) -> int | None:
-    """Counts the rows; None if rows differ in width or if a blank line is not at the end.
+    """Counts the rows; None if rows differ in their numbers of cells, or if a row follows a blank line.
 
-    NumPy does not check this: it skips blank lines and, if columns are chosen, ignores the width of rows.
+    NumPy does not check this. It skips blank lines and, if columns are chosen, ignores the number of cells in a row.
     """
     rows, ended, width = 0, False, len(layout.names)
     with file.open_text() as stream:
@@ -470,7 +470,8 @@ def _read_with_numpy(
     """Reads the table with NumPy's C parser; None if the parser fails.
 
     Args:
-        with_nan: whether the parser gets nan for cells that stand for missing values. This takes several times as long.
+        with_nan: whether cells that stand for missing values are replaced by nan before parsing. This takes several
+            times as long.
     """
     if not rows or text_format.decimal == "comma":
         return None
@@ -515,7 +516,7 @@ def _missing_cells(delimiter: str | None, na: Collection[str]) -> re.Pattern[str
 def _read_by_cell(
     file: _File, layout: Layout, indices: Sequence[int], text_format: TextFormat
 ) -> tuple[NDArray[np.float64], Sequence[int], dict[tuple[int, int], str]]:
-    """Reads the table cell by cell. Returns the values, the line number of each row, and the first missing cell."""
+    """Reads the table cell by cell. Returns the values, the line numbers, and the first missing cell."""
     decimal = text_format.decimal or _decimal_mark(file, layout, indices)
     values, lines = array("d"), array("q")
     cells: dict[tuple[int, int], str] = {}
@@ -576,7 +577,7 @@ def _width_error(row: Sequence[str], layout: Layout) -> str:
         hint = _COMMENT
     elif width == 1 and cells == 2 and layout.delimiter == ",":
         hint = "; if the comma is a decimal mark, give data.decimal=comma"
-    expected = "line 1 has" if layout.named or layout.first_line == 1 else "the first row has"
+    expected = "the header has" if layout.named else "the first row has"
     return f"has {cells} cell{'s' * (cells != 1)}, but {expected} {width}: {where}{hint}"
 
 

@@ -18,9 +18,9 @@ class Missing:
     """The settings `data.missing` and `data.na`.
 
     Attributes:
-        drops: whether rows with a missing value are left out. Otherwise such a table is refused.
+        drops: whether rows with a missing value are left out. If not, a table with missing values is refused.
         numbers: numbers that count as missing, besides NaN.
-        texts: the contents of cells that count as missing, stripped and in lower case, besides the usual ones.
+        texts: the contents of cells that count as missing, stripped and in lower case, besides the usual words.
     """
 
     drops: bool = False
@@ -28,7 +28,7 @@ class Missing:
     texts: frozenset[str] = frozenset()
 
     def mark(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Returns the values with NaN in the place of `numbers`. The argument does not change.
+        """Returns the values, with NaN instead of each of `numbers`. The argument does not change.
 
         Example:
             >>> Missing(numbers=(-999.0,)).mark(np.array([1.0, -999.0]))
@@ -47,7 +47,9 @@ REFUSED = Missing()
 
 
 def missing_of(policy: str | None, na: Sequence[str | float] | str | float | None) -> Missing:
-    """Returns the settings `data.missing` and `data.na`. None means the default: refuse, and no further values.
+    """Returns the settings for the values of `data.missing` (policy) and `data.na`.
+
+    None means the default. Missing values are then refused, and only the usual words and NaN count as missing.
 
     Raises:
         ConfigError: an invalid value.

@@ -329,7 +329,7 @@ def warn_of_repeats(
                 "likelihood is not meaningful. Leave the column out with data.columns"
             )
     words = [
-        f"{share:.0%} of {table.columns[i]!r} is the value {value:g}"
+        f"{share:.0%} of the values of {table.columns[i]!r} are {value:g}"
         for i, repeated in found.items()
         if i not in few
         for value, share in repeated.atoms[:2]

@@ -28,9 +28,9 @@ MOST_RATIO = 1032
 
 
 def check_array_headers(stream: IO[bytes], file: Path) -> None:
-    """Checks that array headers do not announce more bytes than the file has, before memory is allocated.
+    """Checks, before memory is allocated, that array headers do not announce more bytes than the file has.
 
-    The position of the stream does not change. Headers that cannot be read are left to NumPy.
+    The position of the stream does not change. Headers that cannot be read pass this check; NumPy reports them later.
 
     Raises:
         DataError: a header that announces more bytes than follow.
@@ -218,7 +218,7 @@ def read_table(
         option: the name of the setting that `columns` comes from, for messages.
         event_shape: (C, H, W) if the file may be an array of images (n, C, H, W), or (n, H, W) for C = 1.
         text_format: the format of a text file.
-        missing: the values that count as missing, and whether rows with one are left out.
+        missing: the values that count as missing, and whether rows with missing values are left out.
 
     Raises:
         DataError: a file that is missing or damaged, or that is not a table of finite real numbers.
@@ -312,7 +312,7 @@ def is_images(shape: tuple[int, ...], event_shape: tuple[int, ...]) -> bool:
 
 
 def _load(file: Path, key: str | None) -> tuple[NDArray[Any], tuple[str, ...]]:
-    """Loads an array, never unpickled, and its column names, which are () unless an .npz file contains them."""
+    """Loads an array and its column names. Nothing is unpickled. The names are () unless an .npz file contains them."""
     # numpy.load does not close a file that it opened if the archive is damaged, so the file is opened here
     with damage_refused(file), file.open("rb") as stream:
         check_array_headers(stream, file)
@@ -336,13 +336,13 @@ def damage_refused(file: Path) -> Iterator[None]:
     except Exception as error:
         if "pickle" in str(error):
             raise _pickled(file) from error
-        raise DataError(f"{file} is damaged or no NumPy file ({error}); write or copy it again") from error
+        raise DataError(f"{file} is damaged or is not a NumPy file ({error}); write or copy it again") from error
 
 
 def _pickled(file: Path) -> DataError:
     return DataError(
-        f"{file} contains Python objects or is no NumPy file. It is not loaded because loading it could run code. Save "
-        "numbers: numpy.save(path, array.astype(float))"
+        f"{file} contains Python objects or is not a NumPy file. It is not loaded because loading it could run code. "
+        "Save numbers: numpy.save(path, array.astype(float))"
     )
 
 
@@ -389,7 +389,9 @@ def _complete(table: Table, missing: Missing) -> Table:
             f"{table.path}: {left:,} of {counted(n, 'row')} {'has' if left == 1 else 'have'} missing values ({columns})"
         )
         if not len(rows):
-            raise DataError(f"{words}, so no row is left. Leave out the columns with the most, with data.columns")
+            raise DataError(
+                f"{words}, so no row is left. Leave out the columns with the most missing values, with data.columns"
+            )
         _log.info(f"{words} and {'is' if left == 1 else 'are'} left out (data.missing=drop)")
         table = replace(table, values=table.values[rows], kept=Kept(rows, n))
     check_finite(table)
@@ -401,7 +403,7 @@ def _by_column(table: Table, counts: NDArray[np.int64], first: Sequence[str] = (
 
     Args:
         counts: the number of each column, (d,).
-        first: the place of the first missing value of each column, or nothing.
+        first: the place of the first missing value of each column; empty if the list does not name places.
     """
     some = int((counts > 0).sum())
     most = np.argsort(-counts, kind="stable")[: min(_MOST_COLUMNS, some)]
@@ -411,7 +413,9 @@ def _by_column(table: Table, counts: NDArray[np.int64], first: Sequence[str] = (
 
 
 def check_finite(table: Table, whole: Iterable[Table] | None = None, in_blocks: bool = False) -> None:
-    """Raises DataError if values are missing, NaN or infinite, with their number by column and the place of the first.
+    """Raises DataError if values are missing, NaN or infinite.
+
+    The message gives the number of these values by column, and the place of the first.
 
     Args:
         table: a file or a block of a file.
@@ -439,7 +443,7 @@ def check_finite(table: Table, whole: Iterable[Table] | None = None, in_blocks: 
     if cell is not None and np.isnan(table.values[row, column]):
         found = f"{cell!r} is a missing value" if cell.strip() else "the cell is empty"
     if in_blocks and empty:
-        advice = "This file is read in blocks, which data.missing=drop cannot do; add data.memory_map=false"
+        advice = "This file is read in blocks, which data.missing=drop does not support; add data.memory_map=false"
     elif empty:
         advice = "Leave out these rows with data.missing=drop"
     else:

@@ -1,7 +1,7 @@
 """Readers of Parquet, Feather (Arrow) and Excel files. They need polars and fastexcel, the extra `tables`.
 
 The columns of these files have types. Numbers are read as they are, and booleans as 0 and 1. A column of text is read
-if all its cells are numbers or missing values, as in a text file. Dates and nested values are refused.
+as numbers if each cell is a number or a missing value by the rules for text files. Dates and nested values are refused.
 """
 
 import importlib
@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowtrain.data.tables.columns import TextColumn, advice_on_text
-from flowtrain.data.tables.csv_reader import LOOK, UNNAMED, ChooseColumns, is_header, is_missing, number_of
+from flowtrain.data.tables.csv_reader import HEADER_ROWS, UNNAMED, ChooseColumns, is_header, is_missing, number_of
 from flowtrain.utils.errors import ConfigError, DataError
 
-# endings of the files
+# endings of typed files
 TYPED = (".parquet", ".feather", ".arrow", ".xlsx")
 # Number of rows of a sheet that are searched for the first row after the comments
 _TOP = 1000
@@ -51,7 +51,7 @@ class _Source:
 
     Attributes:
         names: the names of the columns.
-        read: returns the columns at some positions.
+        read: returns the columns at the given positions.
         lines: see `TypedColumns`.
     """
 
@@ -99,7 +99,7 @@ def read_typed(
             found.append(text)
     if found:
         first = found[0]
-        what = f"{first.first!r} is not a number" if first.kind == "text" else f"{first.first} is one of {first.kind}"
+        what = f"{first.first!r} is not a number" if first.kind == "text" else f"{first.first} belongs to {first.kind}"
         raise DataError(f"{file}, {first.place}, column {first.name!r}: {what}. {advice_on_text(found, indices)}")
     return TypedColumns(values, tuple(source.names[i] for i in indices), tuple(indices), source.lines)
 
@@ -121,13 +121,13 @@ def _readable(file: Path) -> Iterator[None]:
         yield
     except (ConfigError, DataError, OSError, MemoryError, KeyboardInterrupt):
         raise
-    # Both packages raise many types of errors for damaged files. A panic of their Rust code is no Exception
+    # Both packages raise many types of errors for damaged files. Panics of their Rust code are not of type Exception
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         kind = file.suffix.lower()
         words = str(error).partition("\n")[0]
-        raise DataError(f"{file} is damaged or no {kind} file ({words}); write or copy it again") from error
+        raise DataError(f"{file} is damaged or is not {kind} ({words}); write or copy it again") from error
 
 
 # Parquet and Feather
@@ -138,7 +138,7 @@ def _frame(file: Path) -> _Source:
     if not file.stat().st_size:
         raise DataError(f"{file} is empty")
     is_parquet = file.suffix.lower() == ".parquet"
-    # polars gets an open file, because it reads * and ? in a path as a pattern
+    # polars gets an open file, because it treats a path with * or ? as a pattern of several files
     with file.open("rb") as stream:
         names = tuple((polars.read_parquet_schema if is_parquet else polars.read_ipc_schema)(stream))
 
@@ -186,7 +186,7 @@ def _sheets(book: Any) -> list[str]:
 
 
 def _sheet(file: Path, key: str | None, header: bool | None) -> _Source:
-    """Opens a sheet. Comments (#) and blank rows above the table are skipped, and blank rows below it."""
+    """Opens a sheet. Skips comments (#) and blank rows above the table, and blank rows below the table."""
     book = _book(file)
     sheets = _sheets(book)
     if not sheets:
@@ -205,7 +205,7 @@ def _sheet(file: Path, key: str | None, header: bool | None) -> _Source:
     start = next((i for i, row in enumerate(top) if "".join(row).strip() and not row[0].startswith("#")), None)
     if start is None:
         raise DataError(f"{file} has no rows below its comments")
-    first, below = top[start], [row for row in islice(top, start + 1, start + 1 + LOOK) if "".join(row).strip()]
+    first, below = top[start], [row for row in islice(top, start + 1, start + 1 + HEADER_ROWS) if "".join(row).strip()]
     names = tuple(f"c{i}" for i in range(len(first)))
     if is_header(first, below) if header is None else header:
         names, start = tuple(cell.strip() or f"unnamed_{i}" for i, cell in enumerate(first)), start + 1
@@ -214,7 +214,7 @@ def _sheet(file: Path, key: str | None, header: bool | None) -> _Source:
     n = max((int(rows[-1]) + 1 for rows in filled if len(rows)), default=0)
     if not n:
         raise DataError(f"{file} has no rows below its header")
-    # a column of text and numbers contains the numbers as text with 9 digits, so its numbers are read separately
+    # fastexcel gives the numbers in a column of text as text with 9 digits, so these columns are also read as floats
     mixed = {i: "float" for i, column in enumerate(columns) if str(column.dtype) == "String"}
     floats = load(start, None, mixed) if mixed else columns
 
@@ -249,7 +249,8 @@ def _is_row_index(column: Series) -> bool:
 def _numbers(column: Series, na: Collection[str]) -> tuple[NDArray[np.float64], TextColumn | None]:
     """Returns the numbers of a column, (n,), with NaN for missing values.
 
-    If cells are not numbers, they are also returned; the place of the first is its row number.
+    If some cells are neither numbers nor missing values, the second value describes them, and there are no numbers. Its
+    `place` is the row number of the first such cell.
     """
     polars = importlib.import_module("polars")
     dtype, kind = column.dtype, str(column.dtype)

@@ -236,10 +236,10 @@ def test_plain_file_uses_the_fast_reader(tmp_path: Path, monkeypatch: pytest.Mon
 # bad text, and what the message must contain besides the name of the file
 
 BAD_TEXT = {
-    "ragged, short": ("a,b,c\n1,2,3\n4,5\n", ["line 3", "2 cells", "line 1 has 3", "'c'"]),
-    "ragged, long": ("a,b\n1,2\n4,5,6\n", ["line 3", "3 cells", "line 1 has 2", "'b'"]),
+    "ragged, short": ("a,b,c\n1,2,3\n4,5\n", ["line 3", "2 cells", "the header has 3", "'c'"]),
+    "ragged, long": ("a,b\n1,2\n4,5,6\n", ["line 3", "3 cells", "the header has 2", "'b'"]),
     "ragged, no header": ("1,2\n3,4\n5\n6,7\n", ["line 3", "has 1 cell", "'c1'"]),
-    "ragged, header": ("a,b\n1,2,3\n4,5,6\n", ["line 2", "3 cells", "line 1 has 2"]),
+    "ragged, header": ("a,b\n1,2,3\n4,5,6\n", ["line 2", "3 cells", "the header has 2"]),
     "text cell": ("a,b\n1,2\n3,oops\n", ["line 3", "column 'b'", "'oops' is not a number"]),
     "text cell, no header": ("1,2\n3,4\nx,6\n", ["line 3", "column 'c0'", "'x' is not a number"]),
     "underscore": ("1,2\n3,1_000\n", ["line 2", "column 'c1'", "'1_000' is not a number"]),

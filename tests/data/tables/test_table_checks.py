@@ -163,7 +163,7 @@ def test_duplicate_rows_are_estimated_from_sampled_hashes(tmp_path: Path, caplog
 REAL_CASES = {
     "collinear": ["'c2' on 'c0', 'c1'"],
     "dups": ["300 of 300 rows of the test set"],
-    "zeroinfl": ["60% of 'c0' is the value 0"],
+    "zeroinfl": ["60% of the values of 'c0' are 0"],
     "counts346": ["data.dequantize=true"],
 }
 
