@@ -251,7 +251,7 @@ def incomplete_beta(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
             d = 1 / _avoid_zero(1 + term * d, tiny)
             c = _avoid_zero(1 + term / c, tiny)
             fraction = fraction * c * d
-        # elements that are NaN do not prevent the end of the loop
+        # the loop also ends if elements are NaN
         if not bool(((c * d - 1).abs() > 4 * eps).any()):
             break
     found = (log_front.exp() * fraction / a).clamp(0, 1)

@@ -175,7 +175,7 @@ ROUNDED = 1e-5
 IMPLY_MASS = ("log-det", "round trip", "own samples")
 # Tolerance of the solves for the mass, which needs only three digits
 LOOSE = 1e-4
-# Largest number of field evaluations in a solve of a check. A check that needs more is not made
+# Largest number of field evaluations in a solve of a check. A check that needs more is left out
 MAX_NFE = 10_000
 # Largest number of columns for which Jacobians are computed, by whether ODEs are solved. ODEs need a solve per column
 MOST_COLUMNS = {False: 1024, True: 128}

@@ -378,7 +378,7 @@ class Evaluation:
         rows.append(("latents" if self.members is None else "density rank", words))
         if self.ood is not None:
             o = self.ood
-            finite = f" over the {o.n - o.infinite:,} with a finite log p" if o.infinite else ""
+            finite = f" over the {o.n - o.infinite:,} rows with a finite log p" if o.infinite else ""
             rows.append(("OOD", f"{o.name}, {counted(o.n, 'row')}: NLL {self.in_unit(o.nll, o.nll_stderr)}{finite}"))
             rows.append(("", f"AUROC of -log p {with_error(o.auroc, o.auroc_stderr)}"))
             typical = with_error(o.typicality_auroc, o.typicality_stderr)

@@ -72,7 +72,7 @@ class MaskedMLP(ResidualMLP):
 
     The weights are masked (Germain et al. 2015, MADE; with residual blocks Nash and Durkan 2019, Autoregressive energy
     machines). Hidden units of group m depend on inputs of groups up to m. Outputs of group g depend on hidden units of
-    groups below g. Labels are inputs of a group below all others. The output is initially zero.
+    groups below g. Labels are inputs in a separate group below all others. The output is initially zero.
 
     Args:
         inputs: the group of each input, (n_in,), whole numbers from 0.

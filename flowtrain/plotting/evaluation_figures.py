@@ -106,7 +106,10 @@ def _calibration_together(
 def _calibration_panels(
     transforms: Mapping[str, Array], labels: Mapping[str, str], n: int, title: str, note: str, options: PlotOptions
 ) -> Figure:
-    """Draws a panel for each transform with its deviation from a uniform distribution. Latents have the same limits."""
+    """Draws a panel for each transform with its deviation from a uniform distribution.
+
+    The panels of latents have the same limits.
+    """
     rows = math.ceil(len(transforms) / PANELS_ACROSS)
     step = PANEL_HEIGHT + PANEL_ABOVE
     figure = style.new_figure(PANEL_BOTTOM + rows * step - PANEL_ABOVE + PANELS_HEAD, title, options)

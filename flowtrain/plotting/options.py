@@ -43,7 +43,8 @@ class PlotOptions:
         """
         given = config.get("plots", {})
         if not isinstance(given, Mapping):
-            raise ConfigError(f"plots={given}: set {', '.join(f'plots.{key}' for key in DEFAULTS)}")
+            keys = ", ".join(f"plots.{key}" for key in DEFAULTS)
+            raise ConfigError(f"plots={given}: plots is a group of keys; set {keys}")
         for key in given:
             if key not in DEFAULTS:
                 raise ConfigError(f"plots: unknown key {key}; {choose(key, DEFAULTS, 'the keys are')}")

@@ -51,8 +51,8 @@ class Step:
     def states(self, y: Tensor, parts: list[float], label: Tensor | None) -> Iterator[Tensor]:
         """Yields the states at each of `parts` and at the end of the step. The state at the start is y (B, *event).
 
-        The parts are in ascending order.
-        A solver with fixed steps starts each time from y, because its steps depend on the interval.
+        The parts are in ascending order. A solver with fixed steps starts each time from y, because its steps depend on
+        the interval.
         """
         origin, after = y, None
         for start, end in pairwise([0.0, *parts, 1.0]):
@@ -170,7 +170,7 @@ class Trajectory:
         return log_det + torch.logaddexp(before + (1 - p).log(), after + p.log())
 
     def _pulled_back(self, y: Tensor, number: int, label: Tensor | None) -> Tensor:
-        """Returns the log density at y after the first `number` steps, without the frame."""
+        """Returns the log density after the first `number` steps at y, in the coordinates before `frame`."""
         total = y.new_zeros(len(y))
         for step in reversed(self.steps[:number]):
             y, log_det = step.whole.inverse(y, label)

@@ -199,7 +199,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _wanted(config: Config, group: str, offered: Config) -> dict[str, Any]:
-    """Returns the `offered` arguments that the class or function of a group has."""
+    """Returns the `offered` arguments that the class or function of a group accepts."""
     known = inspect.signature(_object(_target(config, group), group)).parameters
     return {key: value for key, value in offered.items() if key in known}
 

@@ -588,7 +588,7 @@ def _yaml_of(path: Path) -> Any:
 
 
 def _write_hydra(run_dir: Path, config: Mapping[str, Any], composed: Composed) -> None:
-    """Writes the .hydra folder as the command does."""
+    """Writes the .hydra folder as the command `flowtrain` does."""
     plain = {key: value for key, value in config.items() if key != "model"}
     overrides = [f"{key}={shown(value)}" for key, value in composed.settings.items()]
     hydra = {"hydra": {"runtime": {"choices": composed.choices}, "overrides": {"task": overrides}}}

@@ -132,7 +132,7 @@ def first_to_report(message: str) -> bool:
     try:
         return not _STORE or int(_STORE[0].add(f"flowtrain/said/{message}", 1)) == 1
     except RuntimeError:
-        # the launcher, which has the counter, has ended
+        # the launcher stores the counter, and it has ended
         return True
 
 

@@ -50,7 +50,7 @@ def run_flowtrain(run_dir: Path, *overrides: str) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Keeps freed memory like flowtrain's commands. All engines based on torch gain equally."""
+    """Keeps freed memory, as flowtrain's commands do. This speeds up all engines based on torch equally."""
     from flowtrain.utils.process import keep_freed_memory
 
     keep_freed_memory()

@@ -64,7 +64,7 @@ class Part:
         print(f"{self.name}: {words}", file=sys.stderr, flush=True)
 
     def row(self) -> list[str]:
-        """Returns the row of the table."""
+        """Returns the row of this part in the table of results."""
         short = [f"time limit reached before {self.wanted}"] if self.tried < self.wanted else []
         came = [*self.notes, *(f"{n} {outcome}" for outcome, n in self.outcomes.most_common()), *short]
         return [self.name, str(self.tried), ", ".join(came) or "-", str(len(self.wrong))]

@@ -255,9 +255,9 @@ def _cells_between_blanks(line: str) -> list[str]:
 def _detect_delimiter(lines: Sequence[str], decimal: str | None) -> str | None:
     """Detects the delimiter. None means white space.
 
-    The first choice is a character that occurs equally often in all lines, the second a character that occurs in any
-    line, and the last white space. In the first choice, semicolons, tabs and bars have priority over commas, because
-    commas may be decimal commas.
+    The first choice is a character that occurs equally often in all lines. The second choice is a character that occurs
+    in any line. The last choice is white space. In the first choice, semicolons, tabs and bars have priority over
+    commas, because commas may be decimal commas.
     """
     bare = [re.sub(r'"[^"]*"', "", line.strip("\r\n")) for line in lines]
     commas = "" if decimal == "comma" or _blanks_between_decimals(bare[-1], decimal) else ","

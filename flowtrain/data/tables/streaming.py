@@ -119,7 +119,7 @@ class WindowedEpochs:
 
     Args:
         n: the number of positions.
-        block: the number of adjacent positions in a block. A block is read at once.
+        block: the number of adjacent positions in a block. A block is read in one operation.
         blocks: the largest number of blocks in a window. Windows differ by at most one block, because a short last
             window would be shuffled less.
         stream: the key of the random stream. The epoch, or the epoch and the window, are appended to this key.

@@ -166,5 +166,5 @@ def test_files_that_are_not_arrays_are_refused(
     content: bytes, tmp_path: Path, open_streamed: Callable[..., ArrayData]
 ) -> None:
     (tmp_path / "x.npy").write_bytes(content)
-    with pytest.raises(DataError, match="no NumPy file"):
+    with pytest.raises(DataError, match="not a NumPy file"):
         open_streamed(str(tmp_path / "x.npy"))
