@@ -60,7 +60,7 @@ def check_imported(checkout: Path) -> None:
     """
     found = python(checkout, "-c", "import flowtrain; print(flowtrain.__file__)")
     if not Path(found).is_relative_to(checkout):
-        raise SystemExit(f"stopped: {checkout} is no checkout of flowtrain. Python would import {found}")
+        raise SystemExit(f"stopped: {checkout} is not a checkout of flowtrain. Python would import {found}")
 
 
 def differences(keys: str, base: Path, out: Path) -> list[str]:

@@ -48,7 +48,7 @@ def written_as(key: str, value: Any, *endings: str) -> Path | None:
 
 
 def run_dir_of(path: Path) -> Path:
-    """Returns the run directory of a checkpoint file, or the folder of the file if this is not `checkpoints`."""
+    """Returns the run directory of a file in its folder `checkpoints`, or else the folder of the file."""
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 

@@ -278,7 +278,7 @@ def _at_most(key: str, value: int, most: int, path: Path) -> int:
 
 
 def _shifted(images: Tensor, most: int, left: Tensor) -> Tensor:
-    """Pads images (B, 1, H, W) by `most` zeros on both sides and crops each to width W from column `left`.
+    """Pads images (B, 1, H, W) with `most` zeros on both sides, and crops each to width W from column `left`.
 
     Args:
         left: the first column of each crop, (B, 1, 1, 1), from 0 to 2 * most.

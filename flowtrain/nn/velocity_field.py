@@ -310,8 +310,8 @@ class LayeredField(Field, Generic[Layer]):
             x, slope = self.activation.value_and_slope(x)
             tangents = tangents * slope
         v, je = head.jvp(t, x, tangents)
-        # the first product with a slope expands tangents that broadcast over the rows. A field with a single layer has no
-        # such product
+        # the first product with a slope expands tangents that broadcast over the rows. A single layer has no such
+        # product
         return v, je.expand(len(tangents), *v.shape)
 
 

@@ -190,7 +190,7 @@ def _set_named_ticks(axes: Axes, values: Sequence[str]) -> None:
 
 
 def _set_y_limits(axes: Axes, values: Sequence[float], errors: Sequence[float]) -> None:
-    """Sets the limits of the y axis. Values far above the others are outside the frame, which shows their number.
+    """Sets the limits of the y axis. Values far above the others are outside the axes; a note gives their number.
 
     Args:
         errors: the standard error of each value; NaN if unknown.

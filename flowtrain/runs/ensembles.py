@@ -190,7 +190,7 @@ def validation_log_probs(
     columns = []
     for i, flow in enumerate(flows):
         try:
-            with status(f"scoring the validation rows by {names[i]}"):
+            with status(f"scoring the validation rows with {names[i]}"):
                 columns.append(log_probs(flow, x, label))
         except SolverError as e:
             log.warning("%s gets the weight 0 in the ensemble: %s", names[i], e)

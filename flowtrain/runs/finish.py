@@ -122,7 +122,7 @@ def figure_title(config: Mapping[str, Any], result: Evaluation) -> str:
 
 
 def stderr_at(rows: Sequence[Mapping[str, Any]], step: float) -> float | None:
-    """Returns the standard error of the validation NLL at a step; None if it is missing, as in runs of older versions."""
+    """Returns the standard error of the validation NLL at a step; None if an older version did not write it."""
     found = [row.get("nll_stderr") for row in rows if row.get("split") == "val" and row["step"] == step]
     return found[-1] if found else None
 

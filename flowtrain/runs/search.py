@@ -229,7 +229,7 @@ class Search:
         return found
 
     def read(self) -> dict[str, Any]:
-        """Returns the checkpoint of the stack."""
+        """Returns the checkpoint of the stacked ensemble."""
         return self._content
 
     def summary(self, step: int) -> str:

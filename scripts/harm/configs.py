@@ -49,15 +49,15 @@ WORDS = {
     "from": ["null", "nowhere"],
     "resume": ["null", "nowhere"],
 }
-SANE = {
+VALID_VALUES = {
     bool: ["true", "false"],
     int: ["0", "1", "2", "3", "5"],
     float: ["0", "1e-6", "0.001", "0.1", "0.5", "0.9", "1", "1.0", "3.7"],
     list: ["[4]", "[3,5]", "[1]", "[4,4,4]"],
     type(None): ["null", "1", "2", "0.5", "0.01", "true"],
 }
-# no value may be valid and large, because a run of 2^31 - 1 steps would not end
-INSANE = [
+# values that most keys refuse. No value may be valid and large, because a run of 2^31 - 1 steps would not end
+INVALID_VALUES = [
     "-1", "0", "1.5", "many", "true", "null", "[]", "[1,2]", "[-1]", "[a]", "[[1]]", "{a: 1}", "1e400", "nan", "inf",
     "-inf", "1e-300", "1e30", "1e308", "-0.0", "2147483648", "99999999999999999999", "''", "'  '", "", "${seed}",
     "${nothing.there}", "'${oc.env:HOME}'", "???", "'a b'", "ü", "0x10", "1_000", "None", "no", "a,b", "choice(1,2)",
@@ -112,8 +112,8 @@ def random_config(rng: random.Random, must: tuple[str, str] | None = None) -> li
     elif rng.random() < 0.8:
         picked = {**companions(picked), **picked}
     chosen = {**DEFAULTS, **_experiment_choices(picked), **picked}
-    insane = rng.choice([0, 0.1, 0.4])
-    keys = [random_key(rng, chosen, insane) for _ in range(rng.choice([0, 1, 1, 2, 2, 3, 5]))]
+    invalid = rng.choice([0, 0.1, 0.4])
+    keys = [random_key(rng, chosen, invalid) for _ in range(rng.choice([0, 1, 1, 2, 2, 3, 5]))]
     slips = [rng.choice(SLIPS)] if rng.random() < 0.1 else []
     return [*small_run(picked, from_teacher), *keys, *slips]
 
@@ -152,19 +152,19 @@ def small_keys(model: str, data: str, solver: str = "dopri5", objective: str = "
     return [*keys, "solver.rtol=1e-2" if solver in ADAPTIVE else "solver.steps=4"]
 
 
-def random_key(rng: random.Random, chosen: dict[str, str], insane: float = 0.3) -> str:
+def random_key(rng: random.Random, chosen: dict[str, str], invalid: float = 0.3) -> str:
     """Returns an override of an existing key.
 
     Args:
-        insane: the probability of an invalid value.
+        invalid: the probability of an invalid value.
     """
     known = {group: keys_of(group, chosen.get(group, "default")) for group in GROUPS}
     group = rng.choice([None, *(group for group in GROUPS if known[group])])
     keys = TOP if group is None else known[group]
     key = rng.choice(sorted(keys))
     default = keys[key]
-    sane = WORDS.get(key) or SANE.get(type(default)) or [str(default)]
-    value = rng.choice(INSANE if rng.random() < insane else sane)
+    valid = WORDS.get(key) or VALID_VALUES.get(type(default)) or [str(default)]
+    value = rng.choice(INVALID_VALUES if rng.random() < invalid else valid)
     return f"{key}={value}" if group is None else f"{group}.{key}={value}"
 
 

@@ -374,7 +374,7 @@ def check_array(shape: tuple[int, ...], dtype: np.dtype[Any], file: Path, event_
 
 
 def _complete(table: Table, missing: Missing) -> Table:
-    """Returns the table without the rows that have a missing value, or refuses them.
+    """Leaves out the rows that have a missing value, if `missing.drops`, and checks that all other values are finite.
 
     Raises:
         DataError: missing values that are not left out, infinite values, or no row without missing values.
