@@ -21,8 +21,8 @@ RUN_TEXT = (
     "runs"
 )
 WEIGHTS_TEXT = (
-    "Weights of the members of an ensemble: numbers, as in weights=[0.3,0.7], or weights=equal. Default: the weights "
-    "with the highest likelihood of the validation rows"
+    "Weights of the members of an ensemble: equal, or numbers as in [0.3,0.7]. Default: the weights with the highest "
+    "likelihood of the validation rows"
 )
 DEVICE_TEXT = "auto (default), cpu, cuda or cuda:0"
 TRUST_TEXT = "Packages besides flowtrain that the checkpoint may use. Their code is run. Example: trust=[mypkg]"

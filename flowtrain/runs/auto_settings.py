@@ -77,7 +77,8 @@ _FIELDS: dict[int, Groups] = {
     _TINY: {"model": {"hidden": [16]}, "trainer": {"lr": 2e-4, "weight_decay": 1e-2, "val_every": 20}},
 }
 # Settings of coupling flows for any number of rows. A cap of 0.5 is as good as a cap of 2 on gas. With it, 16
-# couplings scale by at most exp(8). The patience is long because the validation NLL of a table may rise and then fall again
+# couplings scale by at most exp(8). The patience is long because the validation NLL of a table may rise and then fall
+# again
 _BOUNDED: dict[str, Any] = {"positional_bias": False, "cap": 0.5, "input_bound": 5.0}
 _COUPLING_TRAINER: dict[str, Any] = {"lr_decay": "constant", "clip_norm": 5.0, "patience": 10}
 # after a minute, the validation NLL of nsf on gas is -7.2 with cosine decay from 0.005, and -6.2 at a constant 0.002

@@ -9,9 +9,10 @@ field; the table shows the NFE. x is a batch of standard normal images. All engi
 Rademacher draw.
 
 All engines take turns in rounds. The script prints a Markdown table of median times and of their ratios to the first
-engine in the same round. The gradient on the whole batch is compared with the first engine's. On the first --rows rows,
-errors of the gradient (relative) and of the NLL (nats) are measured against float64 at rtol 1e-8. flowtrain has its
-default control=state, so it excludes the log-determinant from the step control. The others include it.
+engine in the same round. The gradient on the whole batch is compared with the gradient of the first engine.
+On the first --rows rows, errors of the gradient (relative) and of the NLL (nats) are measured against float64 at rtol
+1e-8. flowtrain has its default control=state, so it excludes the log-determinant from the step control. The other
+engines include it.
 """
 
 import argparse

@@ -273,7 +273,7 @@ def zuko(kind: str) -> Callable[..., Scores]:
 
 
 def ours(method: str) -> Callable[..., Scores]:
-    """Returns a fit of flowtrain's default within the time, which also makes the checks of an evaluation."""
+    """Returns a function that fits flowtrain's default within the time, and makes the checks of an evaluation."""
 
     def fit(split: Split, seconds: float, seed: int, overrides: Sequence[str] = ()) -> Scores:
         import torch

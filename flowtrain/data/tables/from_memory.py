@@ -96,7 +96,7 @@ def check_all_finite(rows: NDArray[Any], name: str = "x") -> None:
     """Refuses rows (n, ...) with values that are missing, NaN or infinite.
 
     Raises:
-        DataError: the number of such rows, and the first.
+        DataError: there are such rows. The message gives their number and the first of them.
     """
     if not rows.size:
         return
