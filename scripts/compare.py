@@ -225,7 +225,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def gap_of(row: dict[str, Any], best: float) -> float:
-    """Returns the KL to the true density if it is known, or the difference to the best NLL on the same data."""
+    """Returns the KL to the true density if it is known, or the difference from the best NLL on the same data."""
     return float(row["nll"] - best if row["kl"] is None else row["kl"])
 
 

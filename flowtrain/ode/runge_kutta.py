@@ -238,7 +238,7 @@ class _Run:
                 non_finite_tries = 0 if math.isfinite(ratio) else non_finite_tries + 1
                 if non_finite_tries > NON_FINITE_RETRIES:
                     raise self.solver.non_finite(self.t, h)
-                # the steps of the last solve do not suit this one
+                # the steps of the last solve do not suit this solve
                 plan = []
             h = next_h
         if self.graph:

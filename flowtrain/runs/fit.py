@@ -100,8 +100,8 @@ def fit(
     rows or a file within three minutes, and the best are stacked, see `flowtrain.runs.search`. Rows are split into
     training, validation and test sets. The flow standardises them; its log p and samples are in the units of x.
     Training has early stopping, averaged weights and a guard against solver error. With the same seed and settings,
-    `fit` and the command give the same flow. This does not hold if a time limit ends the training, or if other threads
-    draw random numbers from torch at the same time.
+    `fit` and the command give the same flow. The two flows can differ if a time limit ends the training, or if
+    other threads draw random numbers from torch at the same time.
 
     torch's random state, thread count, default dtype and precision settings are restored on return. All threads of a
     process share them, so fits in several threads run one after another.

@@ -264,7 +264,10 @@ def check_sizes(saved: Mapping[str, Any], samples: Samples) -> Density | None:
 
 
 def without_own_arguments(node: Any) -> Any:
-    """Removes the plain arguments of other packages' classes from a config. Those classes check sizes themselves."""
+    """Removes the plain arguments of classes outside flowtrain and torch from a config.
+
+    Classes of other packages check sizes themselves.
+    """
     if isinstance(node, list | tuple):
         return [without_own_arguments(item) for item in node]
     if not isinstance(node, Mapping):

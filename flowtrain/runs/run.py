@@ -105,6 +105,6 @@ def _train(
     except OSError as e:
         raise UnfinishedError(
             f"the run has ended at step {trainer.saved_step} and is saved, but its result could not be written ({e}). "
-            f"When this is fixed, {resume_command(run_dir)} evaluates it"
+            f"When this is fixed, {resume_command(run_dir)} evaluates the run"
         ) from e
     return Ended(trainer, 0)

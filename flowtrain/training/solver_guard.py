@@ -85,7 +85,7 @@ class SolverGuard:
         return self.solver.tolerance_at(self.warmed(step), self.tightenings, self.warmup())
 
     def check(self, step: int, x: Tensor, seed: int, label: Tensor | None = None) -> bool:
-        """Checks the solver on a batch after `step` updates, and tightens it if needed. Returns whether it tightened.
+        """Checks the solver on a batch after `step` updates, and tightens it if needed. Returns whether the tolerances were tightened.
 
         The random state and the statistics of other solves are not changed. A failed solve does not raise.
 

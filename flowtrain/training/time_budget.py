@@ -225,7 +225,7 @@ class TimeBudget:
 
         Args:
             what: what the pictures show, for the message.
-            more: whether the pictures are those of `pictures.draw_other_figures`.
+            more: whether the pictures are drawn by `pictures.draw_other_figures`.
         """
         rows = (ROWS_OF_MORE_PICTURES if more else ROWS_OF_PICTURES)[self.kind]
         takes = self.slowness * PICTURES_SECONDS / 2 + self.row_seconds * rows

@@ -21,7 +21,7 @@ Rows = Any
 
 
 class Frame(Protocol):
-    """A data frame, such as one of pandas or polars."""
+    """A data frame, for example of pandas or polars."""
 
     @property
     def columns(self) -> Any:
@@ -32,7 +32,7 @@ class Frame(Protocol):
 
 
 def is_frame(x: Any) -> bool:
-    """Whether x is a data frame, such as one of pandas or polars."""
+    """Whether x is a data frame, for example of pandas or polars."""
     return hasattr(x, "columns") and hasattr(x, "to_numpy")
 
 

@@ -116,7 +116,7 @@ _REPEATS_ROWS = 10_000
 _DEPENDENCE_ROWS, _DEPENDENCE_COLUMNS = 100_000, 500
 # A value is an atom if at least this fraction of the rows, and at least this number of rows, have the value
 _ATOM, _LEAST_ATOM = 0.05, 5
-# A warning is given if at least this fraction of a held-out set are copies of training rows
+# A warning is given if at least this fraction of the rows of a held-out set are copies of training rows
 _COPIES = 0.01
 # A column depends linearly on others if they explain its variance up to this fraction. Rounding to four digits leaves
 # 1e-9
