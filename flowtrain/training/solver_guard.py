@@ -85,9 +85,10 @@ class SolverGuard:
         return self.solver.tolerance_at(self.warmed(step), self.tightenings, self.warmup())
 
     def check(self, step: int, x: Tensor, seed: int, label: Tensor | None = None) -> bool:
-        """Checks the solver on a batch after `step` updates, and tightens it if needed. Returns whether the tolerances were tightened.
+        """Checks the solver on a batch after `step` updates, and tightens its tolerances if needed.
 
-        The random state and the statistics of other solves are not changed. A failed solve does not raise.
+        Returns whether the tolerances were tightened. The random state and the statistics of other solves are not
+        changed. A failed solve does not raise.
 
         Args:
             x: the batch (B, *event_shape).

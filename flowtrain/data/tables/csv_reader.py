@@ -33,7 +33,7 @@ _BOOLEANS = {"true": 1.0, "false": 0.0}
 _GZIP = b"\x1f\x8b"
 # Number of rows below the first row that are used to detect a header
 HEADER_ROWS = 100
-_COMMENT = "; comments are allowed only at the top of a file: remove the line"
+_COMMENT_HINT = "; comments are allowed only at the top of a file: remove the line"
 UNNAMED = re.compile(r"unnamed_\d+|Unnamed: \d+|__index_level_\d+__|")
 _WHOLE = re.compile(r"\s*[+-]?\d+\s*")
 _EXPONENT = r"(?:[eE][+-]?\d+)?"
@@ -574,7 +574,7 @@ def _width_error(row: Sequence[str], layout: Layout) -> str:
     )
     hint = ""
     if row[0].startswith("#"):
-        hint = _COMMENT
+        hint = _COMMENT_HINT
     elif width == 1 and cells == 2 and layout.delimiter == ",":
         hint = "; if the comma is a decimal mark, give data.decimal=comma"
     expected = "the header has" if layout.named else "the first row has"
@@ -584,7 +584,7 @@ def _width_error(row: Sequence[str], layout: Layout) -> str:
 def _number_error(path: Path, line: int, layout: Layout, column: int, cell: str, decimal: str) -> str:
     hint = ""
     if cell.startswith("#"):
-        hint = _COMMENT
+        hint = _COMMENT_HINT
     elif line == layout.first_line and not layout.named:
         hint = (
             "; if the line names the columns, give data.header=true; otherwise leave the column out with data.columns"

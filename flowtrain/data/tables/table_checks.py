@@ -508,7 +508,7 @@ def warn_of_dependence(table: Table, values: NDArray[np.float64], noise: NDArray
 
 
 def dependent_columns(correlation: NDArray[np.float64]) -> tuple[list[int], list[int]]:
-    """Splits columns into linearly dependent and independent columns. Returns the positions of both.
+    """Returns the positions of the linearly dependent columns and of the linearly independent columns.
 
     A dependent column is a linear combination of independent columns, up to a fraction _RESIDUAL of its variance. The
     method is a Cholesky decomposition with pivoting: each step picks the column with the largest residual variance.

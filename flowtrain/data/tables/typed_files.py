@@ -99,7 +99,11 @@ def read_typed(
             found.append(text)
     if found:
         first = found[0]
-        what = f"{first.first!r} is not a number" if first.kind == "text" else f"{first.first} belongs to {first.kind}"
+        what = (
+            f"{first.first!r} is not a number"
+            if first.kind == "text"
+            else f"this column contains {first.kind}, such as {first.first}"
+        )
         raise DataError(f"{file}, {first.place}, column {first.name!r}: {what}. {advice_on_text(found, indices)}")
     return TypedColumns(values, tuple(source.names[i] for i in indices), tuple(indices), source.lines)
 
