@@ -11,6 +11,7 @@ from pathlib import Path
 from flowtrain.cli.output_files import check_outputs, run_dir_of, written_as
 from flowtrain.cli.overrides import OUTPUTS
 from flowtrain.cli.usage import Usage
+from flowtrain.plotting.curves import series_of
 from flowtrain.plotting.runs_figure import MOST_RUNS, draw_runs
 from flowtrain.runs.console import messages, shortest
 from flowtrain.runs.listing import COLUMNS, ListedRun, find_runs, read_rows
@@ -201,8 +202,8 @@ def draw(path: Path, runs: Sequence[ListedRun]) -> None:
     Raises:
         ConfigError: no run has a validation, or there are more than MOST_RUNS curves.
     """
-    rows = {_label(run): read_rows(run.path) for run in runs}
-    curves = {name: metrics for name, metrics in rows.items() if any(_is_validation(row) for row in metrics)}
+    rows = {_label(run): [row for row in read_rows(run.path) if row.get("split") == "val"] for run in runs}
+    curves = {name: validations for name, validations in rows.items() if series_of(validations, "nll")}
     if left := [name for name in rows if name not in curves]:
         log.warning("%s: no validation in metrics.jsonl, so no curve is drawn", ", ".join(left))
     if not curves:
@@ -216,8 +217,3 @@ def draw(path: Path, runs: Sequence[ListedRun]) -> None:
 
 def _label(run: ListedRun) -> str:
     return " ".join([str(shortest(run.path)), *(f"{key}={value}" for key, value in run.overrides.items())])
-
-
-def _is_validation(row: dict[str, object]) -> bool:
-    nll = row.get("nll")
-    return row.get("split") == "val" and isinstance(nll, int | float) and math.isfinite(nll)

@@ -100,12 +100,12 @@ def draw_curves(
         style.save(figure, path, options)
 
 
-def series_of(rows: Rows, key: str) -> Series:
-    """Returns the finite values of `key` by step. If a resumed run has several values at a step, the last is used."""
+def series_of(rows: Rows, key: str, x: str = "step") -> Series:
+    """Returns the finite values of `key` by step, or by `x`. If several rows have the same step, the last is used."""
     found = {}
     for row in rows:
-        step, value = row.get("step"), row.get(key)
-        if _finite(step) and _finite(value):
+        step, value = row.get(x), row.get(key)
+        if is_finite(step) and is_finite(value):
             found[float(step)] = min(max(float(value), -FARTHEST), FARTHEST)
     steps = sorted(found)
     return Series(np.array(steps), np.array([found[step] for step in steps]))
@@ -117,7 +117,8 @@ def nonzero_series(rows: Rows, key: str) -> Series:
     return found if found.values.any() else Series(np.array([]), np.array([]))
 
 
-def _finite(value: Any) -> TypeGuard[float]:
+def is_finite(value: Any) -> TypeGuard[float]:
+    """Whether a value of a row is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -154,7 +155,7 @@ def _likelihood(axes: Axes, rows: Rows, entropy: float | None, kept: int | None 
         every = max(1, len(curve.values) // 40)
         axes.plot(curve.steps, curve.values, f"{line}o", color=colour, markersize=3.5, markevery=every, label=best)
     low, high = _frame(train, list(others.values()))
-    if unit == "nats" and _finite(entropy):
+    if unit == "nats" and is_finite(entropy):
         axes.axhline(entropy, color=style.INK, linestyle=style.DASHES, linewidth=1.1, label="entropy of the data")
         low, high = min(low, entropy), max(high, entropy)
     margin = 0.07 * (high - low) or 0.5
@@ -292,7 +293,7 @@ def _right_scale(axes: Axes, name: str) -> Axes:
 
 def _share_steps(panels: Sequence[Axes], rows: Rows, kept: int | None) -> None:
     """Gives all panels the same steps, with labels below the last panel."""
-    steps = [float(step) for row in rows if _finite(step := row.get("step"))]
+    steps = [float(step) for row in rows if is_finite(step := row.get("step"))]
     low, high = (min(steps), max(steps)) if steps else (0.0, 1.0)
     margin = 0.01 * (high - low) or 1.0
     for axes in panels:

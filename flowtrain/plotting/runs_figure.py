@@ -1,6 +1,5 @@
 """Validation curves of several runs in one figure."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from flowtrain.plotting import style
-
-Rows = Sequence[Mapping[str, Any]]
+from flowtrain.plotting.curves import Rows, is_finite, series_of
 
 # inches
 LEFT, BOTTOM, TALL, GAP, ABOVE, LEGEND_LINE = 0.72, 0.5, 2.9, 0.35, 0.5, 0.2
@@ -31,7 +29,7 @@ def draw_runs(path: Path, *, runs: Mapping[str, Rows], title: str) -> None:
         runs: the rows of metrics.jsonl by the name of the run; at least one row of one run has a validation NLL.
     """
     rows = {name: [row for row in metrics if row.get("split") == "val"] for name, metrics in runs.items()}
-    in_bits = all(_is_finite(row.get("bits_per_dim")) for validations in rows.values() for row in validations)
+    in_bits = all(is_finite(row.get("bits_per_dim")) for validations in rows.values() for row in validations)
     key, unit = ("bits_per_dim", "bits/dim") if in_bits else ("nll", "nats")
     columns = 3 if max(map(len, runs)) <= 32 else 2 if max(map(len, runs)) <= 50 else 1
     legend = LEGEND_LINE * -(-len(runs) // columns)
@@ -67,12 +65,10 @@ def draw_runs(path: Path, *, runs: Mapping[str, Rows], title: str) -> None:
 
 def _curve(axes: Axes, rows: Rows, x: str, y: str, look: Mapping[str, Any]) -> np.ndarray:
     """Draws a curve, and returns its values of y. If several rows have the same x, the last one counts."""
-    found = {float(row[x]): float(row[y]) for row in rows if _is_finite(row.get(x)) and _is_finite(row.get(y))}
-    places = sorted(found)
-    values = np.array([found[place] for place in places])
-    every = max(1, len(values) // 25)
-    axes.plot(places, values, marker="o", markersize=3, markevery=every, **look)
-    return values
+    found = series_of(rows, y, x)
+    every = max(1, len(found.values) // 25)
+    axes.plot(found.steps, found.values, marker="o", markersize=3, markevery=every, **look)
+    return found.values
 
 
 def _limits(curves: Sequence[np.ndarray]) -> tuple[float, float]:
@@ -87,7 +83,3 @@ def _limits(curves: Sequence[np.ndarray]) -> tuple[float, float]:
     high = min(high, bulk + (bulk - low)) if bulk > low else high
     margin = 0.06 * (high - low) or 0.5
     return low - margin, high + margin
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
