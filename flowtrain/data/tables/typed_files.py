@@ -83,7 +83,9 @@ def read_typed(
     with _readable(file):
         source = _sheet(file, key, header) if file.suffix.lower() == ".xlsx" else _frame(file)
         unnamed = [i for i, name in enumerate(source.names) if UNNAMED.fullmatch(name)]
-        left_out = [i for i, column in zip(unnamed, source.read(unnamed), strict=True) if _is_row_index(column)]
+        left_out = [
+            i for i, column in zip(unnamed, source.read(unnamed), strict=True) if _is_row_index(column, i, source)
+        ]
         indices = choose(source.names, left_out)
         columns = source.read(indices)
     n = len(columns[0])
@@ -91,11 +93,10 @@ def read_typed(
         raise DataError(f"{file} has no rows")
     values, found = np.empty((n, len(columns))), []
     for k, (i, column) in enumerate(zip(indices, columns, strict=True)):
-        numbers, text = _numbers(column, na)
+        numbers, text = _numbers(column, na, i, source)
         if text is None:
             values[:, k] = numbers
         else:
-            text.index, text.name, text.place = i, source.names[i], source.row(int(text.place))
             found.append(text)
     if found:
         first = found[0]
@@ -240,21 +241,25 @@ def _with_floats(texts: Series, floats: Series) -> Series:
 # Columns
 
 
-def _is_row_index(column: Series) -> bool:
+def _is_row_index(column: Series, index: int, source: _Source) -> bool:
     """Whether a column without a name is empty, or contains row numbers (distinct whole numbers) or row names."""
     column = column.drop_nulls()
     if not len(column):
         return True
     if column.dtype.is_numeric():
         return bool((column == column.floor()).all()) and column.n_unique() == len(column)
-    return _numbers(column, ())[1] is not None
+    return _numbers(column, (), index, source)[1] is not None
 
 
-def _numbers(column: Series, na: Collection[str]) -> tuple[NDArray[np.float64], TextColumn | None]:
+def _numbers(
+    column: Series, na: Collection[str], index: int, source: _Source
+) -> tuple[NDArray[np.float64], TextColumn | None]:
     """Returns the numbers of a column, (n,), with NaN for missing values.
 
-    If some cells are neither numbers nor missing values, the second value describes them, and there are no numbers. Its
-    `place` is the row number of the first such cell.
+    If some cells are neither numbers nor missing values, the second value describes them, and there are no numbers.
+
+    Args:
+        index: the position of the column in `source`, for the description.
     """
     polars = importlib.import_module("polars")
     dtype, kind = column.dtype, str(column.dtype)
@@ -267,7 +272,10 @@ def _numbers(column: Series, na: Collection[str]) -> tuple[NDArray[np.float64], 
         rows = np.flatnonzero(column.is_not_null().to_numpy())
         if not len(rows):
             return np.full(n, np.nan), None
-        return np.empty(0), TextColumn(0, "", words, str(rows[0]), str(column[int(rows[0])]), len(rows))
+        first = int(rows[0])
+        return np.empty(0), TextColumn(
+            index, source.names[index], words, source.row(first), str(column[first]), len(rows)
+        )
     cells = column.cast(polars.String).to_list()
     known: dict[str | None, float | None] = {None: float("nan")}
     for cell in set(cells) - {None}:
@@ -277,7 +285,7 @@ def _numbers(column: Series, na: Collection[str]) -> tuple[NDArray[np.float64], 
     bad = [i for i, value in enumerate(values) if value is None]
     if not bad:
         return np.array(values, dtype=np.float64), None
-    found = TextColumn(0, "", "text", str(bad[0]), cells[bad[0]])
+    found = TextColumn(index, source.names[index], "text", source.row(bad[0]), cells[bad[0]])
     for i in bad:
         found.add(cells[i])
     return np.empty(0), found
