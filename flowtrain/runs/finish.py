@@ -35,7 +35,7 @@ def finish(
         flow: a flow into which the weights are loaded. None: a flow is built from the config.
     """
 
-    def place(name: str) -> Path:
+    def path_of(name: str) -> Path:
         return run_dir / f"plots/{name}.png"
 
     # the trainer's config, because the solver guard may have reduced the step size
@@ -61,7 +61,7 @@ def finish(
     rest["val_nll_stderr"] = None if trainer.best is None else stderr_at(trainer.metrics.rows, trainer.best["step"])
     write_json(run_dir / "result.json", {**result.to_dict(), **rest})
     rows = trainer.validations() if isinstance(trainer, Search) else trainer.metrics.rows
-    drawn = draw_figures(flow, data, result, rows, config, place, options, time_budget)
+    drawn = draw_figures(flow, data, result, rows, config, path_of, options, time_budget)
     if board is not None:
         board.end(result.to_dict(), [path for path in drawn if path.suffix == ".png"], trainer.step)
     trained = f"{'trained':>{NAMES}}  in {trainer.seconds:.1f} s, {trainer.summary(saved['step'])}"
@@ -77,7 +77,7 @@ def draw_figures(
     result: Evaluation,
     rows: Sequence[Mapping[str, Any]],
     config: Mapping[str, Any],
-    place: Callable[[str], Path],
+    path_of: Callable[[str], Path],
     options: PlotOptions,
     time_budget: TimeBudget | None = None,
 ) -> list[Path]:
@@ -90,7 +90,7 @@ def draw_figures(
         rows: the rows of metrics.jsonl, or the validations of several runs, each with its name as split; empty: the
             training curves are not drawn.
         config: names the model and the data in titles.
-        place: the path of a figure by its name.
+        path_of: returns the path of a figure from its name.
         time_budget: leaves out figures for which there is no time.
 
     Returns:
@@ -100,17 +100,17 @@ def draw_figures(
     if rows:
         with warn_if_plotting_fails("curves"):
             kept = None if result.members else result.step
-            draw_curves(place("curves"), rows=rows, title=title, entropy=data.entropy, kept=kept, options=options)
-            drawn += options.files(place("curves"))
+            draw_curves(path_of("curves"), rows=rows, title=title, entropy=data.entropy, kept=kept, options=options)
+            drawn += options.files(path_of("curves"))
     if time_budget is None or time_budget.has_time_for("samples"):
         with warn_if_plotting_fails("samples"):
-            pictures.draw(flow, data, place("samples"), title, options=options)
-            drawn += options.files(place("samples"))
-    drawn += pictures.draw_evaluation(result, data, title_of(config), data_name(config), place, options)
+            pictures.draw(flow, data, path_of("samples"), title, options=options)
+            drawn += options.files(path_of("samples"))
+    drawn += pictures.draw_evaluation(result, data, title_of(config), data_name(config), path_of, options)
     if isinstance(flow, Flow) and (
         time_budget is None or time_budget.has_time_for("the flow in more detail", more=True)
     ):
-        drawn += pictures.draw_other_figures(flow, data, place, title, options)
+        drawn += pictures.draw_other_figures(flow, data, path_of, title, options)
     return drawn
 
 
