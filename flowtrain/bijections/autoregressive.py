@@ -22,7 +22,7 @@ class Autoregressive(Bijection):
 
     Args:
         groups: the group of each element, (d,), whole numbers from 0.
-        conditioner: (x, label) -> theta (B, size * d), see `Elementwise`. theta of element i may depend only on
+        conditioner: (x, context) -> theta (B, size * d), see `Elementwise`. theta of element i may depend only on
             elements of smaller groups. `MaskedMLP(groups, hidden, groups.repeat(size))` has this mask.
         cap: bound on the log-scale of the default f.
         input_bound: B. None: no bound and no W.
@@ -56,19 +56,19 @@ class Autoregressive(Bijection):
 
     groups: Tensor
 
-    def theta(self, x: Tensor, label: Tensor | None) -> Tensor:
+    def theta(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Returns the parameters of f. Under autocast the output of the conditioner is converted to the dtype of x."""
-        return conditioned(self.conditioner, bounded(x, self.input_bound), label).to(x.dtype)
+        return conditioned(self.conditioner, bounded(x, self.input_bound), context).to(x.dtype)
 
-    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y = x if self.input_bound is None else x - self.linear(x).to(x.dtype)
-        z, log_slope = self.transform.to_base(y, self.theta(x, label))
+        z, log_slope = self.transform.to_base(y, self.theta(x, context))
         return z, log_slope.sum(1)
 
-    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, log_slope = torch.zeros_like(z), torch.zeros_like(z)
         for group in range(self.passes):
-            y, log_slopes = self.transform.to_data(z, self.theta(x, label))
+            y, log_slopes = self.transform.to_data(z, self.theta(x, context))
             if self.input_bound is not None:
                 y = y + self.linear(x).to(x.dtype)
             # only the elements of this group are final

@@ -33,18 +33,18 @@ class Pass(NamedTuple):
 
 
 class Bijection(Recorded, nn.Module, ABC):
-    """An invertible map between base and data, which may depend on a class label.
+    """An invertible map between base and data, which may depend on a context.
 
-    `forward(z, label)` returns (x, log|det dx/dz|), and `inverse(x, label)` returns (z, log|det dz/dx|). z and x are
-    (B, *event_shape), and log-determinants are (B,), in nats. `label` contains whole numbers, (B,), or is None. Every
-    bijection accepts a label, so that all bijections can be composed.
+    `forward(z, context)` returns (x, log|det dx/dz|), and `inverse(x, context)` returns (z, log|det dz/dx|). z and x
+    are (B, *event_shape), and log-determinants are (B,), in nats. `context` is None, or class labels (B,), int64, or
+    real features (B, F). Every bijection accepts a context, so that all bijections can be composed.
 
     Example:
         >>> class Double(Bijection):
-        ...     def forward(self, z, label=None):
+        ...     def forward(self, z, context=None):
         ...         return 2 * z, z.new_full(z.shape[:1], z[0].numel() * math.log(2))
         ...
-        ...     def inverse(self, x, label=None):
+        ...     def inverse(self, x, context=None):
         ...         return x / 2, x.new_full(x.shape[:1], -x[0].numel() * math.log(2))
         >>> x, log_det = Double()(torch.ones(1, 3))
         >>> x, round(float(log_det), 4)  # 3 log 2
@@ -59,35 +59,35 @@ class Bijection(Recorded, nn.Module, ABC):
                 setattr(cls, f"pass_{name}", default)
 
     @abstractmethod
-    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Maps base to data: returns (x, log|det dx/dz|)."""
 
     @abstractmethod
-    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Maps data to base: returns (z, log|det dz/dx|)."""
 
-    def pass_forward(self, z: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
+    def pass_forward(self, z: Tensor, context: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
         """Maps base to data with options for the ODE solves, and returns the path integrals that the options request.
 
         A bijection that contains others overrides this method and `pass_inverse`, and passes the options on. The
         default calls `forward`. The options apply also to ODE solves inside `forward`.
         """
-        return _with_options(self.forward, z, label, options)
+        return _with_options(self.forward, z, context, options)
 
-    def pass_inverse(self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
+    def pass_inverse(self, x: Tensor, context: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
         """Maps data to base with options, see `pass_forward`."""
-        return _with_options(self.inverse, x, label, options)
+        return _with_options(self.inverse, x, context, options)
 
-    def map_forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+    def map_forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Maps base to data without the log-determinant. Subclasses override it if this saves work."""
-        return self.forward(z, label)[0]
+        return self.forward(z, context)[0]
 
-    def map_inverse(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+    def map_inverse(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Maps data to base without the log-determinant."""
-        return self.inverse(x, label)[0]
+        return self.inverse(x, context)[0]
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Sets data-dependent parameters from data x (B, *event_shape), once, before training. Returns z.
 
         This default sets no parameters and applies the map to x in parts. Couplings and continuous flows are initially
@@ -95,14 +95,14 @@ class Bijection(Recorded, nn.Module, ABC):
         """
         rows = max(1, PART // math.prod(x.shape[1:]))
         parts = torch.split(x, rows)
-        labels = [None] * len(parts) if label is None else torch.split(label, rows)
+        contexts = [None] * len(parts) if context is None else torch.split(context, rows)
         before = [buffer.clone() for buffer in self.buffers()]
-        first = self.map_inverse(parts[0], labels[0])
+        first = self.map_inverse(parts[0], contexts[0])
         # a map with running statistics, such as batch normalization, must be applied to all parts
         unchanged = all(torch.equal(a, b) for a, b in zip(before, self.buffers(), strict=True))
         if len(parts) > 1 and unchanged and torch.equal(first, parts[0]):
             return x
-        return torch.cat([first, *(self.map_inverse(p, y) for p, y in zip(parts[1:], labels[1:], strict=True))])
+        return torch.cat([first, *(self.map_inverse(p, c) for p, c in zip(parts[1:], contexts[1:], strict=True))])
 
 
 class _OuterPass(NamedTuple):
@@ -115,25 +115,27 @@ class _OuterPass(NamedTuple):
 _OUTER: ContextVar[_OuterPass | None] = ContextVar("outer pass", default=None)
 
 
-def _with_options(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, label: Any, options: SolveOptions) -> Pass:
+def _with_options(
+    function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, context: Any, options: SolveOptions
+) -> Pass:
     """Calls `forward` or `inverse` and returns a `Pass`. During the call, `as_pass` uses the options."""
     if options is AS_CONFIGURED:
-        return Pass(*function(x, label))
+        return Pass(*function(x, context))
     outer = _OuterPass(options, [])
     token = _OUTER.set(outer)
     try:
-        y, log_det = function(x, label)
+        y, log_det = function(x, context)
     finally:
         _OUTER.reset(token)
     return Pass(y, log_det, tuple(outer.integrals))
 
 
-def as_pass(function: Callable[..., Pass], x: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
+def as_pass(function: Callable[..., Pass], x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
     """Implements `forward` or `inverse` by `pass_forward` or `pass_inverse`, with the options of an outer pass."""
     outer = _OUTER.get()
     if outer is None:
-        return function(x, label)[:2]
-    y, log_det, integrals = function(x, label, outer.options)
+        return function(x, context)[:2]
+    y, log_det, integrals = function(x, context, outer.options)
     outer.integrals.extend(integrals)
     return y, log_det
 
@@ -157,42 +159,42 @@ class Chain(Bijection):
             assert isinstance(bijection, Bijection)
             yield bijection
 
-    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return as_pass(partial(Chain.pass_forward, self), z, label)
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return as_pass(partial(Chain.pass_forward, self), z, context)
 
-    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return as_pass(partial(Chain.pass_inverse, self), x, label)
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return as_pass(partial(Chain.pass_inverse, self), x, context)
 
-    def pass_forward(self, z: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
+    def pass_forward(self, z: Tensor, context: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
         log_det = z.new_zeros(z.shape[0])
         integrals: tuple[Tensor, ...] = ()
         for bijection in self:
-            z, term, more = bijection.pass_forward(z, label, options)
+            z, term, more = bijection.pass_forward(z, context, options)
             log_det, integrals = log_det + term, integrals + more
         return Pass(z, log_det, integrals)
 
-    def pass_inverse(self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
+    def pass_inverse(self, x: Tensor, context: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
         log_det = x.new_zeros(x.shape[0])
         integrals: tuple[Tensor, ...] = ()
         for bijection in reversed(list(self)):
-            x, term, more = bijection.pass_inverse(x, label, options)
+            x, term, more = bijection.pass_inverse(x, context, options)
             log_det, integrals = log_det + term, integrals + more
         return Pass(x, log_det, integrals)
 
-    def map_forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+    def map_forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         for bijection in self:
-            z = bijection.map_forward(z, label)
+            z = bijection.map_forward(z, context)
         return z
 
-    def map_inverse(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+    def map_inverse(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         for bijection in reversed(list(self)):
-            x = bijection.map_inverse(x, label)
+            x = bijection.map_inverse(x, context)
         return x
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         for bijection in reversed(list(self)):
-            x = bijection.initialize(x, label)
+            x = bijection.initialize(x, context)
         return x
 
 

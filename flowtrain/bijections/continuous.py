@@ -71,17 +71,17 @@ class Continuous(Bijection):
         part.times = (start, end)
         return part
 
-    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return as_pass(partial(Continuous.pass_forward, self), z, label)
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return as_pass(partial(Continuous.pass_forward, self), z, context)
 
-    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return as_pass(partial(Continuous.pass_inverse, self), x, label)
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return as_pass(partial(Continuous.pass_inverse, self), x, context)
 
-    def pass_forward(self, z: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
-        return self._transport(z, label, self.times[0], self._end(options), options)
+    def pass_forward(self, z: Tensor, context: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
+        return self._transport(z, context, self.times[0], self._end(options), options)
 
-    def pass_inverse(self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
-        return self._transport(x, label, self._end(options), self.times[0], options)
+    def pass_inverse(self, x: Tensor, context: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
+        return self._transport(x, context, self._end(options), self.times[0], options)
 
     def _end(self, options: SolveOptions) -> float:
         # the end time is random only if the flow covers the interval (0, 1). The CPU's global generator draws it
@@ -89,14 +89,14 @@ class Continuous(Bijection):
             return self.times[1]
         return 1 + options.end_time * (2 * float(torch.rand(())) - 1)
 
-    def map_forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.solver.solve(self._problem(z, label, *self.times, None)).x
+    def map_forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.solver.solve(self._problem(z, context, *self.times, None)).x
 
-    def map_inverse(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.solver.solve(self._problem(x, label, *self.times[::-1], None)).x
+    def map_inverse(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.solver.solve(self._problem(x, context, *self.times[::-1], None)).x
 
-    def _transport(self, x: Tensor, label: Tensor | None, t0: float, t1: float, options: SolveOptions) -> Pass:
-        solution = self.solve(x, t0, t1, label, options)
+    def _transport(self, x: Tensor, context: Tensor | None, t0: float, t1: float, options: SolveOptions) -> Pass:
+        solution = self.solve(x, t0, t1, context, options)
         if solution.integrals is None:
             raise RuntimeError("the solver returned no integral")
         log_det, paths = solution.integrals[:, 0], solution.integrals[:, 1:]
@@ -108,41 +108,41 @@ class Continuous(Bijection):
         x: Tensor,
         t0: float,
         t1: float,
-        label: Tensor | None = None,
+        context: Tensor | None = None,
         options: SolveOptions = AS_CONFIGURED,
     ) -> Solution:
         """Solves the ODE from x (B, *event) at t0 to t1.
 
         The integrals (B, 1 + Q) are the log-determinant and the Q path integrals of `options`.
         """
-        problem = self._problem(x, label, t0, t1, self.trace.draw(x, self.training), options.integrals)
+        problem = self._problem(x, context, t0, t1, self.trace.draw(x, self.training), options.integrals)
         # at evaluation, the step control includes the error of the likelihood, so that the likelihood is accurate
         solution = self.solver.solve(problem, options if self.training else replace(options, control="all"))
         if self.training and solution.steps is not None:
             self.step_plans = {**self.step_plans, t0 < t1: solution.steps}
         return solution
 
-    def velocity(self, label: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-        """Returns the function v(t, x) for labels (B,) or None. After `compile_field`, it is compiled in training."""
-        return self._functions(label)[0]
+    def velocity(self, context: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+        """Returns the function v(t, x) for a context or None. After `compile_field`, it is compiled in training."""
+        return self._functions(context)[0]
 
-    def _functions(self, label: Tensor | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def _functions(self, context: Tensor | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Returns the velocity and `integrands`, or the compiled functions."""
-        if label is not None:
-            return given(self.field, label), integrands
+        if context is not None:
+            return given(self.field, context), integrands
         compiled = self.compiled if self.training and not transforms_active() else None
         return compiled or (self.field, integrands)
 
     def _problem(
         self,
         x: Tensor,
-        label: Tensor | None,
+        context: Tensor | None,
         t0: float,
         t1: float,
         probes: Probes | None,
         integrals: Mapping[str, Integral] = MappingProxyType({}),
     ) -> Problem:
-        velocity, evaluate_integrands = self._functions(label)
+        velocity, evaluate_integrands = self._functions(context)
         # compiled integrands also need the field, and not the compiled velocity
         field = velocity if isinstance(velocity, Field) else self.field
 
@@ -166,14 +166,14 @@ class Continuous(Bijection):
         )
 
 
-def given(field: nn.Module, label: Tensor) -> Field:
-    """Returns the field v(t, x | label) for labels (B,).
+def given(field: nn.Module, context: Tensor) -> Field:
+    """Returns the field v(t, x | context) for labels (B,) or features (B, F).
 
     Raises:
-        ConfigError: a field without labels.
+        ConfigError: a field without context.
     """
     if not isinstance(field, LayeredField):
         raise ConfigError(
-            f"{type(field).__name__} has no labels: use a field of flowtrain.nn with classes=K for p(x | label)"
+            f"{type(field).__name__} has no context: use a field of flowtrain.nn with classes=K for p(x | context)"
         )
-    return field.given(label)
+    return field.given(context)

@@ -22,9 +22,9 @@ class Coupling(Bijection):
     bounded by `cap`. Without a bound the conditioner extrapolates, and s reaches its cap in every coupling.
 
     Args:
-        conditioner: (a, label) -> theta of b, see `Elementwise`. For `ScaleShift` theta contains the raw log-scales and
-            the shifts, concatenated along dimension 1. A module of torch, such as `nn.Sequential`, is called without
-            the label.
+        conditioner: (a, context) -> theta of b, see `Elementwise`. For `ScaleShift` theta contains the raw log-scales
+            and the shifts, concatenated along dimension 1. A module of torch, such as `nn.Sequential`, is called
+            without the context.
         cap: bound on the log-scale of the default f.
         input_bound: B. None: the conditioner receives z_a, and there is no W.
         sizes: the numbers of elements of a and b. They are needed for W.
@@ -55,26 +55,26 @@ class Coupling(Bijection):
     def join(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Returns x (B, C, ...) with the new part `b`."""
 
-    def theta(self, a: Tensor, label: Tensor | None) -> Tensor:
+    def theta(self, a: Tensor, context: Tensor | None) -> Tensor:
         """Returns the parameters of f. Under autocast the output of the conditioner is converted to the dtype of a."""
-        return conditioned(self.conditioner, bounded(a, self.input_bound), label).to(a.dtype)
+        return conditioned(self.conditioner, bounded(a, self.input_bound), context).to(a.dtype)
 
     def of_b(self, log_slope: Tensor) -> Tensor:
         """Returns the log-slopes with zeros for elements that do not belong to b."""
         return log_slope
 
-    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a, b = self.split(z)
-        b, log_slope = self.transform.to_data(b, self.theta(a, label))
+        b, log_slope = self.transform.to_data(b, self.theta(a, context))
         if self.input_bound is not None:
             b = b + self.linear(a).to(b.dtype)
         return self.join(z, a, b), self.of_b(log_slope).flatten(1).sum(1)
 
-    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a, b = self.split(x)
         if self.input_bound is not None:
             b = b - self.linear(a).to(b.dtype)
-        b, log_slope = self.transform.to_base(b, self.theta(a, label))
+        b, log_slope = self.transform.to_base(b, self.theta(a, context))
         return self.join(x, a, b), self.of_b(log_slope).flatten(1).sum(1)
 
 
@@ -87,10 +87,10 @@ def bounded(x: Tensor, bound: float | None) -> Tensor:
     return x if bound is None else bound * torch.tanh(x / bound)
 
 
-def conditioned(conditioner: nn.Module, x: Tensor, label: Tensor | None) -> Tensor:
-    """Calls a conditioner. Modules of torch are called without the label."""
+def conditioned(conditioner: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
+    """Calls a conditioner. Modules of torch are called without the context."""
     of_torch = type(conditioner).__module__.startswith("torch.nn.")
-    answer: Tensor = conditioner(x) if of_torch else conditioner(x, label)
+    answer: Tensor = conditioner(x) if of_torch else conditioner(x, context)
     return answer
 
 

@@ -117,16 +117,16 @@ class Affine(Bijection):
         """Returns L, (d, d)."""
         return self.below_diagonal.tril(-1) + torch.diag(self.log_diagonal.exp())
 
-    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = z.flatten(1) @ self.factor().T + self.mean
         return x.view_as(z), self.log_diagonal.sum().expand(z.shape[0])
 
-    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z = solve_lower(self.factor(), (x.flatten(1) - self.mean).T).T
         return z.view_as(x), -self.log_diagonal.sum().expand(x.shape[0])
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         check_sample(x)
         flat = x.flatten(1)
         centred = (flat - flat.mean(0)).double()
@@ -140,7 +140,7 @@ class Affine(Bijection):
         self.mean.copy_(flat.mean(0))
         self.log_diagonal.copy_(factor.diagonal().log())
         self.below_diagonal.copy_(factor.tril(-1))
-        return self.map_inverse(x, label)
+        return self.map_inverse(x, context)
 
 
 # the smallest eigenvalue of a covariance, relative to the largest one. float32 cannot resolve smaller eigenvalues
@@ -193,12 +193,12 @@ class InvertibleLinear(Bijection):
         upper = torch.diagonal_scatter(self.upper.triu(1), self.sign * self.log_scale.exp())
         return torch.addmm(self.permutation, self.permutation, self.lower.tril(-1)) @ upper
 
-    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with full_precision(z.device):
             back = torch.linalg.inv(self.weight().double()).to(z.dtype)
             return channel_map(back, z), -self.log_det(z)
 
-    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # TF32 would add an error to z that the log-determinant does not contain
         with full_precision(x.device):
             return channel_map(self.weight(), x), self.log_det(x)
@@ -261,11 +261,11 @@ class GaussianStart(Bijection):
             self.factor.copy_(torch.linalg.inv(self.inverse_factor))
         return self
 
-    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with full_precision(z.device):
             return z @ self.factor.T + self.mean, self.log_volume.expand(z.shape[0])
 
-    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with full_precision(x.device):
             return (x - self.mean) @ self.inverse_factor.T, -self.log_volume.expand(x.shape[0])
 
@@ -282,11 +282,11 @@ class Preconditioned(Chain):
         super().__init__([model, GaussianStart(d)])
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         model, start = self
         assert isinstance(start, GaussianStart)
         start.fit(*shrunk_covariance(x))
-        return model.initialize(start.map_inverse(x), label)
+        return model.initialize(start.map_inverse(x), context)
 
 
 class FromGaussian(Chain):
@@ -309,24 +309,24 @@ class FromGaussian(Chain):
         self.diagonal = diagonal
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         start, model = self
         assert isinstance(start, GaussianStart)
-        model.initialize(x, label)
+        model.initialize(x, context)
         mean, covariance = shrunk_covariance(x)
         if self.diagonal:
             covariance = covariance.diagonal().diag()
         std = covariance.diagonal().sqrt()
         steps = torch.cat([torch.zeros_like(std).unsqueeze(0), std.diag()])
-        labels = None if label is None else label[:1].expand(len(steps))
+        contexts = None if context is None else context[:1].expand(len(steps), *context.shape[1:])
         was_training = model.training
         # evaluation mode: batch norm uses its running statistics, and dropout is off
         model.eval()
-        moved = model.map_inverse((mean + steps).to(x), labels).double()
+        moved = model.map_inverse((mean + steps).to(x), contexts).double()
         model.train(was_training)
         jacobian = (moved[1:] - moved[0]).T / std
         start.fit(moved[0], jacobian @ covariance @ jacobian.T)
-        return self.map_inverse(x, label)
+        return self.map_inverse(x, context)
 
 
 class Permutation(Bijection):
@@ -347,8 +347,8 @@ class Permutation(Bijection):
     order: Tensor
     back: Tensor
 
-    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return z[:, self.order], z.new_zeros(z.shape[0])
 
-    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x[:, self.back], x.new_zeros(x.shape[0])

@@ -33,13 +33,13 @@ class Logit(Bijection):
         super().__init__()
         self.levels, self.alpha = levels, alpha
 
-    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         p, q = torch.sigmoid(z), torch.sigmoid(-z)
         # the smaller of the two sigmoids is accurate, so x is computed from the nearer end of the interval
         x = self.levels * torch.where(z < 0, p - self.alpha, 1 - self.alpha - q) / (1 - 2 * self.alpha)
         return x, -self._log_det(p, q)
 
-    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         slope = (1 - 2 * self.alpha) / self.levels
         # 1 - p is computed from the distance to the upper end, which avoids cancellation
         p, q = self.alpha + slope * x, self.alpha + slope * (self.levels - x)

@@ -35,10 +35,10 @@ class ActNorm(Bijection):
         self.log_scale = nn.Parameter(torch.zeros(shape))
         self.shift = nn.Parameter(torch.zeros(shape))
 
-    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return torch.addcmul(self.over(self.shift, z), z, self.over(self.log_scale.exp(), z)), self.log_det(z)
 
-    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return (x - self.over(self.shift, x)) * self.over((-self.log_scale).exp(), x), -self.log_det(x)
 
     def log_det(self, x: Tensor) -> Tensor:
@@ -51,13 +51,13 @@ class ActNorm(Bijection):
         return per_channel(v, x) if v.dim() == 1 else v
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         check_sample(x)
         shared = (0, *range(2, x.dim())) if self.shift.dim() == 1 else (0,)
         std = x.std(shared, correction=0)
         self.shift.copy_(x.mean(shared))
         self.log_scale.copy_(std.clamp_min(LEAST).log().where(varies(std, self.shift), 0))
-        return self.map_inverse(x, label)
+        return self.map_inverse(x, context)
 
 
 class BatchNorm(Bijection):
@@ -77,11 +77,11 @@ class BatchNorm(Bijection):
     mean: Tensor
     variance: Tensor
 
-    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         std = (self.variance + self.eps).sqrt()
         return torch.addcmul(per_channel(self.mean, z), z, per_channel(std, z)), self.log_det(self.variance, z)
 
-    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mean, variance = self.mean, self.variance
         # an empty batch has no statistics
         if self.training and len(x):
@@ -100,7 +100,7 @@ class BatchNorm(Bijection):
         return (elements_per_channel(x) * (variance + self.eps).log().sum() / 2).expand(x.shape[0])
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         check_sample(x)
         variance, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
         variance = variance.where(varies(variance.sqrt(), mean), 1)
@@ -156,13 +156,13 @@ class Standardize(Bijection):
         self.mean.copy_(mean)
         self.std.copy_(std)
 
-    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = z * self.std + self.mean
         if self.offset is not None:
             x = x.double() + self.offset.double()
         return x, self.std.log().sum().expand(z.shape[0])
 
-    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.offset is not None:
             x = (x.double() - self.offset.double()).to(self.mean.dtype)
         return (x - self.mean) / self.std, -self.std.log().sum().expand(x.shape[0])

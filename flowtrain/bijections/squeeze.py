@@ -31,34 +31,34 @@ class Wrapped(Bijection):
     def leave(self, inside: Tensor, outside: Tensor | None) -> Tensor:
         """Inverts `enter`."""
 
-    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return as_pass(partial(Wrapped.pass_forward, self), z, label)
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return as_pass(partial(Wrapped.pass_forward, self), z, context)
 
-    def inverse(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return as_pass(partial(Wrapped.pass_inverse, self), x, label)
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return as_pass(partial(Wrapped.pass_inverse, self), x, context)
 
-    def pass_forward(self, z: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
+    def pass_forward(self, z: Tensor, context: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
         inside, outside = self.enter(z)
-        x, log_det, integrals = self.inner.pass_forward(inside, label, options)
+        x, log_det, integrals = self.inner.pass_forward(inside, context, options)
         return Pass(self.leave(x, outside), log_det, integrals)
 
-    def pass_inverse(self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
+    def pass_inverse(self, x: Tensor, context: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
         inside, outside = self.enter(x)
-        z, log_det, integrals = self.inner.pass_inverse(inside, label, options)
+        z, log_det, integrals = self.inner.pass_inverse(inside, context, options)
         return Pass(self.leave(z, outside), log_det, integrals)
 
-    def map_forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+    def map_forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         inside, outside = self.enter(z)
-        return self.leave(self.inner.map_forward(inside, label), outside)
+        return self.leave(self.inner.map_forward(inside, context), outside)
 
-    def map_inverse(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+    def map_inverse(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         inside, outside = self.enter(x)
-        return self.leave(self.inner.map_inverse(inside, label), outside)
+        return self.leave(self.inner.map_inverse(inside, context), outside)
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         inside, outside = self.enter(x)
-        return self.leave(self.inner.initialize(inside, label), outside)
+        return self.leave(self.inner.initialize(inside, context), outside)
 
 
 class Squeeze(Wrapped):

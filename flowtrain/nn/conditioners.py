@@ -30,7 +30,8 @@ class MLP(Recorded, nn.Sequential):
         hidden: widths of the hidden layers.
         n_out: number of outputs.
         activation: relu | tanh | swish.
-        classes: number of classes of the labels (B,), which are one-hot inputs. None: no labels.
+        classes: the size K of the context: the number of classes of labels (B,), which are one-hot inputs, or the
+            number of features (B, K), which are inputs. None: no context.
         dropout: probability of dropping a hidden unit in training.
     """
 
@@ -52,9 +53,9 @@ class MLP(Recorded, nn.Sequential):
         super().__init__(*body, zero(nn.Linear(sizes[-1], n_out)))
         self.classes = classes
 
-    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """Returns (B, n_out) for x (B, n_in) and, with classes, labels (B,)."""
-        x = with_label(x, label, self.classes)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns (B, n_out) for x (B, n_in) and, with classes, a context (B,) or (B, K)."""
+        x = with_context(x, context, self.classes)
         y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return y
 
@@ -72,13 +73,25 @@ def one_width(hidden: Sequence[int]) -> int:
     return hidden[0]
 
 
-def with_label(x: Tensor, label: Tensor | None, classes: int | None) -> Tensor:
-    """Returns x (B, n) with the one-hot labels (B,) appended, (B, n + classes). Without classes, returns x."""
+def with_context(x: Tensor, context: Tensor | None, classes: int | None) -> Tensor:
+    """Returns x (B, n) with a context appended, (B, n + classes): one-hot labels (B,), or features (B, classes).
+
+    Without classes, returns x.
+    """
     if classes is None:
         return x
-    assert label is not None
-    # vmap does not support F.one_hot
-    return torch.cat([x, F.embedding(label, torch.eye(classes, dtype=x.dtype, device=x.device))], 1)
+    assert context is not None
+    if not context.is_floating_point():
+        # vmap does not support F.one_hot
+        context = F.embedding(context, torch.eye(classes, dtype=x.dtype, device=x.device))
+    return torch.cat([x, context.to(x.dtype)], 1)
+
+
+def embedded(context: Tensor, embedding: Tensor) -> Tensor:
+    """Returns E[context], (B, n), for labels (B,), or context E for features (B, K), with the matrix E (K, n)."""
+    if context.is_floating_point():
+        return context.to(embedding.dtype) @ embedding
+    return F.embedding(context, embedding)
 
 
 class ConvNet(Recorded, nn.Module):
@@ -92,7 +105,8 @@ class ConvNet(Recorded, nn.Module):
         hidden: channels of the hidden layers, at least one.
         n_out: number of output channels.
         activation: relu | tanh | swish.
-        classes: number of classes of the labels (B,). Each class has a bias of the first hidden layer. None: no labels.
+        classes: the size K of the context, see `MLP`. Each class or feature has a bias of the first hidden layer.
+            None: no context.
         size: (H, W) of the images, for a bias of the first hidden layer at each pixel. None: no such bias.
     """
 
@@ -112,9 +126,9 @@ class ConvNet(Recorded, nn.Module):
         self.activation = ACTIVATIONS[activation]()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """Returns (B, n_out, H, W) for x (B, n_in, H, W) and, with classes, labels (B,)."""
-        h = self.first(x, label)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns (B, n_out, H, W) for x (B, n_in, H, W) and, with classes, a context (B,) or (B, K)."""
+        h = self.first(x, context)
         for layer in self.middle:
             h = layer(self.activation(h))
         y: Tensor = self.last(self.activation(h))
@@ -156,9 +170,9 @@ class ResidualNet(Recorded, nn.Module):
         self.last = zero(nn.Conv2d(width, n_out, 3, padding="same"))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """Returns (B, n_out, H, W) for x (B, n_in, H, W) and, with classes, labels (B,)."""
-        h = self.first(x, label)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns (B, n_out, H, W) for x (B, n_in, H, W) and, with classes, a context (B,) or (B, K)."""
+        h = self.first(x, context)
         for block in self.blocks:
             h = block(h)
         y: Tensor = self.last(self.activation(h))
@@ -182,12 +196,12 @@ class Block(nn.Sequential):
 
 
 class InformedConv(Recorded, nn.Conv2d):
-    """The convolution W * x + b + E[label] + P, with a bias E for each class and a bias P for each pixel.
+    """The convolution W * x + b + E[context] + P, with a bias E for the context and a bias P for each pixel.
 
     Args:
         n_in: number of input channels.
         n_out: number of output channels.
-        classes: number of classes. None: no E.
+        classes: the size of the context, see `embedded`. None: no E.
         size: (H, W) of the images. None: no P.
     """
 
@@ -196,11 +210,11 @@ class InformedConv(Recorded, nn.Conv2d):
         self.embedding = None if classes is None else nn.Parameter(torch.zeros(classes, n_out))
         self.places = None if size is None else nn.Parameter(torch.zeros(1, n_out, *size))
 
-    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """Returns (B, n_out, H, W) for x (B, n_in, H, W) and, with classes, labels (B,)."""
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns (B, n_out, H, W) for x (B, n_in, H, W) and, with classes, a context (B,) or (B, K)."""
         # channels_last is faster, but vmap does not support it
         y = super().forward(x if transforms_active() else x.contiguous(memory_format=torch.channels_last))
         if self.embedding is not None:
-            assert label is not None
-            y = y + F.embedding(label, self.embedding).unsqueeze(-1).unsqueeze(-1)
+            assert context is not None
+            y = y + embedded(context, self.embedding).unsqueeze(-1).unsqueeze(-1)
         return y if self.places is None else y + self.places

@@ -225,7 +225,7 @@ class ConvField(LayeredField[TimedConv2d]):
         layer: concatsquash | concat | time_embedding.
         activation: tanh | softplus | swish.
         kernel_size: an odd number, so that images keep their size.
-        classes: number of classes for `given`. None: no labels.
+        classes: the size of the context for `given`, see `MLP`. None: no context.
         size: (H, W) of the images, for a bias of the first layer at each pixel. None: no such bias.
 
     Raises:
@@ -279,7 +279,7 @@ class ConvField(LayeredField[TimedConv2d]):
         return v.contiguous(), je.contiguous()
 
     def with_pixel_bias(self, shift: Tensor | None) -> Tensor | None:
-        """Adds the bias of each pixel to the shift of the labels."""
+        """Adds the bias of each pixel to the shift of the context."""
         if shift is None or self.places is None:
             return self.places if shift is None else shift
         return shift + self.places

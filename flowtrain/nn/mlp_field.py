@@ -307,7 +307,7 @@ class MLPField(LayeredField[TimedLinear]):
         hidden: widths of the hidden layers.
         layer: concatsquash | concat | time_embedding.
         activation: tanh | softplus | swish.
-        classes: number of classes for `given`. None: no labels.
+        classes: the size of the context for `given`, see `MLP`. None: no context.
         init_scale: scale of the initial weights of the first layer, see `spread_units`. None: torch's default,
             U(-1, 1) / sqrt(d).
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _functorch
 
-from flowtrain.nn.conditioners import ACTIVATIONS, one_width, with_label, zero
+from flowtrain.nn.conditioners import ACTIVATIONS, one_width, with_context, zero
 from flowtrain.utils.autograd import transforms_active
 from flowtrain.utils.products import product
 from flowtrain.utils.recorded import Recorded
@@ -29,7 +29,7 @@ class ResidualMLP(Recorded, nn.Module):
         hidden: widths of the blocks, all equal.
         n_out: number of outputs.
         activation: relu | tanh | swish.
-        classes: number of classes of the labels (B,), which are one-hot inputs. None: no labels.
+        classes: the size K of the context, see `MLP`. None: no context.
         dropout: probability of dropping a hidden unit in training.
 
     Raises:
@@ -53,9 +53,9 @@ class ResidualMLP(Recorded, nn.Module):
         self.last = zero(nn.Linear(width, n_out))
         self.activation = ACTIVATIONS[activation]()
 
-    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """Returns (B, n_out) for x (B, n_in) and, with classes, labels (B,)."""
-        x = with_label(x, label, self.classes)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns (B, n_out) for x (B, n_in) and, with classes, a context (B,) or (B, K)."""
+        x = with_context(x, context, self.classes)
         layers = [_layer(module) for module in (self.first, *self.blocks, self.last)]
         drops: list[Tensor | None] = [None] * (len(self.blocks) // 2)
         if self.training and self.dropout:
@@ -72,7 +72,7 @@ class MaskedMLP(ResidualMLP):
 
     The weights are masked (Germain et al. 2015, MADE; with residual blocks Nash and Durkan 2019, Autoregressive energy
     machines). Hidden units of group m depend on inputs of groups up to m. Outputs of group g depend on hidden units of
-    groups below g. Labels are inputs in a separate group below all others. The output is initially zero.
+    groups below g. The context is an input in a separate group below all others. The output is initially zero.
 
     Args:
         inputs: the group of each input, (n_in,), whole numbers from 0.
@@ -101,7 +101,7 @@ class MaskedMLP(ResidualMLP):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(len(inputs), hidden, len(outputs), activation, classes, dropout)
-        # hidden units of group -1 depend only on labels, or on no input
+        # hidden units of group -1 depend only on the context, or on no input
         lowest = -1 if classes or int(outputs.max()) == 0 else 0
         highest = max(int(outputs.max()) - 1, lowest)
         units = lowest + torch.arange(hidden[0], device="cpu") % (highest - lowest + 1)

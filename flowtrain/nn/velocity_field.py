@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowtrain.nn.conditioners import embedded
 from flowtrain.utils.arguments import one_of
 from flowtrain.utils.autograd import transforms_active
 from flowtrain.utils.errors import ConfigError
@@ -243,7 +244,7 @@ Layer = TypeVar("Layer", bound=TimedLayer)
 
 
 class LayeredField(Field, Generic[Layer]):
-    """The field v(t, x) = layer_L(t, f(.. f(layer_1(t, x) + E[label]))), with a vector E[label] for each class.
+    """The field v(t, x) = layer_L(t, f(.. f(layer_1(t, x) + E[context]))), see `embedded` for E[context].
 
     The last layer is initially zero. So an untrained flow is the identity, and its first solve is cheap.
 
@@ -251,7 +252,7 @@ class LayeredField(Field, Generic[Layer]):
         layers: the layers 1 to L.
         activation: f, tanh | softplus | swish.
         width: width of the first hidden layer.
-        classes: number of classes. None: no labels and no E.
+        classes: the size of the context. None: no context and no E.
 
     Raises:
         ConfigError: an unknown activation.
@@ -272,7 +273,7 @@ class LayeredField(Field, Generic[Layer]):
         return [*self.body, self.head]
 
     def forward(self, t: Tensor, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """Returns v(t, x). `shift`, the term of the labels, broadcasts against the output of the first layer."""
+        """Returns v(t, x). `shift`, the term of the context, broadcasts against the output of the first layer."""
         first, *body = self.body
         x = first(t, x) if shift is None else first(t, x) + shift
         for layer in body:
@@ -284,15 +285,15 @@ class LayeredField(Field, Generic[Layer]):
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns (v, J e), see `Field.jvp`. `shift` is the same as in `forward`."""
 
-    def given(self, label: Tensor) -> "Given":
-        """Returns the field v(t, x | label) for labels (B,).
+    def given(self, context: Tensor) -> "Given":
+        """Returns the field v(t, x | context) for labels (B,) or features (B, K).
 
         Raises:
             ConfigError: a field without classes.
         """
         if self.embedding is None:
-            raise ConfigError(f"{type(self).__name__} was built without classes: build it with classes=K for labels")
-        return Given(self, as_event(F.embedding(label, self.embedding), self.event_dims))
+            raise ConfigError(f"{type(self).__name__} was built without classes: build it with classes=K for a context")
+        return Given(self, as_event(embedded(context, self.embedding), self.event_dims))
 
     def can_use_kernels(self, t: Tensor, x: Tensor, tangents: Tensor) -> bool:
         """Whether the hand-written kernels can be used. They need the same time for all rows."""
@@ -316,7 +317,7 @@ class LayeredField(Field, Generic[Layer]):
 
 
 class Given(Field):
-    """The field v(t, x | label) for the labels of a batch."""
+    """The field v(t, x | context) for the context of a batch."""
 
     def __init__(self, field: LayeredField[Any], shift: Tensor) -> None:
         super().__init__()
