@@ -17,7 +17,7 @@ from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.elementwise import ScaleShift
 from flowtrain.bijections.scale import ActNorm
 from flowtrain.flow import Flow
-from flowtrain.models.multiscale import from_data, labelled
+from flowtrain.models.multiscale import conditioned, from_data
 from flowtrain.models.nsf import MIXINGS, columns, mixed, spline
 from flowtrain.nn.conditioners import ACTIVATIONS
 from flowtrain.nn.residual_mlp import MaskedMLP
@@ -42,6 +42,7 @@ def maf(
     dropout: float = 0.0,
     conditional: bool = False,
     classes: int | None = None,
+    context: int | None = None,
 ) -> Flow:
     """Masked autoregressive flow of vectors (d,), with affine maps or splines.
 
@@ -66,13 +67,15 @@ def maf(
         dropout: the dropout probability in the conditioners.
         conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
+        context: the number of real features c of a flow p(x | c), in place of labels. None: no context.
 
     Raises:
-        ConfigError: samples that are not vectors, `conditional` without `classes`, or a setting out of range.
+        ConfigError: samples that are not vectors, `conditional` without `classes` or together with `context`, or a
+            setting out of range.
     """
     d = columns("maf", event_shape)
     activation = one_of("model.activation", activation, ACTIVATIONS)
-    given = labelled("maf", flag("model.conditional", conditional), classes)
+    given, kind = conditioned("maf", flag("model.conditional", conditional), classes, context)
     residual, drop = widths("model.hidden", hidden), share("model.dropout", dropout)
     limit = None if input_bound is None else number("model.input_bound", input_bound)
     largest, _ = number("model.cap", cap), spline(bins, bound)
@@ -86,4 +89,4 @@ def maf(
         chosen = ScaleShift(largest) if transform == "affine" else spline(bins, bound)
         net = MaskedMLP(order, residual, order.repeat(chosen.size), activation, given, drop)
         parts += [*mixed(mixing, d), Autoregressive(order, net, input_bound=limit, transform=chosen)]
-    return Flow((d,), from_data([ActNorm(d), *parts]), given)
+    return Flow((d,), from_data([ActNorm(d), *parts]), **kind)

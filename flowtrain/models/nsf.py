@@ -18,7 +18,7 @@ from flowtrain.bijections.linear import InvertibleLinear, Permutation
 from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.spline import Spline
 from flowtrain.flow import Flow
-from flowtrain.models.multiscale import from_data, labelled
+from flowtrain.models.multiscale import conditioned, from_data
 from flowtrain.nn.conditioners import ACTIVATIONS
 from flowtrain.nn.residual_mlp import MaskedMLP, ResidualMLP
 from flowtrain.utils.arguments import flag, number, one_of, shape_of, share, whole, widths
@@ -40,6 +40,7 @@ def nsf(
     dropout: float = 0.0,
     conditional: bool = False,
     classes: int | None = None,
+    context: int | None = None,
 ) -> Flow:
     """Neural spline flow of vectors (d,): a stack of spline couplings.
 
@@ -60,13 +61,15 @@ def nsf(
         dropout: the dropout probability in the conditioners.
         conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
+        context: the number of real features c of a flow p(x | c), in place of labels. None: no context.
 
     Raises:
-        ConfigError: samples that are not vectors, `conditional` without `classes`, or a setting out of range.
+        ConfigError: samples that are not vectors, `conditional` without `classes` or together with `context`, or a
+            setting out of range.
     """
     d = columns("nsf", event_shape)
     activation = one_of("model.activation", activation, ACTIVATIONS)
-    given = labelled("nsf", flag("model.conditional", conditional), classes)
+    given, kind = conditioned("nsf", flag("model.conditional", conditional), classes, context)
     residual, drop = widths("model.hidden", hidden), share("model.dropout", dropout)
     limit = None if input_bound is None else number("model.input_bound", input_bound)
     one_of("model.mixing", mixing, MIXINGS)
@@ -84,7 +87,7 @@ def nsf(
         kept = d - half if swap else half
         net = ResidualMLP(kept, residual, transform.size * (d - kept), activation, given, drop)
         parts.append(HalfCoupling(d, swap, net, input_bound=limit, transform=transform))
-    return Flow((d,), from_data([ActNorm(d), *parts]), given)
+    return Flow((d,), from_data([ActNorm(d), *parts]), **kind)
 
 
 def mixed(mixing: str, d: int) -> list[Bijection]:
