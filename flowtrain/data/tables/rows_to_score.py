@@ -90,6 +90,9 @@ class RowsInMemory(ScoredRows):
     def train_rows(self, most: int) -> Tensor:
         return self.test[:most]
 
+    def train_context(self, most: int) -> Tensor | None:
+        return None if self.test_context is None else self.test_context[:most]
+
 
 class RowsToScore(ScoredRows):
     """The rows of a file as samples to score. There are no training batches.
