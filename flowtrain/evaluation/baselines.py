@@ -420,8 +420,9 @@ def check_baseline(nll: float, nll_stderr: float, simple: Baseline | None, d: in
         limit,
         False,
         f"the NLL of the flow is {with_error(nll, nll_stderr)} nats. A Gaussian fitted to the training rows"
-        f"{simple.settings and f' ({simple.settings})'} has {with_error(simple.nll, simple.nll_stderr)} nats. The flow is worse by "
-        f"{with_error(simple.worse, simple.worse_stderr)} nats. The model may be too large for the number of rows, the "
+        f"{simple.settings and f' ({simple.settings})'} has {with_error(simple.nll, simple.nll_stderr)} nats. The flow "
+        f"is worse by {with_error(simple.worse, simple.worse_stderr)} nats. The model may be too large for the number "
+        "of rows, the "
         "training too short (trainer.steps), or the learning rate too high (trainer.lr)",
     )
 

@@ -751,9 +751,15 @@ def _models(config: Mapping[str, Any], data: Dataset) -> list[str]:
         DataError: model.conditional=true without labels.
     """
     given = config["model"].get("candidates")
-    conditional = bool(config["model"].get("conditional"))
+    labelled = bool(config["model"].get("conditional"))
+    if labelled and data.context:
+        raise ConfigError(
+            "model.conditional=true is for data.label, but the data have the context "
+            f"{', '.join(column.name for column in data.context)}: omit it. A label can be a categorical context column"
+        )
+    conditional = labelled or bool(data.context)
     names = [name for name in options("model", [config_dir()]) if name != AUTO]
-    if conditional and data.classes is None:
+    if labelled and data.classes is None:
         raise DataError("model.conditional=true needs labels: give data.label")
     unconditional = [name for name in names if "conditional" not in values_of("model", name, [config_dir()])["model"]]
     if given is None:
@@ -766,5 +772,6 @@ def _models(config: Mapping[str, Any], data: Dataset) -> list[str]:
         if name not in names:
             raise ConfigError(f"model.candidates: {name} is unknown; {choose(name, names, 'the models are')}")
         if conditional and name in unconditional:
-            raise ConfigError(f"model.candidates: {name} cannot be conditional: leave it out")
+            key = "model.conditional=true" if labelled else "data.context"
+            raise ConfigError(f"model.candidates: {name} cannot be conditional ({key}): leave it out")
     return sorted(dict.fromkeys(listed), key=lambda name: name not in CHEAP)
