@@ -225,7 +225,8 @@ def _fitting(flow: Flow, data: Dataset) -> Flow:
         names = ", ".join(column.name for column in data.context)
         raise DataError(
             f"the flow has a context of {counted(wanted, 'feature')}, but the data have {found}"
-            f"{names and f' ({names})'}: give context with {wanted}, or build the flow with context={found or None}"
+            f"{names and f' ({names})'}: give data.context or the argument context with {counted(wanted, 'feature')}, "
+            f"or build the flow with context={found or None}"
         )
     flow.context, flow.context_rows = data.context, data.context_rows
     return flow

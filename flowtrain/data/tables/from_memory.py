@@ -61,8 +61,8 @@ def columns_of(frame: Any, columns: Sequence[str], name: str = "x", na: Collecti
             raise DataError(f"{name} {words} {listed(bad)}; it has {listed(names, most=50)}")
     keys, positions = list(frame.columns), [names.index(column) for column in columns]
     if hasattr(frame, "__getitem__"):
-        return as_array(frame[[keys[i] for i in positions]], name, na)
-    return as_array(np.asarray(frame.to_numpy())[:, positions], name, na)
+        return as_array(frame[[keys[i] for i in positions]], name)
+    return as_array(np.asarray(frame.to_numpy())[:, positions], name)
 
 
 def rows_and_labels(
@@ -274,18 +274,18 @@ def with_columns(
         DataError: another number of rows or columns, a name that the table has already, or values that are not real
             numbers.
     """
+    other = table_of(given, name, na)
     if is_frame(given):
-        columns = column_names(given) if columns is None else columns
-        array = columns_of(given, columns, name, na)
-    else:
-        array = as_array(given, name, na)
-    values = array.reshape(-1, 1) if array.ndim == 1 else array
+        columns = other.columns if columns is None else columns
+        if missing := [column for column in columns if column not in other.columns]:
+            raise DataError(f"{name} lacks the columns {listed(missing)}; it has {listed(other.columns, most=50)}")
+        other = other.only([other.columns.index(column) for column in columns])
     columns = tuple(columns or ())
     n, k = len(table.values), len(columns)
-    if values.ndim != 2 or values.shape != (n, k):
+    if other.values.shape != (n, k):
         one = " or (n,)" if k == 1 else ""
         raise DataError(
-            f"{name} has shape {array.shape}; give shape (n, {k}){one} with n = {n}, one row for each row of "
+            f"{name} has shape {other.values.shape}; give shape (n, {k}){one} with n = {n}, one row for each row of "
             f"{table.path}"
         )
     if twice := [column for column in columns if column in table.columns]:
@@ -296,7 +296,7 @@ def with_columns(
     indices = (*table.indices, *range(len(table.indices), len(table.indices) + k))
     return replace(
         table,
-        values=np.column_stack([table.values, values.astype(np.float64)]),
+        values=np.column_stack([table.values, other.values]),
         columns=(*table.columns, *columns),
         indices=indices,
     )
