@@ -126,7 +126,11 @@ def test_requested_columns_are_used_or_refused(
 
 MISTAKES = [
     (["split=all"], "no file of rows"),
-    (["scores=s.csv"], "scores=s.csv: .*npy"),
+    (["scores=s.txt"], "scores=s.txt: .*npy"),
+    (["grid=g.csv"], "grid=g.csv: .*npz"),
+    (["grid=g.npz", "grid_points=1"], "grid_points=1"),
+    (["label=1"], "grid=FILE.npz"),
+    (["grid=g.npz", "label=1"], "not conditional"),
     (["dtype=float16"], "dtype=float16: .*float32, float64"),
     (["report=maybe"], "report=maybe: give true or false"),
     (["seed=-1"], "seed=-1"),
