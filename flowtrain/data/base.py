@@ -120,6 +120,10 @@ class Ids(NamedTuple):
     name: str
     values: NDArray[Any]
 
+    def of(self, rows: NDArray[np.int64]) -> "Ids":
+        """Returns the ids of some rows."""
+        return self._replace(values=self.values[rows])
+
 
 @dataclass(frozen=True)
 class Samples:

@@ -12,10 +12,12 @@ from flowtrain.data.tables.columns import pick
 from flowtrain.data.tables.csv_reader import TextFormat, read_text_column
 from flowtrain.data.tables.table_reader import ARRAYS, ending_of, read_array
 from flowtrain.data.tables.typed_files import TYPED, read_raw_column
-from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.errors import ConfigError, DataError
 
 
-def read_ids(path: str | Path, key: str | None, column: str | int, text_format: TextFormat) -> Ids:
+def read_ids(
+    path: str | Path, key: str | None, column: str | int, text_format: TextFormat, n: int | None = None
+) -> Ids:
     """Reads the column of ids of a file, which may contain anything. Text is not changed, except for blanks around it.
 
     Args:
@@ -23,10 +25,11 @@ def read_ids(path: str | Path, key: str | None, column: str | int, text_format: 
         key: the array of an .npz file or the sheet of an .xlsx file, see `read_table`.
         column: the name or the position of the column.
         text_format: the format with which the samples of the file were read.
+        n: the number of rows when the samples were read; None if it is not known.
 
     Raises:
         ConfigError: a column that is not in the file, or several columns.
-        DataError: a file that is missing or damaged.
+        DataError: a file that is missing or damaged, or that has another number of rows.
     """
     file = Path(path).expanduser()
     name = ""
@@ -44,9 +47,15 @@ def read_ids(path: str | Path, key: str | None, column: str | int, text_format: 
         values = read_raw_column(file, key, choose, text_format.header)
     else:
         values = _as_whole(read_text_column(file, choose, text_format))
-    if values.dtype.kind == "f" and np.isfinite(values).all() and (values == np.floor(values)).all():
-        values = values.astype(np.int64)
-    return Ids(name, values)
+    if n is not None and len(values) != n:
+        raise DataError(f"{file} has {len(values):,} rows, but had {n:,} when the samples were read; run this again")
+    return Ids(name, whole_ids(values))
+
+
+def whole_ids(values: NDArray[Any]) -> NDArray[Any]:
+    """Returns float ids as int64 if all of them are whole numbers, and other ids unchanged."""
+    is_whole = values.dtype.kind == "f" and (np.abs(values) < 2**53).all() and (values == np.floor(values)).all()
+    return values.astype(np.int64) if is_whole else values
 
 
 def id_position(column: str | int, names: Sequence[str], path: object) -> int:

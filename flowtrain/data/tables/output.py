@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowtrain.data.base import Samples
+from flowtrain.data.context import CATEGORICAL, ContextColumn
 from flowtrain.data.tables.columns import default_names
 from flowtrain.data.tables.typed_files import import_for
 from flowtrain.utils.files import replacing
@@ -22,17 +24,19 @@ NAMED = (".csv", PARQUET)
 LABEL = "label"
 
 
-def named_columns(samples: Tensor, description: Samples, label: Tensor | None = None) -> dict[str, NDArray[Any]]:
+def named_columns(
+    samples: Tensor, description: Samples, label: Tensor | None = None, context: Tensor | None = None
+) -> dict[str, NDArray[Any]]:
     """Returns samples as columns with the names and the types of the training file, in the order of the file to write.
 
     Columns of whole numbers are int64, other columns have the dtype of the samples. The pixels of an image are columns
-    c0, c1, ..., channel by channel and row by row, which `data.event_shape` reads again. If a name occurs twice, its
-    position is appended to the second.
+    c0, c1, ..., channel by channel and row by row, which `data.event_shape` reads again.
 
     Args:
         samples: (n, *event_shape), in data units, whole numbers rounded as by `Flow.quantized`.
         description: the description of the samples that the flow was trained on.
         label: class labels (n,), which become the last column; None without labels.
+        context: context values (n, k), which become the first columns; None without context.
 
     Example:
         >>> import torch
@@ -41,19 +45,37 @@ def named_columns(samples: Tensor, description: Samples, label: Tensor | None = 
         {'x': ('float32', [0.5]), 'count': ('int64', [2])}
     """
     values = samples.detach().cpu().flatten(1).numpy()
-    width = values.shape[1]
-    whole = range(width) if description.integer_valued else description.noisy
-    columns = [values[:, i].astype(np.int64) if i in whole else values[:, i] for i in range(width)]
-    names = list(description.columns or default_names(range(width)))
+    whole = range(values.shape[1]) if description.integer_valued else description.noisy
+    columns = [] if context is None else _context_columns(description.context, context.detach().cpu().numpy())
+    columns += [column.astype(np.int64) if i in whole else column for i, column in enumerate(values.T)]
     if label is not None:
-        names.append(description.label or LABEL)
         columns.append(label.detach().cpu().numpy())
-    return dict(zip(_distinct(names), columns, strict=True))
+    return dict(zip(column_names(description, label is not None), columns, strict=True))
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Appends the position to each name that occurred before."""
-    return [name if name not in names[:i] else f"{name}_{i}" for i, name in enumerate(names)]
+def column_names(description: Samples, with_label: bool) -> tuple[str, ...]:
+    """Returns the names of the columns of a file of samples: of the context, of the samples, and of the label.
+
+    If a name occurs twice, its position is appended to the second.
+    """
+    names = [*(column.name for column in description.context), *sample_names(description)]
+    names += [description.label or LABEL] if with_label else []
+    return tuple(name if name not in names[:i] else f"{name}_{i}" for i, name in enumerate(names))
+
+
+def sample_names(description: Samples) -> tuple[str, ...]:
+    """Returns the names of the columns of the samples. Columns without names get those of c0, c1, ... that are free."""
+    taken, width = {column.name for column in description.context}, math.prod(description.event_shape)
+    free = [name for name in default_names(range(width + len(taken))) if name not in taken]
+    return description.columns or tuple(free[:width])
+
+
+def _context_columns(description: Sequence[ContextColumn], context: NDArray[np.float64]) -> list[NDArray[Any]]:
+    """Returns the columns of a context: numbers, or the names of categories."""
+    return [
+        np.array(column.categories)[values.astype(np.int64)] if column.kind == CATEGORICAL else values
+        for column, values in zip(description, context.T, strict=True)
+    ]
 
 
 def check_can_write(path: Path) -> None:

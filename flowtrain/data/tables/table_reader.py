@@ -141,6 +141,9 @@ class Table:
     def only(self, columns: Sequence[int]) -> "Table":
         """Returns the table of these columns. Columns are given by their positions in this table."""
         kept = list(columns)
+        # a copy of all columns would have another memory layout, and the noise of whole numbers depends on it
+        if kept == list(range(len(self.columns))):
+            return self
         names, indices = tuple(self.columns[i] for i in kept), tuple(self.indices[i] for i in kept)
         return replace(self, values=self.values[:, kept], columns=names, indices=indices)
 

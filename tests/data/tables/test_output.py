@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flowtrain.data.base import Samples
+from flowtrain.data.context import ContextColumn
 from flowtrain.data.tables import output, typed_files
 from flowtrain.data.tables.output import named_columns, write_columns
 from flowtrain.data.tables.table_reader import read_table
@@ -60,6 +61,14 @@ def test_samples_have_the_names_and_types_of_the_training_file() -> None:
     assert found["n"].tolist() == [3, 2**30]
     label = torch.tensor([1, 0])
     assert list(named_columns(x, Samples((2,), classes=2), label)) == ["c0", "c1", "label"]
+    context = (ContextColumn("c0"), ContextColumn("colour", "categorical", categories=("blue", "red")))
+    found = named_columns(x, Samples((2,), classes=2, context=context), label, torch.tensor([[0.1, 1.0], [2.0, 0.0]]))
+    assert {name: column.tolist() for name, column in found.items() if name[:2] != "c1"} == {
+        "c0": pytest.approx([0.1, 2.0]),
+        "colour": ["red", "blue"],
+        "c2": [3.0, 2.0**30],
+        "label": [1, 0],
+    }
     found = named_columns(x, Samples((2,), columns=("a", "a"), classes=2, label="kind"), label)
     assert list(found) == ["a", "a_1", "kind"]
     assert found["kind"].tolist() == [1, 0]
