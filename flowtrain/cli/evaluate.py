@@ -150,9 +150,7 @@ def _command() -> int:
     inputs = [*loaded_run.files, own["ood"], *paths_of(loaded_run.config["data"])]
     outputs.check(own["ood"] is not None, wants_report, isinstance(loaded_run.flow, Ensemble), inputs)
     if grid is not None:
-        check_has_grid(loaded_run.flow, grid)
-        if label is not None:
-            loaded_run.flow.check_label(label)
+        check_has_grid(loaded_run.flow, grid, label)
     data, other, trained_on = read_sets(loaded_run, own["ood"], split, overrides, wants_baselines)
     result = evaluate(
         loaded_run.flow.to(dtype),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowtrain.data.tables.columns import default_names
 from flowtrain.evaluation.log_likelihood import score_rows
-from flowtrain.flow import Density
+from flowtrain.flow import Context, Density
 from flowtrain.plotting.points import finite, robust_range
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.process import seeded
@@ -18,15 +18,25 @@ from flowtrain.utils.process import seeded
 AXES = ("x", "y")
 
 
-def check_has_grid(flow: Density, path: object) -> None:
-    """Refuses samples that are not vectors of one or two columns.
+def check_has_grid(flow: Density, path: object, context: Context = None) -> None:
+    """Refuses samples that are not vectors of one or two columns, and a flow with context columns without a context.
 
     Args:
         path: the file of the grid, for the message.
+        context: the context of the grid, see `density_grid`.
 
     Raises:
-        ConfigError: images, or more than two columns.
+        ConfigError: images, more than two columns, or a missing context.
+        FlowtrainError: a context that the flow does not have.
     """
+    if flow.context and context is None:
+        names = ", ".join(column.name for column in flow.context)
+        raise ConfigError(
+            f"grid={path}: the flow is conditional on {names}, and a grid needs values of these columns. Give "
+            "scores=FILE and data.path=FILE with the points of your grid and these columns"
+        )
+    if context is not None and not flow.context:
+        flow.check_label(context)
     if len(flow.event_shape) == 1 and flow.event_shape[0] <= len(AXES):
         return
     if len(flow.event_shape) > 1:
@@ -42,7 +52,7 @@ def density_grid(
     x: Tensor,
     points: int,
     columns: tuple[str, ...] = (),
-    label: int | None = None,
+    context: Context = None,
     **options: Any,
 ) -> dict[str, NDArray[Any]]:
     """Computes log p on a regular grid around data of one or two columns.
@@ -54,19 +64,18 @@ def density_grid(
         x: the data, (n, 1) or (n, 2), in data units.
         points: the number m of grid points of each axis.
         columns: the names of the columns.
-        label: the class, for a conditional flow. None means the mean density over the classes.
+        context: for a conditional flow, the context of all points, see `Flow.log_prob`: a label, or values of the
+            context columns. None means the mean density over the classes.
         options: batch size and seed: arguments of `score_rows`.
 
     Returns:
         `x` (m,) and, for two columns, `y` (m,): the axes; `log_prob` (m,) or (m, m), first index along x, in nats and
         float64, -inf outside the range of the flow, NaN if it cannot be computed; `columns`: the names of the axes;
-        `label` if it is given.
+        `context` if it is given: the label, or the values of the context columns (k,).
 
     Raises:
-        FlowtrainError: a label that the flow does not have, or data without a finite row.
+        FlowtrainError: a context that the flow does not have, or data without a finite row.
     """
-    if label is not None:
-        flow.check_label(label)
     with seeded(0, flow.like.device):
         values = finite("data", flow.dequantized(x)).values
     axes = [np.linspace(*robust_range(column), points) for column in values.T]
@@ -75,10 +84,11 @@ def density_grid(
     if flow.levels is not None:
         inside = ((grid >= 0) & (grid <= flow.levels)).all(1)
     log_p = torch.full((len(grid),), -torch.inf, dtype=torch.float64)
-    labels = None if label is None else torch.full((int(inside.sum()),), label)
+    found = None if context is None else flow.context_of(context, grid)
     if inside.any():
-        log_p[inside] = score_rows(flow, grid[inside], labels, latents=0, unsolved=len(grid), **options).log_p
-    found = dict(zip(AXES, axes, strict=False))
+        within = None if found is None else found[inside]
+        log_p[inside] = score_rows(flow, grid[inside], within, latents=0, unsolved=len(grid), **options).log_p
+    arrays = dict(zip(AXES, axes, strict=False))
     names = np.array(columns or default_names(range(len(axes))))
-    found |= {"log_prob": log_p.view([points] * len(axes)).numpy(), "columns": names}
-    return found if label is None else {**found, "label": np.array(label)}
+    arrays |= {"log_prob": log_p.view([points] * len(axes)).numpy(), "columns": names}
+    return arrays if found is None else {**arrays, "context": found[0].cpu().numpy()}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flowtrain.bijections import Bijection, Standardize
 from flowtrain.bijections.logit import Logit
+from flowtrain.data.context import ContextColumn
 from flowtrain.flow import Flow
 from flowtrain.plotting.density_grid import check_has_grid, density_grid
 from flowtrain.utils.errors import ConfigError, FlowtrainError
@@ -60,15 +61,15 @@ class Shift(Bijection):
 def test_classes_and_their_mean() -> None:
     flow = Flow((1,), Shift(), classes=2, class_counts=(3, 1)).eval()
     x = torch.linspace(-2, 5, 100)[:, None]
-    both = [density_grid(flow, x, 9, label=label) for label in (0, 1)]
+    both = [density_grid(flow, x, 9, context=label) for label in (0, 1)]
     for label, found in enumerate(both):
         np.testing.assert_allclose(found["log_prob"], log_normal(found["x"], 3.0 * label, 1.0), atol=1e-4)
-        assert found["label"] == label
+        assert found["context"] == label
     mean = density_grid(flow, x, 9)
     np.testing.assert_array_equal(mean["x"], both[0]["x"])
     expected = 0.75 * np.exp(both[0]["log_prob"]) + 0.25 * np.exp(both[1]["log_prob"])
     np.testing.assert_allclose(np.exp(mean["log_prob"]), expected, rtol=1e-5)
-    assert "label" not in mean
+    assert "context" not in mean
 
 
 def test_whole_numbers_have_density_zero_outside_their_range() -> None:
@@ -89,4 +90,25 @@ def test_samples_without_a_grid_are_refused() -> None:
         with pytest.raises(ConfigError, match="one or two"):
             check_has_grid(Flow(shape, Standardize(shape)), "g.npz")
     with pytest.raises(FlowtrainError, match="conditional"):
-        density_grid(gaussian([0.0], [1.0]), torch.zeros(3, 1), 5, label=1)
+        check_has_grid(gaussian([0.0], [1.0]), "g.npz", 1)
+
+
+class ShiftByContext(Bijection):
+    """x = z + 2 c for the standardised context c."""
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert context is not None
+        return z + 2 * context, z.new_zeros(len(z))
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert context is not None
+        return x - 2 * context, x.new_zeros(len(x))
+
+
+def test_a_context_of_columns() -> None:
+    flow = Flow((1,), ShiftByContext(), context=(ContextColumn("mass", mean=1.0, std=0.5),)).eval()
+    with pytest.raises(ConfigError, match="mass"):
+        check_has_grid(flow, "g.npz")
+    found = density_grid(flow, torch.zeros(3, 1), 5, context={"mass": 2.0})
+    np.testing.assert_allclose(found["log_prob"], log_normal(found["x"], 4.0, 1.0), atol=1e-4)
+    assert found["context"].tolist() == [2.0]
