@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -394,7 +394,6 @@ def overridden(
             "solver": {**solver, "steps": solver.get("steps")},
             "logger": logger,
             "plots": plots,
-            "data": with_new_keys(saved["data"], keys_of(overrides)),
         }
     )
     parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -441,16 +440,6 @@ def _has_key(config: DictConfig, key: str) -> bool:
     except OmegaConfBaseException:
         # a part of the key names an entry of a list
         return False
-
-
-def with_new_keys(data: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    """Adds keys that a data config of an earlier version lacks, with their defaults, if the command line sets them."""
-    new = [key for key in (k.removeprefix("data.") for k in keys if k.startswith("data.")) if key not in data]
-    if not new or data.get("name") not in options("data"):
-        return dict(data)
-    defaults = compose_defaults([f"data={data['name']}"])["data"]
-    same = defaults.get("_target_") == data.get("_target_")
-    return {**data, **{key: defaults[key] for key in new if same and key in defaults}}
 
 
 def without_unused_key(data: Mapping[str, Any]) -> dict[str, Any]:
