@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from flowtrain.data.tables.csv_reader import is_missing
 from flowtrain.data.tables.table_reader import COLUMNS, VALUES, Table
 from flowtrain.utils.arguments import shortened
 from flowtrain.utils.errors import DataError, first_line
-from flowtrain.utils.files import replacing
+from flowtrain.utils.files import write_npz
 
 # arrays (n, d) or (n, *event_shape), tensors, and data frames: anything with `columns` and `to_numpy`
 Rows = Any
@@ -327,5 +327,4 @@ def write_table(path: Path, table: Table) -> None:
     arrays: dict[str, NDArray[Any]] = {VALUES: values}
     if table.named:
         arrays[COLUMNS] = np.array(table.columns)
-    with replacing(path, durable=True) as f:
-        np.savez(f, **cast(Any, arrays))
+    write_npz(path, arrays, durable=True)
