@@ -66,6 +66,17 @@ def is_context_column(column: ContextColumn) -> bool:
     return isinstance(column.name, str) and real and names and kinds
 
 
+def context_text(columns: Sequence[ContextColumn], values: Sequence[float]) -> str:
+    """Returns one context for messages and titles.
+
+    Example:
+        >>> colour = ContextColumn("colour", "categorical", categories=("blue", "red"))
+        >>> context_text([ContextColumn("mass"), colour], [1.5, 1.0])
+        'mass = 1.5, colour = red'
+    """
+    return ", ".join(f"{column.name} = {column.text(v)}" for column, v in zip(columns, values, strict=True))
+
+
 def unnamed_context(k: int) -> tuple[ContextColumn, ...]:
     """Returns k real columns without standardization, for a flow that is built by hand."""
     return tuple(ContextColumn(f"c{i}") for i in range(k))
@@ -74,6 +85,17 @@ def unnamed_context(k: int) -> tuple[ContextColumn, ...]:
 def feature_count(columns: Sequence[ContextColumn]) -> int:
     """Returns the number F of features of a context."""
     return sum(column.size for column in columns)
+
+
+def example_of(columns: Sequence[ContextColumn]) -> str:
+    """Returns an example of one context as a mapping, for commands in messages: the mean, or the first category.
+
+    Example:
+        >>> example_of([ContextColumn("mass", mean=1.25), ContextColumn("colour", "categorical", categories=("blue",))])
+        '{mass: 1.25, colour: blue}'
+    """
+    values = (f"{c.mean:.3g}" if c.kind == REAL else c.text(0) for c in columns)
+    return "{" + ", ".join(f"{column.name}: {value}" for column, value in zip(columns, values, strict=True)) + "}"
 
 
 def features(columns: Sequence[ContextColumn], values: Tensor, dtype: torch.dtype) -> Tensor:
