@@ -160,13 +160,13 @@ USAGE = Usage(
     options={
         "ckpt": RUN_TEXT,
         "weights": WEIGHTS_TEXT,
-        "n": "Number of samples (default: 10000, or 100 for images). With context=FILE: the number for each row of FILE "
-        "(default: 1). With animate: 2000 (at most 100000), or 60 for images (at most 200)",
+        "n": "Number of samples (default: 10000, or 100 for images). With context=FILE: the number for each row of the "
+        "file (default: 1). With animate: 2000 (at most 100000), or 60 for images (at most 200)",
         "seed": "Seed of the base noise (default: 0)",
         "temperature": "Factor of the base noise (default: 1). 1 samples the density",
         "label": "The class, for a conditional model. Default: classes are drawn by their frequency in training",
-        "context": "For a model that was trained with data.context. FILE, such as new.csv: n samples for each row of the "
-        "file, in the order of its rows. The columns of the context are found by name, and other columns are ignored. "
+        "context": "For a model that was trained with data.context. FILE, such as new.csv: n samples for each row of "
+        "the file, in the order of its rows. The columns of the context are found by name, and other columns are ignored. "
         "'{mass: 1.5, kind: red}': n samples at one context. An .npy file contains the samples only, "
         "(rows * n, columns). A .csv or .parquet file begins with the columns of the context",
         "out": "The .npy, .csv or .parquet file (default: samples.npy in the run directory). Samples have the units of "
@@ -264,9 +264,9 @@ def write_samples(
     check_can_write(out)
     check_can_write(out)
     # a wrong label or context is refused before data are read
+    contexts = contexts_of(flow, context, label)
     if label is not None:
         flow.check_label(label)
-    contexts = contexts_of(flow, context, label)
     is_drawn = images or flow.event_shape in ((1,), (2,)) or options.columns is not None
     data = data_for_picture(loaded_run) if is_drawn else None
     if data is not None:
@@ -298,11 +298,9 @@ def write_samples(
     if data is not None:
         words = f"{n} samples" + ("" if label is None else f" of class {label}")
         if contexts is not None:
-            one = len(contexts) == 1
-            words += (
-                f" at {context_text(flow.context, contexts[0].tolist())}" if one else f" at {len(contexts)} contexts"
-            )
-            drawn = contexts if one else drawn
+            one = context_text(flow.context, contexts[0].tolist())
+            words += f" at {one if len(contexts) == 1 else f'{len(contexts)} contexts'}"
+            drawn = contexts if len(contexts) == 1 else drawn
         title = loaded_run.titled(words if temperature == 1 else f"{words} at temperature {temperature:g}")
         with status("drawing samples"):
             draw(flow, data, picture, title, samples, label, log_scale, options, drawn if flow.context else None)

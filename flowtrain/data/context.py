@@ -163,13 +163,14 @@ def context_values(columns: Sequence[ContextColumn], given: Any, n: int, checked
 def _of_named(columns: Sequence[ContextColumn], given: Any, n: int) -> Tensor:
     names = list(given) if isinstance(given, Mapping) else list(map(str, given.columns))
     known = [column.name for column in columns]
-    missing = [name for name in known if name not in names]
-    if missing:
-        raise DataError(f"context lacks {', '.join(missing)}; this flow needs {', '.join(known)}")
     unknown = [str(name) for name in names if name not in known]
     # a data frame may have further columns, such as the samples
     if unknown and isinstance(given, Mapping):
-        raise DataError(f"context has no column {unknown[0]}; {choose(unknown[0], known)}")
+        words = choose(unknown[0], known, "the columns are")
+        raise DataError(f"context: this flow has no context column {unknown[0]}; {words}")
+    missing = [name for name in known if name not in names]
+    if missing:
+        raise DataError(f"context lacks {', '.join(missing)}; this flow needs {', '.join(known)}")
     found = []
     for column in columns:
         one = given[column.name]
