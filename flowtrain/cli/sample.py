@@ -166,8 +166,8 @@ USAGE = Usage(
         "temperature": "Factor of the base noise (default: 1). 1 samples the density",
         "label": "The class, for a conditional model. Default: classes are drawn by their frequency in training",
         "context": "For a model that was trained with data.context. FILE, such as new.csv: n samples for each row of "
-        "the file, in the order of its rows. The columns of the context are found by name, and other columns are ignored. "
-        "'{mass: 1.5, kind: red}': n samples at one context. An .npy file contains the samples only, "
+        "the file, in the order of its rows. The columns of the context are found by name, and other columns are "
+        "ignored. '{mass: 1.5, kind: red}': n samples at one context. An .npy file contains the samples only, "
         "(rows * n, columns). A .csv or .parquet file begins with the columns of the context",
         "out": "The .npy, .csv or .parquet file (default: samples.npy in the run directory). Samples have the units of "
         "the data. Pixels and counts are whole numbers. .csv and .parquet have the column names of the training file, "
