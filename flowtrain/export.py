@@ -199,7 +199,7 @@ def _rows_of(flow: Flow, x: Any, label: Label, source: str) -> _Rows:
                 "x has no rows of finite numbers: the export needs such rows to compare the programs with the flow"
             )
         x, labels = flow.dequantized(x[kept]), None if labels is None else labels[kept]
-        return _Rows(x, labels, flow.base.sample(len(kept), like=flow.like), source)
+        return _Rows(x, labels, flow.base.given(labels).sample(len(kept), like=flow.like), source)
 
 
 # --- fixed steps
@@ -342,7 +342,7 @@ class _LogProb(nn.Module):
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         z, log_det, _ = self.flow.bijection.pass_inverse(x, label)
-        return self.flow.base_log_prob(z) + log_det.to(z.dtype)
+        return self.flow.base_log_prob(z, label) + log_det.to(z.dtype)
 
 
 class _Inverse(nn.Module):

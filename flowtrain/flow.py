@@ -635,13 +635,14 @@ class Flow(Density):
         """Returns log p(x), see `log_prob`, the latents and the path integrals, with options for the ODE solves."""
         x = self.dequantized(self._checked(x, "x"))
         with self._settings(x), self._fixed_probes(x):
-            z, log_det, integrals = self.bijection.pass_inverse(x, self.labels(label, x), options)
+            labels = self.labels(label, x)
+            z, log_det, integrals = self.bijection.pass_inverse(x, labels, options)
             # for float64 samples, log_det is float64 too
-            return DensityPass(self.base_log_prob(z) + log_det.to(z.dtype), z, integrals)
+            return DensityPass(self.base_log_prob(z, labels) + log_det.to(z.dtype), z, integrals)
 
-    def base_log_prob(self, z: Tensor) -> Tensor:
-        """Returns log p0(z) in nats, (B,)."""
-        return self.base.log_prob(z)
+    def base_log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns log p0(z) in nats, (B,), for the context of a conditional flow, see `Base.given`."""
+        return self.base.given(context).log_prob(z)
 
     @overload
     def forward(self, z: Tensor, label: Label = None) -> Tensor: ...
@@ -683,7 +684,7 @@ class Flow(Density):
         self, n: int, temperature: float, chunk: int | None, labels: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
         # all base points are drawn at once, so that they do not depend on the chunks
-        z = self.base.rsample(n, generator, temperature, self.like)
+        z = self.base.given(labels).rsample(n, generator, temperature, self.like)
         size = chunk or rows_at_a_time(self.event_shape)
         parts = repeat(None) if labels is None else torch.split(labels, size)
         x = []

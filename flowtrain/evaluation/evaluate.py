@@ -24,6 +24,7 @@ from flowtrain.evaluation.log_likelihood import (
     Scores,
     estimates_trace,
     held_out,
+    latent_rows,
     log_probs,
     nfe_of_pass,
     score_rows,
@@ -276,7 +277,8 @@ def _evaluate(
             all_checks += checks(flow, subset, parts, log_p[ordinary], (truth["kl"], truth["kl_stderr"]))
     with phase("calibration"):
         if isinstance(flow, Flow):
-            calibrated, pit = calibration(scores.z, flow.base)
+            labels = None if label is None else label[latent_rows(len(x))]
+            calibrated, pit = calibration(scores.z, flow.base, labels)
         else:
             calibrated, pit = calibration_by_density(flow, log_p, label, options, thorough)
     detected = None

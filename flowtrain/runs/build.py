@@ -9,7 +9,7 @@ from typing import Any, cast, get_args, get_type_hints
 
 import torch
 
-from flowtrain.bases import GaussianMixture
+from flowtrain.bases import ConditionalMixture, GaussianMixture
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.linear import FromGaussian, Preconditioned
 from flowtrain.bijections.logit import Logit
@@ -136,7 +136,7 @@ def _prepared(flow: Flow, samples: Samples) -> Bijection:
         if flow.ode_blocks:
             bijection = Preconditioned(bijection, d)
         else:
-            bijection = FromGaussian(bijection, d, diagonal=isinstance(flow.base, GaussianMixture))
+            bijection = FromGaussian(bijection, d, diagonal=isinstance(flow.base, GaussianMixture | ConditionalMixture))
     if samples.standardized or samples.centered:
         bijection = Chain([bijection, Standardize(samples.event_shape, samples.centered)])
     if samples.levels is not None:
