@@ -654,7 +654,7 @@ class ConditionalMixture(Base):
         """
         if context is None:
             raise FlowtrainError("the density of this base depends on a context: call base.given(context)")
-        y = self.net(self.means.new_empty(len(context), 0), context).unflatten(1, (len(self.means), -1))
+        y = self.net(self.means.new_empty(context.shape[0], 0), context).unflatten(1, (len(self.means), -1))
         logits, means, scale, lower = y.split(self.sizes, 2)
         return MixtureOfRows(
             self.event_shape,
