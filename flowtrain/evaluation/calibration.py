@@ -31,7 +31,7 @@ def calibration(z: Tensor, base: Base, context: Tensor | None = None) -> tuple[C
     Args:
         z: the latents.
         base: the base of the flow.
-        context: the context of the rows, see `Base.given`.
+        context: the labels or features of the rows, see `Base.given`.
 
     Returns:
         (result of the test, transforms for the figure by name, (n,) each).

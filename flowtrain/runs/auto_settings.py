@@ -130,19 +130,22 @@ _IMAGES: dict[str, Groups] = {
 _BATCH = 512
 
 
-def resolve_auto(config: Mapping[str, Any], rows: int | None, event_shape: tuple[int, ...]) -> dict[str, Any]:
+def resolve_auto(
+    config: Mapping[str, Any], rows: int | None, event_shape: tuple[int, ...], context: bool = False
+) -> dict[str, Any]:
     """Returns the config with each `auto` in `model` and `trainer` replaced by its value.
 
     Args:
         rows: the number of training rows; None for endless data.
+        context: whether the data have context columns.
 
     Raises:
         ConfigError: `auto` for a key that has no automatic value.
     """
     name = str(config["model"].get("name"))
     # EM fits a mixture, but not the network of a conditional mixture
-    conditional = name == "mixture" and config["model"].get("conditional")
-    values = _values("conditional mixture" if conditional else name, rows, event_shape)
+    conditional = context or config["model"].get("conditional")
+    values = _values("conditional mixture" if name == "mixture" and conditional else name, rows, event_shape)
     groups = {group: dict(config[group]) for group in ("model", "trainer")}
     for group, keys in groups.items():
         for key, value in keys.items():

@@ -71,7 +71,7 @@ def resolve_components(config: Mapping[str, Any], data: Dataset, seconds: float 
     asked = [key for key in FROM_DATA if model.get(key) == AUTO]
     if not asked:
         return dict(config)
-    if model.get("conditional"):
+    if data.context or model.get("conditional"):
         full = math.prod(data.event_shape) <= MOST_COLUMNS
         fixed = Choice(CONDITIONAL_COMPONENTS, "full" if full else "diagonal", 0.0)
         return {**config, "model": {**model, **{key: asdict(fixed)[key] for key in asked}}}

@@ -451,7 +451,7 @@ class Search:
         }
         if own["model"].get("conditional"):
             config["model"]["conditional"] = True
-        config = auto_settings.resolve_auto(config, self.data.n_train, self.data.event_shape)
+        config = auto_settings.resolve_auto(config, self.data.n_train, self.data.event_shape, bool(self.data.context))
         if self.max_steps is not None:
             config["trainer"]["steps"] = self.max_steps
         elif candidate.model not in CHEAP and self._is_bounded_by_time():
