@@ -7,6 +7,7 @@ from flowtrain.bijections.coupling import AffineCoupling, CheckerboardCoupling, 
 from flowtrain.bijections.elementwise import Elementwise, ScaleShift
 from flowtrain.bijections.linear import (
     Affine,
+    ContextShift,
     FromGaussian,
     GaussianStart,
     InvertibleLinear,
@@ -28,6 +29,7 @@ __all__ = [
     "Bijection",
     "Chain",
     "CheckerboardCoupling",
+    "ContextShift",
     "Continuous",
     "Coupling",
     "Elementwise",

@@ -285,6 +285,10 @@ class LayeredField(Field, Generic[Layer]):
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns (v, J e), see `Field.jvp`. `shift` is the same as in `forward`."""
 
+    def recorder(self, shift: Tensor | None = None) -> Any:
+        """Returns the recorder of v(t, x) with this `shift`, see `Field.recorder`."""
+        return None
+
     def given(self, context: Tensor) -> "Given":
         """Returns the field v(t, x | context) for labels (B,) or features (B, K).
 
@@ -330,6 +334,9 @@ class Given(Field):
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
         return self.field.jvp(t, x, tangents, self.shift)
+
+    def recorder(self) -> Any:
+        return self.field.recorder(self.shift)
 
 
 def as_event(v: Tensor, event_dims: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, cast, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from flowtrain.bases import GaussianMixture
+from flowtrain.bases import ConditionalMixture, GaussianMixture
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.linear import FromGaussian, Preconditioned
 from flowtrain.bijections.logit import Logit
@@ -143,7 +143,7 @@ def build_density(config: Config, samples: Samples) -> Density:
     if samples.context and offered.get("context") and "context" not in wanted:
         raise ConfigError(
             f"data.context: model={config['model'].get('name')} cannot be conditional; use a model with the argument "
-            "context, such as nsf, maf, realnvp, glow or ffjord"
+            "context, such as nsf, maf, realnvp, ffjord, affine or mixture"
         )
     found = cast(Density, _call(config, "model", event_shape=samples.event_shape, **wanted))
     if is_description(config["model"]) or not isinstance(found, Flow):
@@ -164,7 +164,7 @@ def _prepared(flow: Flow, samples: Samples) -> Bijection:
         if flow.ode_blocks:
             bijection = Preconditioned(bijection, d)
         else:
-            bijection = FromGaussian(bijection, d, diagonal=isinstance(flow.base, GaussianMixture))
+            bijection = FromGaussian(bijection, d, diagonal=isinstance(flow.base, GaussianMixture | ConditionalMixture))
     if samples.standardized or samples.centered:
         bijection = Chain([bijection, Standardize(samples.event_shape, samples.centered)])
     if samples.levels is not None:

@@ -81,7 +81,9 @@ def prepare(
     options = PlotOptions.of(config)
     options.positions(data.event_shape, data.columns)
     config = resolve_objective(config, data)
-    config = resolve_components(auto_settings.resolve_auto(config, data.n_train, data.event_shape), data)
+    config = resolve_components(
+        auto_settings.resolve_auto(config, data.n_train, data.event_shape, bool(data.context)), data
+    )
     settings = build.build_settings(config)
     data = _for_trained(data, config, saved, given)
     within_memory("trainer.batch_size", settings.batch_size, 4 * math.prod(data.event_shape))
