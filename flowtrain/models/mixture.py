@@ -35,8 +35,8 @@ def mixture(
 
     EM on the first training rows initializes the weights, means and factors. Training then changes them by gradient
     steps. Images (C, H, W) are flattened. A conditional mixture is a mixture density network, see
-    `flowtrain.bases.ConditionalMixture`: its weights, means and factors depend on the context. EM then fits the residuals
-    of a linear regression of the data on the context, see `flowtrain.bijections.linear.ContextShift`.
+    `flowtrain.bases.ConditionalMixture`: its weights, means and factors depend on the context. EM then fits the
+    residuals of a linear regression of the data on the context, see `flowtrain.bijections.linear.ContextShift`.
 
     Args:
         event_shape: d, (d,) or (C, H, W).

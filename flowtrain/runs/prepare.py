@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from flowtrain.data.base import Dataset, Samples, changes
-from flowtrain.data.context import ContextColumn, feature_count
+from flowtrain.data.context import CATEGORICAL, ContextColumn, feature_count
 from flowtrain.data.tables.table_reader import Table
 from flowtrain.evaluation import check_fits
 from flowtrain.flow import Flow
@@ -85,19 +85,13 @@ def prepare(
         auto_settings.resolve_auto(config, data.n_train, data.event_shape, bool(data.context)), data
     )
     settings = build.build_settings(config)
-    data = _for_trained(data, config, saved, given)
+    data = _for_trained(data, saved, given)
     within_memory("trainer.batch_size", settings.batch_size, 4 * math.prod(data.event_shape))
     choose_threads(config.get("threads"), data.event_shape)
     teacher_checkpoint = read_teacher(config, run_dir, saved is not None)
     teacher = None
     if teacher_checkpoint is not None:
-        check_same("from", load.samples_of(teacher_checkpoint), data.samples)
-        if saved is None and (change := changes(load.samples_of(teacher_checkpoint).record, data.samples.record)):
-            log.warning(
-                "from: since that run, %s. It may have been trained on rows that are held out now, whose NLL is then "
-                "too low",
-                change,
-            )
+        data = _for_teacher(data, load.samples_of(teacher_checkpoint), saved is None)
         with status("loading the run to begin from"):
             teacher = load.restore_flow(teacher_checkpoint, device, trust)
     if saved is not None:
@@ -181,7 +175,27 @@ def objective_of(event_shape: tuple[int, ...], steps: Any) -> str:
     return "likelihood" if len(event_shape) > 1 or event_shape[0] <= 2 or few else "hybrid"
 
 
-def _for_trained(data: Dataset, config: Mapping[str, Any], saved: Mapping[str, Any] | None, given: Parts) -> Dataset:
+def _for_teacher(data: Dataset, before: Samples, is_new: bool) -> Dataset:
+    """Returns the data set for a run that begins with a trained flow.
+
+    Args:
+        before: the samples of the run `from`.
+        is_new: whether the run is new, not resumed.
+
+    Raises:
+        ConfigError: see `check_same`.
+    """
+    check_same("from", before, data.samples)
+    if is_new and (change := changes(before.record, data.samples.record)):
+        log.warning(
+            "from: since that run, %s. It may have been trained on rows that are held out now, whose NLL is then too "
+            "low",
+            change,
+        )
+    return with_context(data, before.context)
+
+
+def _for_trained(data: Dataset, saved: Mapping[str, Any] | None, given: Parts) -> Dataset:
     """Returns the data set for a flow that was trained before. Of a resumed run, the data must not have changed.
 
     Raises:
@@ -190,9 +204,8 @@ def _for_trained(data: Dataset, config: Mapping[str, Any], saved: Mapping[str, A
     if saved is None:
         return data if given.flow is None or given.initialize else with_context(data, given.flow.context)
     before = load.samples_of(saved)
-    if build.is_description(config["model"]):
-        # the flow was built by hand, and its context columns may be those of an earlier training
-        data = with_context(data, before.context)
+    # the context columns may be those of an earlier training: of a run `from`, or of a flow built by hand
+    data = with_context(data, before.context)
     check_same("resume", before, data.samples)
     check_unchanged(before, data.samples)
     return data
@@ -273,12 +286,19 @@ def check_same(who: str, before: Samples, now: Samples) -> None:
         "gaussian_start",
         "context",
     ):
-        old, new = getattr(before, key), getattr(now, key)
+        old, new = (_kind_of(getattr(samples, key)) for samples in (before, now))
         if old != new:
             raise ConfigError(
                 f"{who}: the run was trained on samples with {key}={old}, but the data now have {key}={new}: leave the "
                 "keys data.* unchanged, except for paths of files"
             )
+
+
+def _kind_of(value: Any) -> Any:
+    """Returns a property of samples. For context columns, names and categories, because moments may differ."""
+    if isinstance(value, tuple) and any(isinstance(column, ContextColumn) for column in value):
+        return [(c.name, *c.categories) if c.kind == CATEGORICAL else c.name for c in value]
+    return list(value) if isinstance(value, tuple) else value
 
 
 def check_unchanged(before: Samples, now: Samples) -> None:
