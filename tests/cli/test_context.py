@@ -67,7 +67,6 @@ def test_a_run_with_context_is_evaluated_and_compared_with_a_linear_gaussian(tra
     entropy = 3 * 0.5 * np.log(2 * np.pi * np.e) + np.log(0.3 * 1 * 2)
     assert result["baselines"].keys() == {"gaussian"}
     assert result["baselines"]["gaussian"]["nll"] == pytest.approx(entropy, abs=0.5)
-    assert "context" in result["baselines"]["gaussian"]["settings"]
 
 
 def test_new_files_are_scored_by_the_names_of_their_columns(run: Run, trained_run: str, tmp_path: Path) -> None:
@@ -110,7 +109,7 @@ def test_samples_at_the_contexts_of_a_file(run: Run, trained_run: str, tmp_path:
     assert found.shape == (100, 5)
     np.testing.assert_array_equal(found[:, :2], contexts.repeat(50, 0))
     # the mean of column a is twice the mass
-    assert found[:50, 2].mean() < 8 < 12 < found[50:, 2].mean()
+    assert found[:50, 2].mean() + 2 < found[50:, 2].mean()
     # by position, without names; by default, one sample for each row
     np.save(tmp_path / "c.npy", contexts)
     code, _, err = run("flowsample", trained_run, f"context={tmp_path}/c.npy", "out=s.npy")
@@ -172,7 +171,8 @@ def test_a_run_with_context_is_resumed_and_begun_from(run: Run, trained_run: str
     assert flowtrain.load("again").context == context
     code, _, err = run("flowtrain", "resume=again", "trainer.steps=8")
     assert code == 0, err
-    assert "['mass', 'kind']" in refused(run, "flowtrain", "from=r", "data.context=[mass]", "data.columns=[a,b,c]")
+    (tmp_path / "less.csv").write_text("mass,a,b,c\n" + "1,2,3,4\n" * 50)
+    assert "'kind'" in refused(run, "flowtrain", "from=r", f"data.path={tmp_path}/less.csv", "hydra.run.dir=other")
 
 
 def test_runs_with_the_same_context_form_an_ensemble(run: Run, table: Path) -> None:

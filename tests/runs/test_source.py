@@ -97,7 +97,7 @@ def test_held_out_sets_have_a_context(x: np.ndarray, context: np.ndarray) -> Non
     assert best(flow) == pytest.approx(nll, abs=1e-3)
     # columns are found by name
     named = Frame(theirs[:, ::-1], ["k", "m"])
-    by_name = fit_small(x, context=Frame(context, ["m", "k"]), val=(other, named))
+    by_name = fit_small(x, context=Frame(context, ["m", "k"]), val=(other, named), test=(other, named))
     assert best(by_name) == pytest.approx(nll, abs=1e-3)
 
 
