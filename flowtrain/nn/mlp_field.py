@@ -95,7 +95,7 @@ def jvp(
     Args:
         activation: the activation between the layers.
         x: (M, B, d).
-        tangents: e, (k, 1 or M, 1 or B, d). They are treated as constants.
+        tangents: e, (k, 1 or M, 1 or B, d).
         weights, biases: for each layer (M, n_out, n_in) and (M, n_out).
 
     Returns:
@@ -127,7 +127,7 @@ class _JVP(torch.autograd.Function):
             )
             je[:, b] = probe_jvps.transpose(0, 1)
             kept += [tensor for layer in saved for tensor in layer.tensors()]
-        ctx.activation, ctx.n_layers = activation, n_layers
+        ctx.activation, ctx.n_layers, ctx.tangent_shape = activation, n_layers, tangents.shape
         # every tensor is kept by save_for_backward, because torch.utils.checkpoint frees only these
         ctx.save_for_backward(x, e, *layers, *kept)
         return v, je
@@ -141,6 +141,8 @@ class _JVP(torch.autograd.Function):
         at_x = torch.empty_like(x)
         at_weights = [torch.empty_like(w) for w in weights]
         at_biases = [torch.empty_like(c) for c in biases]
+        # tangents are the 4th argument of forward
+        at_e = torch.empty_like(e) if ctx.needs_input_grad[3] else None
         for i, b in enumerate(_blocks(x, e.shape[1], weights)):
             at_x[b] = _vjp_block(
                 ctx.activation,
@@ -152,8 +154,10 @@ class _JVP(torch.autograd.Function):
                 at_je[:, b].transpose(0, 1),
                 [w[b] for w in at_weights],
                 [c[b] for c in at_biases],
+                None if at_e is None else at_e[b],
             )
-        return None, None, at_x, None, *at_weights, *at_biases
+        at_tangents = None if at_e is None else at_e.transpose(0, 1).sum_to_size(ctx.tangent_shape)
+        return None, None, at_x, at_tangents, *at_weights, *at_biases
 
 
 def _blocks(x: Tensor, k: int, weights: Sequence[Tensor]) -> list[slice]:
@@ -188,6 +192,7 @@ def _vjp_block(
     at_u: Tensor,
     at_weights: Sequence[Tensor],
     at_biases: Sequence[Tensor],
+    at_e: Tensor | None,
 ) -> Tensor:
     """Differentiates one block.
 
@@ -195,6 +200,7 @@ def _vjp_block(
         at_a: cotangent of v, (m, B, d').
         at_u: cotangent of J e, (m, k, B, d').
         at_weights, at_biases: the cotangents of weights and biases are written into these tensors.
+        at_e: the cotangent of e is written into this tensor. None: it is not needed.
 
     Returns:
         The cotangent of x.
@@ -207,6 +213,8 @@ def _vjp_block(
     if e.shape[2] == 1:
         at_u = at_u.sum(2, keepdim=True)
     _weight_gradient(at_a, at_u, x, e, at_weights[0], at_biases[0])
+    if at_e is not None:
+        at_e.copy_(_product(at_u, weights[0]))
     return torch.bmm(at_a, weights[0])
 
 
@@ -310,6 +318,7 @@ class MLPField(LayeredField[TimedLinear]):
         classes: the size of the context for `given`, see `MLP`. None: no context.
         init_scale: scale of the initial weights of the first layer, see `spread_units`. None: torch's default,
             U(-1, 1) / sqrt(d).
+        n_in: the number of inputs of the first layer, for subclasses that compute other inputs from x. None: d.
 
     Raises:
         ConfigError: an unknown layer or activation, no hidden layer, or a scale that is not positive.
@@ -323,9 +332,10 @@ class MLPField(LayeredField[TimedLinear]):
         activation: str = "tanh",
         classes: int | None = None,
         init_scale: float | None = 1.0,
+        n_in: int | None = None,
     ) -> None:
         kind = LAYERS[one_of("model.field", layer, LAYERS)]
-        sizes = [d, *widths("model.hidden", hidden), d]
+        sizes = [d if n_in is None else n_in, *widths("model.hidden", hidden), d]
         layers = [kind(a, b) for a, b in pairwise(sizes)]
         super().__init__(layers, activation, sizes[1], classes)
         if init_scale is not None:
@@ -335,13 +345,14 @@ class MLPField(LayeredField[TimedLinear]):
         # the hand-written kernels support one bias per node, but not one per row
         if shift is not None or not self.can_use_kernels(t, x, tangents):
             return self.jvp_rows(t, x, tangents, shift)
-        nodes, (rows, d) = x.shape[:-2], x.shape[-2:]
+        nodes, (rows, n_in) = x.shape[:-2], x.shape[-2:]
         weights, biases = self.at(t.expand(*nodes, 1).reshape(-1))
         shared = tangents.shape[1:-2].numel() == 1
         e = tangents if shared else tangents.expand(-1, *nodes, -1, -1)
         e = e.reshape(len(tangents), -1, *tangents.shape[-2:])
-        v, je = jvp(self.activation, x.reshape(-1, rows, d), e, weights, biases)
-        return v.view(x.shape), je.view(len(tangents), *x.shape)
+        v, je = jvp(self.activation, x.reshape(-1, rows, n_in), e, weights, biases)
+        shape = *nodes, rows, v.shape[-1]
+        return v.view(shape), je.view(len(tangents), *shape)
 
     def at(self, times: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the weights and biases of all layers at the times (M,), see `TimedLinear.at`."""
