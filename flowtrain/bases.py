@@ -360,8 +360,7 @@ class NormalUniform(Base):
         if len(self.event_shape) != 1:
             raise FlowtrainError(f"event_shape={self.event_shape}: only vectors have circular columns, so give (d,)")
         self.circular = circular_indices(circular, *self.event_shape)
-        is_circular = torch.zeros(self.event_shape, dtype=torch.bool, device="cpu")
-        is_circular[list(self.circular)] = True
+        is_circular = torch.tensor([i in self.circular for i in range(self.event_shape[0])], device="cpu")
         # the argument determines it, so checkpoints do not need it
         self.register_buffer("is_circular", is_circular, persistent=False)
 

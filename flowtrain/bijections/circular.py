@@ -142,8 +142,8 @@ class WrapAngles(Bijection):
 
     def __init__(self, d: int, circular: Sequence[int]) -> None:
         super().__init__()
-        is_circular = torch.zeros(d, dtype=torch.bool, device="cpu")
-        is_circular[list(circular_indices(circular, d))] = True
+        angles = circular_indices(circular, d)
+        is_circular = torch.tensor([i in angles for i in range(d)], device="cpu")
         # the arguments determine it, so checkpoints do not need it
         self.register_buffer("is_circular", is_circular, persistent=False)
 

@@ -122,7 +122,7 @@ def mixed_real(mixing: str, n: int) -> list[Bijection]:
     """Returns the invertible matrix that mixes the first n columns, which are real, if `mixing` is `linear`."""
     if mixing != "linear" or n < 2:
         return []
-    return [OnColumns(InvertibleLinear(n, "permutation"), range(n))]
+    return [OnColumns(InvertibleLinear(n, "permutation"), list(range(n)))]
 
 
 def kept_half(n: int, m: int, mixing: str) -> Tensor:
@@ -150,7 +150,7 @@ def assembled(d: int, angles: Sequence[int], layers: Sequence[Bijection], given:
         return Flow((d,), from_data([ActNorm(d), *layers]), given)
     real = [i for i in range(d) if i not in angles]
     order = torch.tensor([*real, *angles], device="cpu")
-    norm = [OnColumns(ActNorm(len(real)), range(len(real)))] if real else []
+    norm = [OnColumns(ActNorm(len(real)), list(range(len(real))))] if real else []
     inside = [*norm, *layers]
     if order.tolist() != list(range(d)):
         inside = [Permutation(order.argsort()), *inside, Permutation(order)]

@@ -54,7 +54,7 @@ class PeriodicField(MLPField):
         self.register_buffer("angles", torch.tensor(angles, dtype=torch.int64, device="cpu"), persistent=False)
         if init_scale is not None:
             with torch.no_grad():
-                self.layers[0].linear.weight[:, len(real) :].mul_(2**0.5)
+                self.layers[0].linear.weight[:, len(real) :].mul_(2)
 
     def lifted(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns y(x) (..., n_in), and the cosines and sines of the circular columns."""

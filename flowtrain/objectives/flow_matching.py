@@ -164,7 +164,6 @@ class Ends:
             x = part.map_inverse(x, label)
         return x
 
-
     def nearest(self, x0: Tensor, x1: Tensor) -> Tensor:
         """Returns x1 with circular columns moved by whole turns, so that the lines from x0 to x1 are the shortest."""
         if not self.circular:
