@@ -71,7 +71,7 @@ class CircularSpline(Spline):
     def _parts(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the numbers of the spline (B, n_numbers n) and the phase (B, n), for x (B, n)."""
         n = x.shape[1]
-        numbers, u, v = theta.split([self.n_numbers * n, n, n], 1)
+        numbers, u, v = torch.split(theta, [self.n_numbers * n, n, n], 1)
         w = 1 + v
         # the derivative of atan2 is not defined at (0, 0)
         return numbers, torch.atan2(u, torch.where(u.square() + w.square() < LEAST_SQUARE, 1.0, w))

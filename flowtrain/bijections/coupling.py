@@ -51,9 +51,9 @@ class Coupling(Bijection):
         self.linear = None
         if input_bound is not None:
             assert sizes is not None
-            real = [size - m for size, m in zip(sizes, n_circular, strict=True)]
+            n_in, n_out = sizes[0] - n_circular[0], sizes[1] - n_circular[1]
             # torch warns about layers without inputs or outputs
-            self.linear = zero(nn.Linear(*real, bias=False)) if all(real) else None
+            self.linear = zero(nn.Linear(n_in, n_out, bias=False)) if n_in and n_out else None
 
     linear: nn.Module | None
 

@@ -68,8 +68,8 @@ def nsf(
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
         circular: the indices of columns that are angles in radians. Each coupling has circular splines for them, see
             `CircularSpline`, and its conditioner receives their cosines and sines. Their base is uniform on [-pi, pi).
-            Each column is in the transformed half of every second coupling. The halves are random unless `mixing` is
-            `alternate`. The invertible matrices mix the other columns only.
+            Of two couplings, the second one transforms the columns that the first one keeps. These halves are random
+            unless `mixing` is `alternate`. The invertible matrices mix the other columns only.
 
     Raises:
         ConfigError: samples that are not vectors, `conditional` without `classes`, or a setting out of range.
@@ -83,24 +83,24 @@ def nsf(
     one_of("model.mixing", mixing, MIXINGS)
     m = len(angles)
     half = (d + 1) // 2
-    kept_columns = torch.ones(d, dtype=torch.bool, device="cpu")
+    mask = torch.ones(d, dtype=torch.bool, device="cpu")
     parts: list[Bijection] = []
     for i in range(whole("model.layers", layers)):
         transform = spline(bins, bound)
         if d == 1:
             alone = by_kind(d - m, m, transform, CircularSpline(bins))
             groups = torch.zeros(1, dtype=torch.int64, device="cpu")
-            net = MaskedMLP(groups.repeat(1 + m), residual, groups.repeat(alone.size), activation, given, drop)
-            parts.append(Autoregressive(groups, net, input_bound=limit, transform=alone, n_circular=m))
+            masked = MaskedMLP(groups.repeat(1 + m), residual, groups.repeat(alone.size), activation, given, drop)
+            parts.append(Autoregressive(groups, masked, input_bound=limit, transform=alone, n_circular=m))
         elif m:
-            # each column is transformed in every second coupling
-            kept_columns = ~kept_columns if i % 2 == 1 else kept_half(d - m, m, mixing)
-            kept, changed = (int(mask.sum()) for mask in (kept_columns, ~kept_columns))
-            of_kept, of_changed = (int(mask[d - m :].sum()) for mask in (kept_columns, ~kept_columns))
-            f = by_kind(changed - of_changed, of_changed, transform, CircularSpline(bins))
-            net = ResidualMLP(kept + of_kept, residual, len(f.owners(changed)), activation, given, drop)
+            # the complement, so that two couplings transform all columns
+            mask = ~mask if i % 2 == 1 else kept_half(d - m, m, mixing)
+            kept, changed = int(mask.sum()), int((~mask).sum())
+            kept_angles, changed_angles = int(mask[d - m :].sum()), int((~mask)[d - m :].sum())
+            f = by_kind(changed - changed_angles, changed_angles, transform, CircularSpline(bins))
+            net = ResidualMLP(kept + kept_angles, residual, len(f.owners(changed)), activation, given, drop)
             parts += mixed_real(mixing, d - m)
-            parts.append(IndexCoupling(kept_columns, net, input_bound=limit, transform=f, n_circular=m))
+            parts.append(IndexCoupling(mask, net, input_bound=limit, transform=f, n_circular=m))
         else:
             parts += mixed(mixing, d)
             swap = mixing == "alternate" and i % 2 == 1

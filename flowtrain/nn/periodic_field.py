@@ -13,14 +13,14 @@ class PeriodicField(MLPField):
     """A velocity field for vectors that has the period 2 pi in circular columns.
 
     The first layer receives y(x), which consists of the real columns, then the cosines and then the sines of the
-    circular columns. The field moves angles on the real line. Its flow commutes with shifts by 2 pi, so it also
-    is a flow of the circle (Falorsi 2021, Continuous normalizing flows on manifolds).
+    circular columns. The field moves angles on the real line. Its flow commutes with shifts by 2 pi, so it is
+    also a flow of the circle (Falorsi 2021, Continuous normalizing flows on manifolds).
 
     Args:
         d: dimension of x.
         circular: the indices of the circular columns.
-        hidden, layer, activation, classes, init_scale: see `MLPField`. `init_scale` sets the weights of the cosines and
-            sines relative to their standard deviation for uniform angles, which is 1 / sqrt(2).
+        hidden, layer, activation, classes, init_scale: see `MLPField`. The initial weights of the cosines and
+            sines are twice as large, because these lie in [-1, 1], and standardized columns mostly in [-2, 2].
 
     Raises:
         ConfigError: an invalid index, or a setting that `MLPField` does not allow.
@@ -115,7 +115,7 @@ class PeriodicTape:
         """Returns cotangent^T dv/dx of node i, (B, d)."""
         at_y = self.of_layers.vjp(i, cotangent)
         cos, sin = self.turns[i]
-        at_real, at_cos, at_sin = at_y.split([len(self.field.real), cos.shape[1], cos.shape[1]], 1)
+        at_real, at_cos, at_sin = torch.split(at_y, [len(self.field.real), cos.shape[1], cos.shape[1]], 1)
         at_x = torch.empty_like(cotangent)
         at_x[:, self.field.real] = at_real
         at_x[:, self.field.angles] = cos * at_sin - sin * at_cos

@@ -212,10 +212,12 @@ class FlowMatching(Matching):
 class Rectified(Matching):
     """Reflow: the loss of `Matching` for lines between the two ends of the paths of a teacher.
 
-    The ends are x0 and x1 = x0 + int_0^1 v(t, x_t) dt. Angles are not wrapped at x1, because a line must make the same
-    number of turns as its path: x1 - x0 is then a continuous function of x0. Each round makes the paths straighter, so that a solve needs
+    The ends are x0 and x1 = x0 + int_0^1 v(t, x_t) dt. Each round makes the paths straighter, so that a solve needs
     fewer steps. The distribution at t = 1 does not change (Liu et al. 2023, Flow straight and fast, section 2.2 and
     theorem 3.5). The training data are not used, so the trained flow also learns the errors of the teacher.
+
+    Circular columns of x1 are not wrapped. So a line makes the same number of turns as its path, and x1 - x0 is a
+    continuous function of x0.
 
     Args:
         flow: the flow that is trained.
