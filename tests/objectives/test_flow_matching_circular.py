@@ -22,13 +22,13 @@ def test_optimal_coupling_minimizes_the_squared_distance_on_the_circle() -> None
         return float((paired[:, 0] - x[:, 0]).square().sum() + wrap(paired[:, 1] - x[:, 1]).square().sum())
 
     best = min(cost(z[list(order)]) for order in permutations(range(6)))
-    assert cost(optimal(z, x, [1])) == pytest.approx(best)
+    assert cost(optimal(z, x, circular=[1])) == pytest.approx(best)
     assert cost(optimal(z, x)) > best + 1e-3
 
 
 def test_points_next_to_the_seam_are_neighbours() -> None:
     z, x = torch.tensor([[3.1], [0.0]]), torch.tensor([[0.1], [-3.1]])
-    assert optimal(z, x, [0]).tolist() == [[0.0], [3.1]]
+    assert optimal(z, x, circular=[0]).tolist() == [[0.0], [3.1]]
 
 
 @pytest.mark.parametrize("coupling", ["independent", "optimal"])
