@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from flowtrain.bases import (
     Base,
+    ConditionalMixture,
     GaussianMixture,
+    MixtureOfRows,
     NormalUniform,
     StandardNormal,
     StudentT,
@@ -383,3 +385,89 @@ def test_log_prob_gradients_match_finite_differences() -> None:
 def test_invalid_arguments_are_refused(make: Callable[[], Base], message: str) -> None:
     with pytest.raises((FlowtrainError, ConfigError), match=message):
         make()
+
+
+def conditional(shape: tuple[int, ...] = (3,), covariance: str = "full") -> ConditionalMixture:
+    """Returns a mixture density network of 2 features with random weights."""
+    base = ConditionalMixture(shape, 3, 2, covariance, hidden=[5])
+    for p in base.parameters():
+        nn.init.normal_(p, std=0.7)
+    return base
+
+
+def rows_of(base: MixtureOfRows) -> D.Distribution:
+    parts = D.MultivariateNormal(base.means, scale_tril=base.scale_tril)
+    return D.MixtureSameFamily(D.Categorical(logits=base.logits), parts)
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 1, 2)])
+def test_conditional_mixture_equals_the_closed_form_of_each_row(covariance: str, shape: tuple[int, ...]) -> None:
+    base, c = conditional(shape, covariance), torch.randn(20, 2)
+    rows = base.given(c)
+    assert isinstance(rows, MixtureOfRows)
+    z = rows.sample(20)
+    assert z.shape == (20, *shape)
+    torch.testing.assert_close(rows.log_prob(z), rows_of(rows).log_prob(z.flatten(1)))
+    # the density of a row depends only on the context of this row
+    torch.testing.assert_close(base.given(c[3:5]).log_prob(z[3:5]), rows.log_prob(z)[3:5])
+    with pytest.raises(FlowtrainError):
+        base.log_prob(z)
+
+
+def test_conditional_mixture_accepts_labels() -> None:
+    base, labels = conditional(), torch.tensor([1, 0, 1])
+    torch.testing.assert_close(
+        base.given(labels).log_prob(torch.zeros(3, 3)), base.given(torch.eye(2)[labels]).log_prob(torch.zeros(3, 3))
+    )
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+def test_conditional_samples_and_transforms_match_the_density(covariance: str) -> None:
+    base, n = conditional((2,), covariance), 4000
+    c = torch.randn(1, 2).expand(n, 2)
+    rows = base.given(c)
+    ours, theirs = rows.sample(n), rows_of(base.given(c[:1])).sample((n,)).squeeze(1)
+    for direction in torch.cat([torch.eye(2), torch.randn(2, 2)]):
+        assert stats.ks_2samp((ours @ direction).numpy(), (theirs @ direction).numpy()).pvalue > 1e-4
+    # contexts that differ from row to row
+    rows = base.given(torch.randn(n, 2))
+    u = rows.to_uniform(rows.sample(n)).detach()
+    for j in range(2):
+        assert stats.kstest(u[:, j].numpy(), "uniform").pvalue > 1e-4
+    assert abs(float(torch.corrcoef(rows.to_normal(rows.sample(n)).detach().T)[0, 1])) < 5 / n**0.5
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+def test_implicit_gradients_of_conditional_samples_keep_the_transform(covariance: str) -> None:
+    """u(z; parameters) is constant along dz, by finite differences of the transform."""
+    base, c = conditional((2,), covariance), torch.randn(3, 2)
+    weight = base.net[0].weight
+    z = base.given(c).rsample(3)
+    slope = torch.zeros_like(z)
+    for i, j in itertools.product(range(3), range(2)):
+        slope[i, j] = torch.autograd.grad(z[i, j], weight, retain_graph=True)[0][0, 0]
+    h = 1e-5
+    u = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            weight[0, 0] += sign * h
+            u.append(base.given(c).to_uniform(z + sign * h * slope))
+            weight[0, 0] -= sign * h
+    assert slope.abs().max() > 1e-4
+    torch.testing.assert_close(u[0], u[1], rtol=0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+def test_conditional_mixture_starts_at_the_mixture_of_all_rows(covariance: str) -> None:
+    z = torch.cat([torch.randn(200, 3) @ torch.randn(3, 3), 5 + 0.3 * torch.randn(100, 3)])
+    base, plain = ConditionalMixture(3, 2, 4, covariance), GaussianMixture(3, 2, covariance)
+    base.initialize(z)
+    plain.initialize(z)
+    found = base.given(torch.randint(4, (300,))).log_prob(z)
+    torch.testing.assert_close(found, plain.log_prob(z), rtol=1e-6, atol=1e-6)
+
+
+def test_too_large_networks_are_refused() -> None:
+    with pytest.raises(ConfigError, match="diagonal"), torch.device("meta"):
+        ConditionalMixture(784, 16, 10)

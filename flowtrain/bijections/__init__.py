@@ -9,6 +9,7 @@ from flowtrain.bijections.coupling import AffineCoupling, CheckerboardCoupling, 
 from flowtrain.bijections.elementwise import Elementwise, ScaleShift
 from flowtrain.bijections.linear import (
     Affine,
+    ContextShift,
     FromGaussian,
     GaussianStart,
     InvertibleLinear,
@@ -31,6 +32,7 @@ __all__ = [
     "Chain",
     "CheckerboardCoupling",
     "CircularSpline",
+    "ContextShift",
     "Continuous",
     "Coupling",
     "Elementwise",

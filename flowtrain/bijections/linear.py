@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, Chain, check_sample, elements_per_channel, varies
 from flowtrain.bijections.columns import OnColumns
+from flowtrain.nn.conditioners import embedded, with_context
 from flowtrain.utils.errors import DataError, FlowtrainError
 from flowtrain.utils.linear_algebra import solve_lower
 from flowtrain.utils.precision import full_precision
@@ -141,6 +142,52 @@ class Affine(Bijection):
         self.mean.copy_(flat.mean(0))
         self.log_diagonal.copy_(factor.diagonal().log())
         self.below_diagonal.copy_(factor.tril(-1))
+        return self.map_inverse(x, context)
+
+
+class ContextShift(Bijection):
+    """The translation x = z + A c by a linear function of the context, log|det dx/dz| = 0. Images are flattened.
+
+    c is a one-hot label, or a vector of features. `initialize` sets A by least squares of the data on the context, with
+    an intercept that is not part of the map. The latents are then the residuals of the regression plus the intercept.
+
+    Args:
+        d: the number of elements of a sample.
+        classes: the size of the context: the number of classes, or of features.
+
+    Attributes:
+        embedding: the transpose of A, (classes, d), initially zero.
+
+    Example:
+        >>> shift, x = ContextShift(1, classes=2), torch.tensor([[1.0], [3.0], [8.0]])
+        >>> shift.initialize(x, torch.tensor([0, 0, 1])).round(decimals=4).flatten().tolist()  # class means 2 and 8
+        [4.0, 6.0, 5.0]
+    """
+
+    def __init__(self, d: int, classes: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.zeros(classes, d))
+
+    def shift(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Returns A c with the shape of x."""
+        assert context is not None
+        return embedded(context, self.embedding).view_as(x)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z + self.shift(z, context), z.new_zeros(z.shape[0])
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x - self.shift(x, context), x.new_zeros(x.shape[0])
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        check_sample(x)
+        flat = x.flatten(1).double()
+        c = with_context(flat[:, :0], context, len(self.embedding))
+        c = c - c.mean(0)
+        # the pseudo-inverse is needed, because one-hot columns sum to 1 and features may be constant
+        inverse = torch.linalg.pinv(c.T @ c / len(x), hermitian=True)
+        self.embedding.copy_(inverse @ (c.T @ (flat - flat.mean(0))) / len(x))
         return self.map_inverse(x, context)
 
 
@@ -319,7 +366,8 @@ class FromGaussian(Chain):
 
     `initialize` sets this Gaussian such that the flow starts at N(m, C), with the mean and the shrunk covariance of the
     data x (see `shrunk_covariance`). The model must initially be affine, as all models of flowtrain are. The inverse
-    z = J (x - m) + o of the model then maps N(m, C) to the Gaussian N(o, J C J^T).
+    z = J (x - m) + o of the model then maps N(m, C) to the Gaussian N(o, J C J^T). If the model ends with a
+    `ContextShift`, x are the data moved to the context of the first row, so that C is the covariance given the context.
 
     Args:
         model: maps this base to the data.
@@ -339,12 +387,20 @@ class FromGaussian(Chain):
     def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         start, model = self
         model.initialize(x, context)
-        mean, covariance = shrunk_covariance(_real_columns(start, x))
+
+        def first_context(n: int) -> Tensor | None:
+            return None if context is None else context[:1].expand(n, *context.shape[1:])
+
+        parts = list(model) if isinstance(model, Chain) else []
+        if parts and isinstance(parts[-1], ContextShift):
+            rows = parts[-1].map_forward(parts[-1].map_inverse(x, context), first_context(len(x)))
+        else:
+            rows = x
+        mean, covariance = shrunk_covariance(_real_columns(start, rows))
         if self.diagonal:
             covariance = covariance.diagonal().diag()
         std = covariance.diagonal().sqrt()
         steps = torch.cat([torch.zeros_like(std).unsqueeze(0), std.diag()])
-        contexts = None if context is None else context[:1].expand(len(steps), *context.shape[1:])
         was_training = model.training
         # evaluation mode: batch norm uses its running statistics, and dropout is off
         model.eval()
@@ -352,7 +408,7 @@ class FromGaussian(Chain):
         if isinstance(start, OnColumns):
             # the model initially maps real columns independently of the angles
             points = x.new_zeros(len(points), x.shape[1]).index_copy(1, start.columns, points)
-        moved = _real_columns(start, model.map_inverse(points, contexts)).double()
+        moved = _real_columns(start, model.map_inverse(points, first_context(len(steps)))).double()
         model.train(was_training)
         jacobian = (moved[1:] - moved[0]).T / std
         _fit(start, moved[0], jacobian @ covariance @ jacobian.T)

@@ -427,7 +427,7 @@ class MLPRecorder:
     def __init__(self, field: MLPField, shift: Tensor | None = None) -> None:
         self.field, self.shift = field, shift
         # these are the parameters at the time of recording. The field may have other parameters later
-        self.recorded = dict(field.named_parameters())
+        self.recorded: dict[str, Tensor] = dict(field.named_parameters())
         self.parameters = [*self.recorded.values(), *([] if shift is None else [shift])]
 
     parameters: list[Tensor]

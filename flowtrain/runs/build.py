@@ -10,7 +10,7 @@ from typing import Any, cast, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from flowtrain.bases import GaussianMixture
+from flowtrain.bases import ConditionalMixture, GaussianMixture
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.linear import FromGaussian, Preconditioned
 from flowtrain.bijections.logit import Logit
@@ -167,7 +167,8 @@ def _prepared(flow: Flow, samples: Samples) -> Bijection:
         if flow.ode_blocks:
             bijection = Preconditioned(bijection, d, circular)
         else:
-            bijection = FromGaussian(bijection, d, isinstance(flow.base, GaussianMixture), circular)
+            diagonal = isinstance(flow.base, GaussianMixture | ConditionalMixture)
+            bijection = FromGaussian(bijection, d, diagonal, circular)
     if samples.standardized or samples.centered:
         bijection = Chain([bijection, Standardize(samples.event_shape, samples.centered, circular)])
     if samples.levels is not None:

@@ -116,6 +116,8 @@ BUILDERS: dict[str, Callable[[], Flow]] = {
     "Preconditioned, circular": lambda: flow_of(bijections.Preconditioned(ode_block(), 3, circular=[1])),
     "GaussianMixture": lambda: Flow(bases.GaussianMixture(2, 3), ActNorm(2)),
     "diagonal": lambda: Flow(bases.GaussianMixture((2,), components=3, covariance="diagonal"), ActNorm(2)),
+    "ConditionalMixture": lambda: models.mixture(3, components=2, hidden=[4], conditional=True, classes=3),
+    "ContextShift": lambda: models.affine(3, conditional=True, classes=3),
     "StandardNormal": lambda: Flow(base=bases.StandardNormal([2]), bijection=ActNorm(2), noisy=(1,)),
     "event_shape keyword": lambda: Flow(event_shape=(2,), bijection=ActNorm(2)),
     "conditional": lambda: models.ffjord(2, hidden=[4], conditional=True, classes=3),
