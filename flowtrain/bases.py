@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from flowtrain.nn.conditioners import ACTIVATIONS, MLP
 from flowtrain.utils.arguments import number, one_of, shape_of, whole, widths
+from flowtrain.utils.circle import circular_indices, wrap
 from flowtrain.utils.em import fit_mixture
 from flowtrain.utils.errors import ConfigError, FlowtrainError
 from flowtrain.utils.linear_algebra import solve_lower
 from flowtrain.utils.recorded import Recorded
 
-__all__ = ["Base", "ConditionalMixture", "GaussianMixture", "StandardNormal", "StudentT", "UniformBox"]
+__all__ = ["Base", "ConditionalMixture", "GaussianMixture", "NormalUniform", "StandardNormal", "StudentT", "UniformBox"]
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 COVARIANCES = ("full", "diagonal")
@@ -42,6 +43,10 @@ class Base(Recorded, nn.Module, ABC):
     Args:
         event_shape: shape of one z, or a number d for vectors of length d.
 
+    Attributes:
+        circular: the indices of the columns of z that are angles in radians. A flow with such a base has the same
+            circular columns in x. () for other bases.
+
     Example:
         >>> class Laplace(Base):
         ...     def log_prob(self, z):
@@ -57,6 +62,8 @@ class Base(Recorded, nn.Module, ABC):
         >>> Laplace((2,)).log_prob(torch.zeros(1, 2))  # -2 log 2
         tensor([-1.3863])
     """
+
+    circular: tuple[int, ...] = ()
 
     def __init__(self, event_shape: int | Sequence[int]) -> None:
         super().__init__()
@@ -337,6 +344,72 @@ class UniformBox(Base):
 
     def to_uniform(self, z: Tensor) -> Tensor:
         return ((z - self.low) / (self.high - self.low)).clamp(0, 1).flatten(1)
+
+
+class NormalUniform(Base):
+    """Vectors with standard normal real columns and uniform circular columns, all independent.
+
+    log p0(z) = -(|z_real|^2 + (d - m) log 2 pi) / 2 - m log 2 pi for m circular columns. These are angles in radians.
+    Angles that differ by 2 pi are the same point, so log p0 is periodic in them. Samples lie in [-pi, pi).
+
+    A uniform distribution has no mode, so the base has no temperature.
+
+    Args:
+        event_shape: d or (d,).
+        circular: the indices of the circular columns.
+
+    Raises:
+        FlowtrainError: samples that are not vectors.
+        ConfigError: an invalid index.
+
+    Example:
+        >>> NormalUniform(2, circular=[1]).log_prob(torch.zeros(1, 2))  # -1.5 log(2 pi)
+        tensor([-2.7568])
+    """
+
+    is_circular: Tensor
+
+    def __init__(self, event_shape: int | Sequence[int], circular: Sequence[int]) -> None:
+        super().__init__(event_shape)
+        if len(self.event_shape) != 1:
+            raise FlowtrainError(f"event_shape={self.event_shape}: only vectors have circular columns, so give (d,)")
+        self.circular = circular_indices(circular, *self.event_shape)
+        is_circular = torch.tensor([i in self.circular for i in range(self.event_shape[0])], device="cpu")
+        # the argument determines it, so checkpoints do not need it
+        self.register_buffer("is_circular", is_circular, persistent=False)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        m = len(self.circular)
+        # z - z keeps NaN
+        real = torch.where(self.is_circular, z - z, z)
+        return -0.5 * (real.square().sum(1) + (z.shape[1] + m) * math.log(2 * math.pi))
+
+    def rsample(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+        like: Tensor | None = None,
+    ) -> Tensor:
+        if temperature != 1:
+            raise FlowtrainError(
+                f"temperature={temperature}: the base is uniform in circular columns and has no mode there, so only "
+                "temperature=1 is possible"
+            )
+        like = torch.zeros((), device=self.is_circular.device) if like is None else like
+        z = torch.randn(n, *self.event_shape, generator=generator, dtype=like.dtype, device=like.device)
+        u = torch.rand(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+        return torch.where(self.is_circular, wrap(2 * math.pi * u), z)
+
+    def to_uniform(self, z: Tensor) -> Tensor:
+        turned = (wrap(z) / (2 * math.pi) + 0.5).clamp(0, 1)
+        return torch.where(self.is_circular, turned, torch.special.ndtr(z))
+
+    def to_normal(self, z: Tensor) -> Tensor:
+        return torch.where(self.is_circular, super().to_normal(z), z)
+
+    def extra_repr(self) -> str:
+        return f"event_shape={self.event_shape}, circular={self.circular}"
 
 
 class _Mixture(Base):

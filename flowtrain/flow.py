@@ -194,7 +194,8 @@ class Density(Recorded, nn.Module):
     @property
     def like(self) -> Tensor:
         """A tensor with the dtype and the device of the flow."""
-        return next(chain(self.parameters(), self.buffers()), torch.zeros(()))
+        values = (v for v in chain(self.parameters(), self.buffers()) if v.is_floating_point())
+        return next(values, torch.zeros(()))
 
     @property
     def data_like(self) -> Tensor:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from flowtrain.bases import (
     ConditionalMixture,
     GaussianMixture,
     MixtureOfRows,
+    NormalUniform,
     StandardNormal,
     StudentT,
     UniformBox,
@@ -44,14 +46,34 @@ BASES: dict[str, Callable[..., Base]] = {
     "normal": lambda shape=(3,): StandardNormal(shape),
     "student": student,
     "box": box,
+    "circular": lambda shape=(3,): NormalUniform(shape, [0, 2]),
     "full": mixture,
     "diagonal": lambda shape=(3,): mixture(shape, "diagonal"),
 }
 
 
+class OfColumns(D.Distribution):
+    """Independent columns with one distribution each."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, columns: list[D.Distribution]) -> None:
+        super().__init__(event_shape=torch.Size([len(columns)]), validate_args=False)
+        self.columns = columns
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return sum(c.log_prob(value[:, i]) for i, c in enumerate(self.columns))  # type: ignore[return-value]
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return torch.stack([c.sample(sample_shape) for c in self.columns], -1)
+
+
 def closed_form(base: Base) -> D.Distribution:
     """Returns torch's distribution that equals the base, over flattened z."""
     d = math.prod(base.event_shape)
+    if isinstance(base, NormalUniform):
+        real, angle = D.Normal(torch.tensor(0.0), torch.tensor(1.0)), D.Uniform(-math.pi, math.pi)
+        return OfColumns([angle if i in base.circular else real for i in range(d)])
     if isinstance(base, StudentT):
         return D.Independent(D.StudentT(base.df.flatten()), 1)
     if isinstance(base, UniformBox):
@@ -69,6 +91,8 @@ def make(request: pytest.FixtureRequest) -> Callable[..., Base]:
 
 @pytest.mark.parametrize("shape", [(3,), (2, 1, 2)])
 def test_log_prob_equals_the_closed_form(make: Callable[..., Base], shape: tuple[int, ...]) -> None:
+    if make is BASES["circular"] and len(shape) > 1:
+        pytest.skip("only vectors have circular columns")
     base = make(shape)
     z = base.sample(50)
     assert z.shape == (50, *shape)
@@ -164,7 +188,7 @@ def test_bases_can_be_built_on_the_meta_device() -> None:
     """Loading a checkpoint builds bases on the meta device, to compare the shapes of weights."""
 
     def shapes() -> list[dict[str, torch.Size]]:
-        bases = [StudentT((2,), 3.0), UniformBox([0.0, 0.0], [1.0, 1.0]), GaussianMixture(2, 3)]
+        bases = [StudentT((2,), 3.0), UniformBox([0.0, 0.0], [1.0, 1.0]), GaussianMixture(2, 3), NormalUniform(2, [1])]
         return [{name: value.shape for name, value in base.state_dict().items()} for base in bases]
 
     expected = shapes()
@@ -195,6 +219,20 @@ def test_uniform_box_density_is_zero_outside() -> None:
     assert log_p[:2].tolist() == pytest.approx([-math.log(4)] * 2)
     assert log_p[2:4].tolist() == [-math.inf] * 2
     assert log_p[4].isnan()
+
+
+def test_density_is_periodic_in_circular_columns_and_there_is_no_temperature() -> None:
+    base = NormalUniform(3, [0, 2])
+    z = base.sample(5)
+    turns = 2 * math.pi * torch.tensor([1.0, 0.0, -2.0])
+    torch.testing.assert_close(base.log_prob(z + turns), base.log_prob(z))
+    torch.testing.assert_close(base.to_uniform(z + turns), base.to_uniform(z))
+    assert base.log_prob(torch.tensor([[torch.nan, 0.0, 0.0]])).isnan().all()
+    with pytest.raises(FlowtrainError, match="temperature"):
+        base.sample(2, temperature=0.5)
+    for shape, circular in (((1, 2), [0]), ((2,), [2])):
+        with pytest.raises(FlowtrainError):
+            NormalUniform(shape, circular)
 
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal"])

@@ -1,13 +1,14 @@
 """Linear maps, permutations, and the Gaussian at which a flow is initialized."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, Chain, check_sample, elements_per_channel, varies
+from flowtrain.bijections.columns import OnColumns
 from flowtrain.nn.conditioners import embedded, with_context
 from flowtrain.utils.errors import DataError, FlowtrainError
 from flowtrain.utils.linear_algebra import solve_lower
@@ -317,22 +318,46 @@ class GaussianStart(Bijection):
             return (x - self.mean) @ self.inverse_factor.T, -self.log_volume.expand(x.shape[0])
 
 
+def _start(d: int, circular: Sequence[int]) -> Bijection:
+    """Returns a `GaussianStart` of the columns that are not circular."""
+    if not circular:
+        return GaussianStart(d)
+    real = [i for i in range(d) if i not in set(circular)]
+    return OnColumns(GaussianStart(len(real)), real)
+
+
+def _real_columns(start: Bijection, x: Tensor) -> Tensor:
+    """Returns the columns of x (B, d) to which a bijection from `_start` applies."""
+    return x[:, start.columns] if isinstance(start, OnColumns) else x
+
+
+def _fit(start: Bijection, mean: Tensor, covariance: Tensor) -> None:
+    """Sets the Gaussian of a bijection from `_start`."""
+    start = start.inner if isinstance(start, OnColumns) else start
+    assert isinstance(start, GaussianStart)
+    start.fit(mean, covariance)
+
+
 class Preconditioned(Chain):
     """A model of vectors (B, d) for whitened data. The data are whitened with their shrunk covariance.
 
     If the model is initially the identity, the flow starts at the Gaussian of the data. All directions of the whitened
     data have the same scale, which makes an ODE easier to learn. Couplings perform better on columns that are not
     whitened, see `FromGaussian`.
+
+    Args:
+        model: maps the base to the whitened data.
+        d: length of the vectors.
+        circular: the indices of circular columns, which are not whitened.
     """
 
-    def __init__(self, model: Bijection, d: int) -> None:
-        super().__init__([model, GaussianStart(d)])
+    def __init__(self, model: Bijection, d: int, circular: Sequence[int] = ()) -> None:
+        super().__init__([model, _start(d, circular)])
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         model, start = self
-        assert isinstance(start, GaussianStart)
-        start.fit(*shrunk_covariance(x))
+        _fit(start, *shrunk_covariance(_real_columns(start, x)))
         return model.initialize(start.map_inverse(x), context)
 
 
@@ -350,16 +375,17 @@ class FromGaussian(Chain):
         diagonal: sets the correlations in C to zero, so that the columns are not mixed. This is better for a base that
             is fitted to the data. For example, the NLL of a mixture of diagonal Gaussians on pendigits is higher by
             12 nats if the columns are whitened.
+        circular: the indices of circular columns, to which the Gaussian does not apply. The base keeps their
+            distribution.
     """
 
-    def __init__(self, model: Bijection, d: int, diagonal: bool = False) -> None:
-        super().__init__([GaussianStart(d), model])
+    def __init__(self, model: Bijection, d: int, diagonal: bool = False, circular: Sequence[int] = ()) -> None:
+        super().__init__([_start(d, circular), model])
         self.diagonal = diagonal
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         start, model = self
-        assert isinstance(start, GaussianStart)
         model.initialize(x, context)
 
         def first_context(n: int) -> Tensor | None:
@@ -370,7 +396,7 @@ class FromGaussian(Chain):
             rows = parts[-1].map_forward(parts[-1].map_inverse(x, context), first_context(len(x)))
         else:
             rows = x
-        mean, covariance = shrunk_covariance(rows)
+        mean, covariance = shrunk_covariance(_real_columns(start, rows))
         if self.diagonal:
             covariance = covariance.diagonal().diag()
         std = covariance.diagonal().sqrt()
@@ -378,10 +404,14 @@ class FromGaussian(Chain):
         was_training = model.training
         # evaluation mode: batch norm uses its running statistics, and dropout is off
         model.eval()
-        moved = model.map_inverse((mean + steps).to(x), first_context(len(steps))).double()
+        points = (mean + steps).to(x)
+        if isinstance(start, OnColumns):
+            # the model initially maps real columns independently of the angles
+            points = x.new_zeros(len(points), x.shape[1]).index_copy(1, start.columns, points)
+        moved = _real_columns(start, model.map_inverse(points, first_context(len(steps)))).double()
         model.train(was_training)
         jacobian = (moved[1:] - moved[0]).T / std
-        start.fit(moved[0], jacobian @ covariance @ jacobian.T)
+        _fit(start, moved[0], jacobian @ covariance @ jacobian.T)
         return self.map_inverse(x, context)
 
 

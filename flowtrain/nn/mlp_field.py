@@ -110,7 +110,7 @@ def jvp(
     Args:
         activation: the activation between the layers.
         x: (M, B, d).
-        tangents: e, (k, 1 or M, 1 or B, d). They are treated as constants.
+        tangents: e, (k, 1 or M, 1 or B, d).
         weights, biases: for each layer (M, n_out, n_in) and (M, n_out).
         shift: a bias of the first layer for each row, (B, n). None: no such bias.
 
@@ -149,7 +149,7 @@ class _JVP(torch.autograd.Function):
             )
             je[:, b] = probe_jvps.transpose(0, 1)
             kept += [tensor for layer in saved for tensor in layer.tensors()]
-        ctx.activation, ctx.n_layers = activation, n_layers
+        ctx.activation, ctx.n_layers, ctx.tangent_shape = activation, n_layers, tangents.shape
         # every tensor is kept by save_for_backward, because torch.utils.checkpoint frees only these
         ctx.save_for_backward(x, e, *layers, *kept)
         return v, je
@@ -163,7 +163,8 @@ class _JVP(torch.autograd.Function):
         at_x = torch.empty_like(x)
         at_weights = [torch.empty_like(w) for w in weights]
         at_biases = [torch.empty_like(c) for c in biases]
-        # this is the 5th argument of forward
+        # these are the 4th and the 5th argument of forward
+        at_e = torch.empty_like(e) if ctx.needs_input_grad[3] else None
         at_shift = x.new_zeros(x.shape[1], weights[0].shape[1]) if ctx.needs_input_grad[4] else None
         for i, b in enumerate(_blocks(x, e.shape[1], weights)):
             at_x[b] = _vjp_block(
@@ -177,8 +178,10 @@ class _JVP(torch.autograd.Function):
                 [w[b] for w in at_weights],
                 [c[b] for c in at_biases],
                 at_shift,
+                None if at_e is None else at_e[b],
             )
-        return None, None, at_x, None, at_shift, *at_weights, *at_biases
+        at_tangents = None if at_e is None else at_e.transpose(0, 1).sum_to_size(ctx.tangent_shape)
+        return None, None, at_x, at_tangents, at_shift, *at_weights, *at_biases
 
 
 def _blocks(x: Tensor, k: int, weights: Sequence[Tensor]) -> list[slice]:
@@ -222,6 +225,7 @@ def _vjp_block(
     at_weights: Sequence[Tensor],
     at_biases: Sequence[Tensor],
     at_shift: Tensor | None,
+    at_e: Tensor | None,
 ) -> Tensor:
     """Differentiates one block.
 
@@ -230,6 +234,7 @@ def _vjp_block(
         at_u: cotangent of J e, (m, k, B, d').
         at_weights, at_biases: the cotangents of weights and biases are written into these tensors.
         at_shift: the cotangent of the shift is added to this tensor, (B, n). None: it is not needed.
+        at_e: the cotangent of e is written into this tensor. None: it is not needed.
 
     Returns:
         The cotangent of x.
@@ -244,6 +249,8 @@ def _vjp_block(
     _weight_gradient(at_a, at_u, x, e, at_weights[0], at_biases[0])
     if at_shift is not None:
         at_shift += at_a.sum(0)
+    if at_e is not None:
+        at_e.copy_(_product(at_u, weights[0]))
     return torch.bmm(at_a, weights[0])
 
 
@@ -347,6 +354,7 @@ class MLPField(LayeredField[TimedLinear]):
         classes: the size of the context for `given`, see `MLP`. None: no context.
         init_scale: scale of the initial weights of the first layer, see `spread_units`. None: torch's default,
             U(-1, 1) / sqrt(d).
+        n_in: the number of inputs of the first layer, for subclasses that compute other inputs from x. None: d.
 
     Raises:
         ConfigError: an unknown layer or activation, no hidden layer, or a scale that is not positive.
@@ -360,24 +368,26 @@ class MLPField(LayeredField[TimedLinear]):
         activation: str = "tanh",
         classes: int | None = None,
         init_scale: float | None = 1.0,
+        n_in: int | None = None,
     ) -> None:
         kind = LAYERS[one_of("model.field", layer, LAYERS)]
-        sizes = [d, *widths("model.hidden", hidden), d]
+        sizes = [d if n_in is None else n_in, *widths("model.hidden", hidden), d]
         layers = [kind(a, b) for a, b in pairwise(sizes)]
         super().__init__(layers, activation, sizes[1], classes)
         if init_scale is not None:
             spread_units(layers[0].linear, number("model.init_scale", init_scale))
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if not self.can_use_kernels(t, x, tangents):
+        if not self.can_use_kernels(t, x):
             return self.jvp_rows(t, x, tangents, shift)
-        nodes, (rows, d) = x.shape[:-2], x.shape[-2:]
+        nodes, (rows, n_in) = x.shape[:-2], x.shape[-2:]
         weights, biases = self.at(t.expand(*nodes, 1).reshape(-1))
         shared = tangents.shape[1:-2].numel() == 1
         e = tangents if shared else tangents.expand(-1, *nodes, -1, -1)
         e = e.reshape(len(tangents), -1, *tangents.shape[-2:])
-        v, je = jvp(self.activation, x.reshape(-1, rows, d), e, weights, biases, shift)
-        return v.view(x.shape), je.view(len(tangents), *x.shape)
+        v, je = jvp(self.activation, x.reshape(-1, rows, n_in), e, weights, biases, shift)
+        shape = *nodes, rows, v.shape[-1]
+        return v.view(shape), je.view(len(tangents), *shape)
 
     def at(self, times: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the weights and biases of all layers at the times (M,), see `TimedLinear.at`."""

@@ -62,7 +62,7 @@ def test_base_with_context_is_calibrated_with_the_context_of_each_row() -> None:
         torch.nn.init.normal_(p)
     z = base.given(labels).sample(4000)
     # rows without latents are excluded together with their labels
-    z[:100] = torch.nan
+    z[:101] = torch.nan
     assert calibration(z, base, labels)[0].p_value > 1e-3
     assert calibration(z, base, 1 - labels)[0].p_value < 1e-6
 
