@@ -166,7 +166,7 @@ def test_label_is_a_second_program_input(model: Callable[..., Flow], ending: str
 @pytest.mark.parametrize("ending", SLOW_ONNX)
 def test_context_is_a_second_program_input(ending: str, tmp_path: Path) -> None:
     columns = [ContextColumn("m", mean=5.0, std=2.0), ContextColumn("k", CATEGORICAL, categories=("blue", "red"))]
-    flow = randomized(realnvp(2, layers=2, hidden=[8], context=3)).with_kind(context=tuple(columns))
+    flow = randomized(realnvp(2, layers=1, hidden=[8], context=3)).with_kind(context=tuple(columns))
     context = torch.tensor([[4.0, 1.0], [7.0, 0.0]]).double().repeat(ROWS, 1)[:ROWS]
     found, other = exported_programs(flow, tmp_path, ending=ending), context.flip(0)
     with torch.no_grad():

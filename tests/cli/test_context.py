@@ -11,7 +11,7 @@ from helpers import Run
 import flowtrain
 from flowtrain.runs.console import next_commands
 
-MODEL = ["model=realnvp", "model.layers=2", "model.hidden=[16]", "trainer.steps=60", "trainer.val_every=20"]
+MODEL = ["model=realnvp", "model.layers=2", "model.hidden=[16]", "trainer.steps=5"]
 # a Gaussian whose mean is linear in the context, which is the density of the rows
 LINEAR = ["model=affine", "trainer.steps=60", "trainer.val_every=20"]
 CONTEXT = "data.context=[mass,kind]"
@@ -95,7 +95,9 @@ def test_new_files_are_scored_by_the_names_of_their_columns(run: Run, trained_ru
 
 def test_a_file_without_a_context_column_is_refused_by_name(run: Run, table: Path, tmp_path: Path) -> None:
     # the context of the training file is given by positions, which mean nothing in another file with names
-    code, _, err = run("flowtrain", *MODEL, "data=array", f"data.path={table}", "data.context=[0,2]", "hydra.run.dir=r")
+    code, _, err = run(
+        "flowtrain", *LINEAR, "data=array", f"data.path={table}", "data.context=[0,2]", "hydra.run.dir=r"
+    )
     assert code == 0, err
     x, context = rows(20, seed=1)
     write(tmp_path / "new.csv", ["mass", "a", "other", "b", "c"], np.column_stack([context[:, 0], x, context[:, 1]]))
@@ -150,7 +152,7 @@ def test_wrong_contexts_are_refused(option: str, word: str, run: Run, trained_ru
 
 
 def test_a_context_for_another_model_is_refused(run: Run, table: Path) -> None:
-    assert run("flowtrain", *MODEL, "data=array", f"data.path={table}", "hydra.run.dir=r", "trainer.steps=5")[0] == 0
+    assert run("flowtrain", *LINEAR, "data=array", f"data.path={table}", "hydra.run.dir=r", "trainer.steps=5")[0] == 0
     assert "data.context" in refused(run, "flowsample", "ckpt=r", "context={mass: 1}")
 
 
@@ -186,7 +188,7 @@ def test_runs_with_the_same_context_form_an_ensemble(run: Run, table: Path) -> N
         "b": [CONTEXT, "seed=1"],
         "c": ["data.context=[mass]", "data.columns=[a,b,c]"],
     }.items():
-        code, _, err = run("flowtrain", *MODEL, *data, *keys, f"hydra.run.dir={name}", "trainer.steps=20")
+        code, _, err = run("flowtrain", *LINEAR, *data, *keys, f"hydra.run.dir={name}", "trainer.steps=20")
         assert code == 0, err
     code, _, err = run("flowsample", "ckpt=[a,b]", "context={mass: 5, kind: 1}", "n=20", "out=s.npy")
     assert code == 0, err

@@ -14,7 +14,7 @@ from flowtrain.runs.fit import fit, train
 from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
 
 pytestmark = pytest.mark.usefixtures("float32", "without_figures")
-SMALL = {"model.layers": 2, "model.hidden": [8], "trainer.batch_size": 64, "trainer.val_every": 10}
+SMALL = {"trainer.batch_size": 64, "trainer.val_every": 5}
 N = 200
 
 
@@ -40,7 +40,7 @@ def x(context: np.ndarray) -> np.ndarray:
 
 
 def fit_small(x: Any, **named: Any) -> Flow:
-    return fit(x, **{"model": "realnvp", "steps": 20, "progress": False, "overrides": SMALL, **named})
+    return fit(x, **{"model": "affine", "steps": 5, "progress": False, "overrides": SMALL, **named})
 
 
 def scores(flow: Flow, x: np.ndarray, context: np.ndarray) -> np.ndarray:
