@@ -40,7 +40,8 @@ def named_columns(
 
     Example:
         >>> import torch
-        >>> found = named_columns(torch.tensor([[0.5, 2.0]]), Samples((2,), columns=("x", "count"), noisy=(1,)))
+        >>> x = torch.tensor([[0.5, 2.0]], dtype=torch.float32)
+        >>> found = named_columns(x, Samples((2,), columns=("x", "count"), noisy=(1,)))
         >>> {name: (column.dtype.name, column.tolist()) for name, column in found.items()}
         {'x': ('float32', [0.5]), 'count': ('int64', [2])}
     """
