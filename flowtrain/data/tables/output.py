@@ -123,7 +123,6 @@ def _write_parquet(file: IO[bytes], path: Path, columns: Mapping[str, NDArray[An
 
 def _write_csv(file: IO[bytes], columns: Mapping[str, NDArray[Any]]) -> None:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    names = list(columns)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     n = max(len(column) for column in columns.values())
