@@ -34,8 +34,8 @@ class ContextColumn:
 
     Example:
         >>> column = ContextColumn("colour", "categorical", categories=("blue", "red"))
-        >>> columns = [column, ContextColumn("mass", mean=2.0, std=0.5)]
-        >>> features(columns, torch.tensor([[1.0, 3.0]]), torch.float32).tolist()
+        >>> mass = ContextColumn("mass", mean=2.0, std=0.5)
+        >>> features([column, mass], torch.tensor([[1.0, 3.0]]), torch.float32).tolist()
         [[0.0, 1.0, 2.0]]
     """
 

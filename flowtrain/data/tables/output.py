@@ -22,6 +22,8 @@ PARQUET = ".parquet"
 NAMED = (".csv", PARQUET)
 # the name of the column of class labels if the training file did not name it
 LABEL = "label"
+# number of rows that are converted to text at a time
+CHUNK = 2**16
 
 
 def named_columns(
@@ -40,7 +42,8 @@ def named_columns(
 
     Example:
         >>> import torch
-        >>> found = named_columns(torch.tensor([[0.5, 2.0]]), Samples((2,), columns=("x", "count"), noisy=(1,)))
+        >>> x = torch.tensor([[0.5, 2.0]], dtype=torch.float32)
+        >>> found = named_columns(x, Samples((2,), columns=("x", "count"), noisy=(1,)))
         >>> {name: (column.dtype.name, column.tolist()) for name, column in found.items()}
         {'x': ('float32', [0.5]), 'count': ('int64', [2])}
     """
@@ -120,11 +123,12 @@ def _write_parquet(file: IO[bytes], path: Path, columns: Mapping[str, NDArray[An
 
 def _write_csv(file: IO[bytes], columns: Mapping[str, NDArray[Any]]) -> None:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    names = list(columns)
-    plain, quoted = (csv.writer(text, lineterminator="\n", quoting=q) for q in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
-    # a line that begins with # would be read as a comment
-    (quoted if names[0].startswith("#") else plain).writerow(names)
-    plain.writerows(zip(*map(_cells, columns.values()), strict=True))
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    n = max(len(column) for column in columns.values())
+    for start in range(0, n, CHUNK):
+        part = (_cells(column[start : start + CHUNK]) for column in columns.values())
+        writer.writerows(zip(*part, strict=True))
     text.flush()
     # otherwise the wrapper would close the file
     text.detach()
