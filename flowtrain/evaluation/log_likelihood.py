@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.base import Dataset
+from flowtrain.data.context import CATEGORICAL, ContextColumn
 from flowtrain.flow import Context, Density, Flow, rows_at_a_time
 from flowtrain.nn.divergence import TraceRule
 from flowtrain.ode import Statistics
 from flowtrain.utils.errors import DataError, NonFiniteError, SolverError
 from flowtrain.utils.process import seeded
 from flowtrain.utils.status import status
+
+# The approximate number of rows whose latents `score_rows` returns
+LATENTS = 10_000
 
 
 class Scores(NamedTuple):
@@ -49,6 +53,15 @@ def held_out(flow: Density, data: Dataset, split: str) -> tuple[Tensor, Tensor |
     return x, context
 
 
+def context_table(flow: Density, context: Tensor, data: Dataset) -> tuple[tuple[ContextColumn, ...], Tensor]:
+    """Returns the columns of a context and their values (n, k). Class labels (n,) are one categorical column."""
+    if flow.context:
+        return flow.context, context
+    assert flow.classes is not None
+    name = data.samples.label or "class"
+    return (ContextColumn(name, CATEGORICAL, categories=tuple(range(flow.classes))),), context.unsqueeze(1).double()
+
+
 def log_probs(
     flow: Density,
     x: Tensor,
@@ -75,7 +88,7 @@ def score_rows(
     batch_size: int | None = None,
     draws: int = 1,
     seed: int = 0,
-    latents: int = 10_000,
+    latents: int = LATENTS,
     unsolved: int = 0,
 ) -> Scores:
     """Computes log p(x) in nats for all rows of x, and latents of some rows.
