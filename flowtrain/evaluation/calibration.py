@@ -28,20 +28,26 @@ CLEAR_P, CLEAR_KS = 1e-3, 0.1
 
 
 @torch.no_grad()
-def calibration(z: Tensor, base: Base) -> tuple[Calibration, dict[str, Tensor]]:
+def calibration(z: Tensor, base: Base, context: Tensor | None = None) -> tuple[Calibration, dict[str, Tensor]]:
     """Tests whether latents z (n, *event) of the data are draws from the base.
 
     Each of the `transforms` is tested separately. Latents with NaN are left out. If all rows have NaN, the statistic is
     NaN.
 
+    Args:
+        z: the latents.
+        base: the base of the flow.
+        context: the labels or features of the rows, see `Base.given`.
+
     Returns:
         (result of the test, transforms for the figure by name, (n,) each).
     """
-    z = z[~z.isnan().flatten(1).any(1)]
+    kept = ~z.isnan().flatten(1).any(1)
+    z = z[kept]
     n = len(z)
     if n == 0:
         return Calibration(0, math.nan, RADIUS, math.nan, math.nan), {RADIUS: z.double().new_empty(0)}
-    u = transforms(z, base)
+    u = transforms(z, base, None if context is None else context[kept.to(context.device)])
     distances, names = ks_distance(u), names_of_transforms(u)
     worst = int(distances.argmax())
     largest = float(distances[worst])
@@ -57,7 +63,7 @@ def calibration(z: Tensor, base: Base) -> tuple[Calibration, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def transforms(z: Tensor, base: Base) -> Tensor:
+def transforms(z: Tensor, base: Base, context: Tensor | None = None) -> Tensor:
     """Returns probability integral transforms of latents z (n, *event), (n, d + 1), float64.
 
     If the data are draws from the model, d + 1 transforms are uniform on [0, 1] (Rosenblatt 1952, Diebold et al. 1998):
@@ -65,10 +71,15 @@ def transforms(z: Tensor, base: Base) -> Tensor:
     - u_j of each dimension j of the base, which is Phi(z_j) for a standard normal base;
     - F(|y|^2), where y_j = Phi^-1(u_j) and F is the chi-square distribution function with d degrees of freedom. The
       radius |y| also shows dependence between dimensions.
+
+    Args:
+        context: the labels or features of the rows, see `Base.given`.
     """
     z = z.double()
     d = z.flatten(1).shape[1]
-    base = copy.deepcopy(base).to(z)
+    if context is not None:
+        context = context.to(z) if context.is_floating_point() else context.to(z.device)
+    base = copy.deepcopy(base).to(z).given(context)
     square = base.to_normal(z).square().sum(1, keepdim=True)
     return torch.cat([base.to_uniform(z), torch.special.gammainc(z.new_tensor(d / 2), square / 2)], 1)
 

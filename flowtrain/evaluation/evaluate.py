@@ -30,11 +30,11 @@ from flowtrain.evaluation.calibration import (
 from flowtrain.evaluation.checks import checks
 from flowtrain.evaluation.error_budget import budget, stderr, subset_of
 from flowtrain.evaluation.log_likelihood import (
-    LATENTS,
     Scores,
     context_table,
     estimates_trace,
     held_out,
+    latent_rows,
     log_probs,
     nfe_of_pass,
     score_rows,
@@ -452,8 +452,10 @@ def calibrate(
     """
     n = len(scores.log_p)
     if isinstance(flow, Flow):
-        found, pit = calibration(scores.z, flow.base)
-        transforms_of = latent_transforms(scores.z, flow, math.ceil(n / LATENTS))
+        shown = latent_rows(n)
+        given = None if context is None else flow.features(context[shown].to(flow.like.device))
+        found, pit = calibration(scores.z, flow.base, given)
+        transforms_of = latent_transforms(scores.z, flow, given, shown)
     else:
         ranked = log_p_of_samples(flow, scores.log_p, context, options, thorough)
         found, pit = density_calibration(*ranked)
@@ -461,21 +463,26 @@ def calibrate(
     if context is None:
         return found, pit, ()
     groups = context_groups(*context_table(flow, context.cpu(), data))
-    by_context, shown = calibration_by_context(groups, scores.log_p, transforms_of)
-    return replace(found, by_context=by_context), pit, shown
+    by_context, context_pit = calibration_by_context(groups, scores.log_p, transforms_of)
+    return replace(found, by_context=by_context), pit, context_pit
 
 
-def latent_transforms(z: Tensor, flow: Flow, every: int) -> Callable[[Tensor], tuple[Tensor, int]]:
+def latent_transforms(
+    z: Tensor, flow: Flow, context: Tensor | None, latents: slice
+) -> Callable[[Tensor], tuple[Tensor, int]]:
     """Returns the argument `transforms_of` of `calibration_by_context` for a flow.
 
     Args:
-        z: the latents of each `every`-th row, (m, *event_shape).
+        z: the latents, (m, *event_shape).
+        context: the result of `Flow.features` for the rows of the latents.
+        latents: the rows that have latents.
     """
     known = ~z.isnan().flatten(1).any(1)
-    u = transforms(z[known], flow.base) if known.any() else z.double().flatten(1)[:0]
+    given = None if context is None else context[known.to(context.device)]
+    u = transforms(z[known], flow.base, given) if known.any() else z.double().flatten(1)[:0]
 
     def of(rows: Tensor) -> tuple[Tensor, int]:
-        found = u[rows[::every][known]]
+        found = u[rows[latents][known]]
         return found, len(found)
 
     return of

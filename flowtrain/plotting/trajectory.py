@@ -180,7 +180,7 @@ class Trajectory:
             y, log_det = step.whole.inverse(y, context)
             total = total + log_det
         z, log_det = self.base.inverse(y, context)
-        return total + log_det + self.flow.base_log_prob(z)
+        return total + log_det + self.flow.base_log_prob(z, context)
 
     def velocity(self, x: Tensor, moment: Moment, context: Tensor | None = None) -> Tensor | None:
         """Returns dx/dt at x (B, *event) in data units, at a moment of a continuous flow; None for other steps."""

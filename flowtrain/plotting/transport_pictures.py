@@ -106,7 +106,7 @@ def animate(
             title = f"{title}, {context_words(flow, context)}"
         transport = _Transport(flow, data, FRAMES, context)
         with status("moving samples"):
-            states = transport.states(draw_latents(flow, n or DOTS, temperature))
+            states = transport.states(transport.latents(n or DOTS, temperature))
         check_samples(states[-1])
         animate_flow_2d(
             paths,
@@ -168,6 +168,11 @@ class _Transport:
         every = dict(zip(self.trajectory.moments, self.trajectory.states(z, self.features(z)), strict=True))
         return torch.stack([every[moment] for moment in self.shown])
 
+    def latents(self, n: int, temperature: float = 1.0) -> Tensor:
+        """Draws samples of the base, (n, 2)."""
+        given = self.features(self.flow.like.new_empty(n, 0))
+        return self.flow.base.given(given).sample(n, temperature=temperature, like=self.flow.like)
+
     def log_density(self, x: Tensor) -> Tensor:
         """Returns log p (K, G) at x (G, 2). It is -inf outside the range of the flow."""
         found = []
@@ -216,7 +221,7 @@ def _draw_transport(transport: _Transport, path: Path, title: str, options: Plot
 
 def _draw_paths(transport: _Transport, path: Path, title: str, options: PlotOptions) -> None:
     particles = PARTICLES if transport.trajectory.is_continuous else min(STEP_PARTICLES, PARTICLES)
-    states = transport.states(draw_latents(transport.flow, particles))
+    states = transport.states(transport.latents(particles))
     given = transport.features(states[0])
     along = [transport.trajectory.log_density(x, m, given) for x, m in zip(states, transport.shown, strict=True)]
     draw_paths(

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from helpers.contexts import COLUMNS, WithContext, conditional, contexts, drawn_from
-from helpers.flows import vectors
+from helpers.flows import TIGHT, flow_of, vectors
 from torch import Tensor
 
+from flowtrain.data.base import Samples
 from flowtrain.evaluation import evaluate
 from flowtrain.evaluation.checks import check_mass, spread_contexts
 from flowtrain.evaluation.report import tables_of
@@ -37,6 +38,16 @@ def test_all_checks_of_a_conditional_flow_pass_on_its_own_samples() -> None:
     assert min(one["p_value"] for one in content) > 1e-3
     assert "by context" in dict(found.rows())
     assert len(tables_of(found)[-1].rows) == len(content)
+
+
+def test_base_that_depends_on_the_context_is_calibrated() -> None:
+    """In float32, because the features of the context have the dtype of the flow."""
+    samples = Samples((2,), context=COLUMNS)
+    flow = flow_of(["model=mixture", "model.components=2", "model.conditional=true"], samples, TIGHT).float()
+    found = evaluate(flow, drawn_from(flow, 400))
+    assert not found.failed
+    assert found.calibration.p_value > 1e-3
+    assert min(one.p_value for one in found.calibration.by_context) > 1e-3
 
 
 def test_context_with_wrong_rows_is_named_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
