@@ -114,8 +114,8 @@ def density_ranks(log_p: Tensor, of_samples: Tensor) -> tuple[Tensor, int]:
 
     u_i is the fraction of samples whose log p is below log p of row i. Ties count half. u_i is 1 minus the probability
     of the smallest highest-density region that contains the row (Hyndman 1996, Computing and graphing highest density
-    regions). u_i is uniform if the data are draws from the model. Rows and samples with NaN are left out. The size is
-    n m / (n + m), which makes the one-sample p-value that of a two-sample test; 0 without rows or samples.
+    regions). u_i is uniform if the data are draws from the model. Rows and samples with NaN are left out. With the
+    size n m / (n + m), the one-sample test has the p-value of a two-sample test. The size is 0 without rows or samples.
     """
     log_p, of_samples = log_p[~log_p.isnan()], of_samples[~of_samples.isnan()]
     n, m = len(log_p), len(of_samples)
@@ -142,8 +142,8 @@ class Group(NamedTuple):
 def context_groups(columns: Sequence[ContextColumn], values: Tensor) -> list[Group]:
     """Divides rows by the values (n, k) of each context column.
 
-    A real column is divided at its quartiles, or by its values if there are at most BINS. Of a categorical column, the
-    MOST_CATEGORIES most frequent categories are used. Groups of less than FEWEST rows are left out.
+    A real column is divided at its quartiles, or by its values if there are at most BINS. A categorical column gives a
+    group for each of its MOST_CATEGORIES most frequent categories. Groups of less than FEWEST rows are left out.
     """
     found = []
     for column, c in zip(columns, values.T.contiguous(), strict=True):

@@ -13,6 +13,7 @@ from torch import Tensor
 from flowtrain.data.base import Samples
 from flowtrain.evaluation import evaluate
 from flowtrain.evaluation.checks import check_mass, spread_contexts
+from flowtrain.evaluation.evaluate import rank_transforms
 from flowtrain.evaluation.report import tables_of
 from flowtrain.flow import Flow
 from flowtrain.models.ensemble import Ensemble
@@ -127,3 +128,13 @@ def test_calibration_by_class_uses_the_labels() -> None:
     assert [(one.column, one.category, one.n) for one in found.calibration.by_context] == [
         ("class", "0", 40), ("class", "1", 40), ("class", "2", 40),
     ]  # fmt: skip
+
+
+def test_rows_of_an_ensemble_are_ranked_among_samples_with_their_contexts() -> None:
+    level = 10 * torch.arange(400.0)
+    found = rank_transforms(level + torch.randn(400), (level + torch.randn(4, 400)).flatten(), 400)
+    u, size = found(torch.arange(400) >= 200)
+    assert (u.shape, size) == ((200, 1), 160)
+    assert 0.4 < float(u.mean()) < 0.6
+    # if only every second row is ranked, a mask of all rows selects the ranked rows
+    assert rank_transforms(torch.randn(200), torch.randn(800), 399)(torch.arange(399) < 10)[0].shape == (5, 1)
