@@ -171,7 +171,7 @@ def _command() -> int:
         loaded_run.step,
         batch_size,
         draws,
-        None if other is None else (other[0], other[1].test),
+        None if other is None else (other[0], other[1].test, other[1].test_context),
         seed,
         trained_on,
         baseline_seconds=MOST_SECONDS if wants_baselines else 0.0,
@@ -259,6 +259,7 @@ def data_shown(data: Dataset, split: str) -> Dataset:
         return data
     shown = copy.copy(data)
     shown.test, shown.test_labels = data.val, data.val_labels
+    shown.test_context = data.val_context
     return shown
 
 

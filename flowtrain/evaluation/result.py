@@ -134,6 +134,45 @@ class Member:
 
 
 @dataclass(frozen=True)
+class ContextBin:
+    """NLL and calibration of the rows with similar contexts, see `evaluation.calibration.calibration_by_context`.
+
+    Attributes:
+        column: the name of the context column.
+        low, high: the smallest and the largest value of a real column in this bin. None for a category.
+        category: the category of a categorical column. None for a real column.
+        n: the number of rows.
+        nll, nll_stderr: the NLL of these rows in nats per sample, and its standard error.
+        ks: the largest Kolmogorov-Smirnov distance of the transforms of these rows, see `Calibration`.
+        worst: the name of the transform with this distance.
+        p_value: the probability of a distance at least as large if the rows are draws from the model, with Bonferroni's
+            correction for the number of transforms and the number of bins of all columns.
+    """
+
+    column: str
+    low: float | None
+    high: float | None
+    category: str | None
+    n: int
+    nll: float
+    nll_stderr: float
+    ks: float
+    worst: str
+    p_value: float
+
+    @property
+    def words(self) -> str:
+        """The range or the category, such as "1.2 to 3.4" or "red"."""
+        if self.category is not None:
+            return self.category
+        return f"{self.low:.3g}" if self.low == self.high else f"{self.low:.3g} to {self.high:.3g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content for JSON, with either `category`, or `low` and `high`."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class Calibration:
     """A test whether latents of the data are draws from the base, see `evaluation.calibration.calibration`.
 
@@ -145,6 +184,8 @@ class Calibration:
         p_value: the probability of a distance at least as large if the data are draws from the model, with Bonferroni's
             correction for the number of transforms.
         radius: the distance of the transform "radius". None for an ensemble.
+        by_context: the same by ranges and categories of the context, in the order of the context columns. () for a flow
+            that is not conditional, and for few rows.
     """
 
     n: int
@@ -152,6 +193,12 @@ class Calibration:
     worst: str
     p_value: float
     radius: float | None
+    by_context: tuple[ContextBin, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content for JSON. Only conditional flows have the key `by_context`."""
+        content = {key: value for key, value in asdict(self).items() if key != "by_context"}
+        return content | ({"by_context": [one.to_dict() for one in self.by_context]} if self.by_context else {})
 
 
 @dataclass(frozen=True)
@@ -186,7 +233,9 @@ class OODDetection:
 
 
 # Attributes for figures that are not in tables or JSON
-PRIVATE = ("bits_per_nat", "scores", "sets", "pit", "member_scores")
+PRIVATE = ("bits_per_nat", "scores", "sets", "pit", "member_scores", "context_pit")
+# Largest number of context columns in the table
+MOST_CONTEXT_COLUMNS = 3
 # Largest number of rows listed in a message
 NAMED = 5
 # Width of the column of names in tables
@@ -238,6 +287,8 @@ class Evaluation:
         pit: probability integral transforms of latents by name, (rows,).
         member_scores: log p of each member of an ensemble, (n, M), float64, in the order of `members`. It is NaN if it
             could not be computed. None for a flow.
+        context_pit: for each entry of `calibration.by_context`, the name of a transform and its values for these rows,
+            (rows,). All bins of a column have the same transform.
     """
 
     nll: float
@@ -272,6 +323,7 @@ class Evaluation:
     sets: tuple[Tensor, Tensor] | None
     pit: dict[str, Tensor]
     member_scores: Tensor | None
+    context_pit: tuple[tuple[str, Tensor], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of eval.json: the numbers above in this order, checks by name, and the headline.
@@ -279,6 +331,7 @@ class Evaluation:
         Arrays are left out. Only ensembles have the keys `members` and `spread`.
         """
         content = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE}
+        content["calibration"] = self.calibration.to_dict()
         if self.baselines is not None:
             content["baselines"] = {name: found.to_dict() for name, found in self.baselines.items()}
         if self.members is None:
@@ -376,6 +429,7 @@ class Evaluation:
         radius = "" if c.radius is None else f"; radius {c.radius:.3f}"
         words = f"KS {c.statistic:.3f} ({c.worst}), p {p_words(c.p_value)}{radius}"
         rows.append(("latents" if self.members is None else "density rank", words))
+        rows += self._context_rows()
         if self.ood is not None:
             o = self.ood
             finite = f" over the {o.n - o.infinite:,} rows with a finite log p" if o.infinite else ""
@@ -406,6 +460,25 @@ class Evaluation:
         if self.spread is not None:
             name, scale = self.unit
             rows.append(("", f"standard deviation of log p between members {brief(scale * self.spread)} {name}"))
+        return rows
+
+    def _context_rows(self) -> list[tuple[str, str]]:
+        """Returns a line for each context column, for the columns with the smallest p-values."""
+        columns: dict[str, list[ContextBin]] = {}
+        for one in self.calibration.by_context:
+            columns.setdefault(one.column, []).append(one)
+        order = sorted(columns, key=lambda name: min(one.p_value for one in columns[name]))
+        rows: list[tuple[str, str]] = []
+        for name in order[:MOST_CONTEXT_COLUMNS]:
+            best, last = (choose(columns[name], key=lambda one: one.nll) for choose in (min, max))
+            worst = min(columns[name], key=lambda one: (one.p_value, -one.ks))
+            unit, scale = self.unit
+            low, high = (with_error(scale * one.nll, scale * one.nll_stderr) for one in (best, last))
+            nll = f"NLL {low} ({best.words}) to {high} {unit} ({last.words})"
+            words = f"{name}: {nll}; KS {worst.ks:.3f} ({worst.words}), p {p_words(worst.p_value)}"
+            rows.append(("" if rows else "by context", words))
+        if len(order) > MOST_CONTEXT_COLUMNS:
+            rows.append(("", f"and {counted(len(order) - MOST_CONTEXT_COLUMNS, 'other column')}"))
         return rows
 
     def _error_words(self) -> str:

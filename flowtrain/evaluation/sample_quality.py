@@ -110,7 +110,7 @@ def quality(flow: Flow, data: Dataset, steps: Sequence[int], seed: int = 0) -> S
     with seeded(seed, flow.like.device):
         real, other = (flow.dequantized(x[:n]).cpu() for x in (data.test, data.val))
         # warm up, because the first solve is slower
-        flow.sample(10)
+        flow.sample(10, context=flow.some_context(10))
     # samples have the context of the test data
     _, context = held_out(flow, data, "test")
     measured = partial(_quality_with, flow, real=real, context=None if context is None else context[:n], seed=seed)
