@@ -18,6 +18,7 @@ from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.bijections.scale import ActNorm, BatchNorm, Standardize
 from flowtrain.bijections.spline import Spline
 from flowtrain.bijections.squeeze import FactorOut, Squeeze, Wrapped
+from flowtrain.bijections.support import ToSupport
 
 __all__ = [
     "ActNorm",
@@ -46,5 +47,6 @@ __all__ = [
     "Spline",
     "Squeeze",
     "Standardize",
+    "ToSupport",
     "Wrapped",
 ]

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from flowtrain.data.base import ALPHA, Checksum, Samples, record_of
 from flowtrain.data.context import ContextColumn
 from flowtrain.data.in_memory import Finite, InMemoryStore, held_out, split
+from flowtrain.data.tables.column_types import asked_types, categories_of, encoded
 from flowtrain.data.tables.columns import Columns, listed
 from flowtrain.data.tables.csv_reader import DETECTED, TextFormat
 from flowtrain.data.tables.missing import REFUSE, REFUSED, Missing, missing_of
@@ -42,6 +44,7 @@ from flowtrain.data.tables.table_checks import (
 )
 from flowtrain.data.tables.table_reader import Table, ending_of, takes_key
 from flowtrain.data.tables.typed_files import TYPED
+from flowtrain.data.types import CATEGORICAL, INTEGER, REAL, ColumnType, whole_columns_of
 from flowtrain.utils.arguments import below_half, flag, one_of, whole
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.formatting import counted
@@ -71,6 +74,24 @@ class InMemoryTable:
         self.table = self.tables.samples
         self.n = len(self.table.values)
 
+    def values_range(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the smallest and the largest value of each column of the samples, (d,)."""
+        return self.table.values.min(0), self.table.values.max(0)
+
+    def encode(self, types: Sequence[ColumnType], context: Sequence[ColumnType]) -> None:
+        """Replaces the values of categorical columns by positions in the categories.
+
+        Args:
+            types, context: the types of the columns of the samples and of the context.
+
+        Raises:
+            DataError: a value that is not one of the categories.
+        """
+        tables = replace(self.tables, samples=encoded(self.table, types))
+        if tables.context is not None:
+            tables = replace(tables, context=encoded(tables.context, context))
+        self.tables, self.table = tables, tables.samples
+
     def all(self, spec: SampleSpec, most: int, seed: int, *stream: int) -> Part:
         """Checks all rows and returns them as a held-out set. `most` is ignored because the rows are in memory."""
         rows = np.arange(self._checked(spec))
@@ -94,6 +115,9 @@ class InMemoryTable:
         labels = np.empty(0, np.int64) if extras.label is None else extras.label.numpy()
         moments, of_context = Moments(values.shape[1]), None
         moments.add(values, weights)
+        on_line = Moments(values.shape[1])
+        for each in spec.on_line(values):
+            on_line.add(each, weights)
         if extras.context is not None:
             of_context = Moments(extras.context.shape[1])
             of_context.add(extras.context.numpy(), weights)
@@ -113,6 +137,7 @@ class InMemoryTable:
             context=None if of_context is None else np.stack([of_context.mean, of_context.variance]),
             look_extras=extras,
             mean_weight=mean_weight,
+            on_line=np.stack([on_line.mean, on_line.variance]) if spec.types else None,
         )
 
     def in_file(self, rows: np.ndarray) -> np.ndarray:
@@ -173,6 +198,8 @@ class ArrayData(Finite):
         weights: name or position of a column of weights, which is not part of a sample. Only the ratios of the weights
             matter. None means equal weights.
         signed_weights: whether weights may be negative, as in simulations of particle physics.
+        types: the types of columns, by name or position, see `flowtrain.data.types.ColumnType.parse`. Columns without a
+            type are real. None means that all columns are real.
         event_shape: the shape (C, H, W) of images. A row of the table is a flattened image. None means vectors.
         val_fraction, test_fraction: the fraction of the training file to hold out if there is no separate file.
         standardize: whether the flow standardizes samples by the mean and standard deviation of the training rows. None
@@ -223,6 +250,7 @@ class ArrayData(Finite):
         context: Columns | None = None,
         weights: str | int | None = None,
         signed_weights: bool = False,
+        types: Mapping[str | int, Any] | None = None,
     ) -> None:
         if path is None:
             raise ConfigError(
@@ -238,7 +266,12 @@ class ArrayData(Finite):
         text_format, absent = format_of(header, decimal), missing_of(missing, na)
         if not isinstance(path, Table):
             check_format(path, text_format)
-        roles = Roles(label, context, weights, flag("data.signed_weights", signed_weights))
+        if types and (levels is not None or event_shape is not None or dequantize is True):
+            raise ConfigError(
+                "data.types cannot be combined with data.levels, data.event_shape or data.dequantize=true: omit one of "
+                "them; the type integer adds noise to a column"
+            )
+        roles = Roles(label, context, weights, flag("data.signed_weights", signed_weights), asked_types(types))
         first = _source(path, memory_map, key, columns, roles, text_format, absent)
         # memory_map=true is for the training file only: held-out files are streamed if they are large
         rest = None if memory_map else memory_map
@@ -251,13 +284,18 @@ class ArrayData(Finite):
                 check_same_columns(first.table, other.table)
                 for role, table in first.tables.others.items():
                     check_same_columns(table, other.tables.others[role])
+        self.types, context_types = _fitted_types(
+            [first, *(other for other in others if other is not None)], dequantize
+        )
         width = len(first.table.columns)
         self.event_shape = _event_shape(event_shape, width)
         self.columns = first.table.columns if event_shape is None else ()
         self._names = first.table.columns if first.table.named else ()
         self._label, self._weights = (_name_of(first.tables.others.get(role)) for role in ("label", "weights"))
-        self.integer_valued, self.noisy = _noise(dequantize, self.levels, first.table)
-        spec = SampleSpec(self.event_shape, self.integer_valued, self.levels, self.noisy)
+        self.integer_valued, self.noisy = (
+            (False, whole_columns_of(self.types)) if self.types else _noise(dequantize, self.levels, first.table)
+        )
+        spec = SampleSpec(self.event_shape, self.integer_valued, self.levels, self.noisy, types=self.types)
 
         most = max(1, min(MOST_HELD_OUT, HELD_OUT_BYTES // (8 * width)))
         have = [other is not None for other in others]
@@ -267,10 +305,12 @@ class ArrayData(Finite):
         own = [None if o is None else o.all(spec, most, seed, _STREAM, _OWN, i) for i, o in enumerate(others)]
         self.gaussian_start = _starts(gaussian_start, self.event_shape)
         val, test = (held if part is None else part for held, part in zip(training.held, own, strict=True))
-        self.val, self.test = (add_set_noise(part.x, self.noisy, seed, i) for i, part in enumerate((val, test)))
+        self.val, self.test = (
+            add_set_noise(part.x, self.noisy, seed, i, self.types) for i, part in enumerate((val, test))
+        )
         self.val_labels, self.val_context, self.val_weights = val.extras
         self.test_labels, self.test_context, self.test_weights = test.extras
-        self._describe_context(first.tables.context, training)
+        self._describe_context(first.tables.context, training, context_types)
         sets = {"val": val, "test": test}
         self.record = record_of((first.n, training.checksum), ((name, part.rows) for name, part in sets.items()))
         self.held_rows = {n: first.in_file(part.rows) for n, part in sets.items() if not isinstance(part.rows, tuple)}
@@ -298,6 +338,8 @@ class ArrayData(Finite):
             check_enough_rows(first.table.path, training.n, len(self._mean))
         noisy = range(len(self._mean)) if self.integer_valued else self.noisy
         check_spread(first.table, self._mean, self._std, training.whole, noisy, self._centers)
+        if training.on_line is not None:
+            self._mean, self._std = spec.line_moments(*training.on_line)
         coarse = COARSE * self._std < np.finfo(np.float32).eps * np.abs(self._mean)
         if self._centers and coarse.any():
             names = [name for name, is_coarse in zip(first.table.columns, coarse, strict=True) if is_coarse]
@@ -331,8 +373,8 @@ class ArrayData(Finite):
             hashes = {name: row_hashes(part.x.numpy(), training.hash_step) for name, part in held.items()}
             warn_of_copies(table.path, training.hashes, hashes)
 
-    def _describe_context(self, table: Table | None, training: TrainingSplit) -> None:
-        """Sets the description of the context columns from the training rows.
+    def _describe_context(self, table: Table | None, training: TrainingSplit, types: Sequence[ColumnType]) -> None:
+        """Sets the description of the context columns from the training rows and their types.
 
         Raises:
             DataError: a context column that is constant in training.
@@ -342,8 +384,10 @@ class ArrayData(Finite):
         mean, std = training.context[0], np.sqrt(training.context[1])
         check_context(table, mean, std)
         self.context = tuple(
-            ContextColumn(name, mean=float(m), std=float(s))
-            for name, m, s in zip(table.columns, mean, std, strict=True)
+            ContextColumn(name, CATEGORICAL, categories=one.categories)
+            if one.kind == CATEGORICAL
+            else ContextColumn(name, mean=float(m), std=float(s))
+            for name, m, s, one in zip(table.columns, mean, std, types, strict=True)
         )
         rows = training.look_extras.context
         assert rows is not None
@@ -353,7 +397,7 @@ class ArrayData(Finite):
 
     def train_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
         x = super().train_share(step, batch_size, seed, share)
-        return add_batch_noise(x, self.noisy, seed, step, batch_size, share) if self.noisy else x
+        return add_batch_noise(x, self.noisy, seed, step, batch_size, share, self.types)
 
     @property
     def samples(self) -> Samples:
@@ -368,6 +412,46 @@ class ArrayData(Finite):
             return None
         mean, std = (torch.from_numpy(v.copy()).view(self.event_shape) for v in (self._mean, self._std))
         return mean, std
+
+
+def _fitted_types(
+    sources: Sequence[InMemoryTable | StreamedTable], dequantize: bool | Sequence[str | int] | str | int
+) -> tuple[tuple[ColumnType, ...], tuple[ColumnType, ...]]:
+    """Returns the types of the columns of the samples, () if all are real, and the types of the context columns.
+
+    Ranges and categories are those of the training file. Columns that `data.dequantize` names are integers. In all
+    tables, categories are replaced by their positions.
+
+    Args:
+        sources: the tables. The first is the training file.
+
+    Raises:
+        DataError: a category that the training file does not contain.
+    """
+    first = sources[0]
+    tables, types = first.tables, first.tables.types_of(first.table)
+    context = () if tables.context is None else _with_categories(tables.context, tables.types_of(tables.context))
+    if all(one.kind == REAL for one in types):
+        types = ()
+    else:
+        counts = () if dequantize is False else _noise(dequantize, None, first.table)[1]
+        low, high = first.values_range()
+        types = tuple(
+            (ColumnType(INTEGER) if i in counts and not one.is_whole else one).fitted(float(low[i]), float(high[i]))
+            for i, one in enumerate(types)
+        )
+        types = _with_categories(first.table, types)
+    for source in sources:
+        source.encode(types, context)
+    return types, context
+
+
+def _with_categories(table: Table, types: Sequence[ColumnType]) -> tuple[ColumnType, ...]:
+    """Returns the types with the categories of the columns of a table. A table in a file has no rows."""
+    return tuple(
+        one.with_categories(categories_of(table, i)) if one.kind == CATEGORICAL and len(table.values) else one
+        for i, one in enumerate(types)
+    )
 
 
 def _name_of(table: Table | None) -> str | None:

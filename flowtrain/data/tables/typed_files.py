@@ -6,7 +6,7 @@ as numbers if each cell is a number or a missing value by the rules for text fil
 
 import importlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowtrain.data.tables.columns import TextColumn, advice_on_text
-from flowtrain.data.tables.csv_reader import HEADER_ROWS, UNNAMED, ChooseColumns, is_header, is_missing, number_of
+from flowtrain.data.tables.csv_reader import (
+    HEADER_ROWS,
+    UNNAMED,
+    ChooseColumns,
+    codes_of_text,
+    is_header,
+    is_missing,
+    number_of,
+)
 from flowtrain.utils.errors import ConfigError, DataError
 
 # endings of typed files
@@ -37,12 +45,14 @@ class TypedColumns:
         values: (n, d), with NaN for missing values.
         names, indices: the names of the columns and their positions in the file.
         lines: the number of each row in the sheet of an .xlsx file, from 1. None for other files.
+        labels: the distinct texts of each column that contains text, by its position, see `Table`.
     """
 
     values: NDArray[np.float64]
     names: tuple[str, ...]
     indices: tuple[int, ...]
     lines: Sequence[int] | None
+    labels: Mapping[int, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -86,16 +96,18 @@ def read_typed(
         left_out = [
             i for i, column in zip(unnamed, source.read(unnamed), strict=True) if _is_row_index(column, i, source)
         ]
-        indices = choose(source.names, left_out)
+        indices, may_be_text = choose(source.names, left_out)
         columns = source.read(indices)
     n = len(columns[0])
     if not n:
         raise DataError(f"{file} has no rows")
-    values, found = np.empty((n, len(columns))), []
+    values, found, labels = np.empty((n, len(columns))), [], {}
     for k, (i, column) in enumerate(zip(indices, columns, strict=True)):
         numbers, text = _numbers(column, na, i, source)
         if text is None:
             values[:, k] = numbers
+        elif text.kind == "text" and i in may_be_text:
+            values[:, k], labels[i] = codes_of_text(_texts(column), na)
         else:
             found.append(text)
     if found:
@@ -106,7 +118,7 @@ def read_typed(
             else f"this column contains {first.kind}, such as {first.first}"
         )
         raise DataError(f"{file}, {first.place}, column {first.name!r}: {what}. {advice_on_text(found, indices)}")
-    return TypedColumns(values, tuple(source.names[i] for i in indices), tuple(indices), source.lines)
+    return TypedColumns(values, tuple(source.names[i] for i in indices), tuple(indices), source.lines, labels)
 
 
 def _imported(name: str, file: Path) -> Any:
@@ -251,6 +263,10 @@ def _is_row_index(column: Series, index: int, source: _Source) -> bool:
     return _numbers(column, (), index, source)[1] is not None
 
 
+def _texts(column: Series) -> list[str | None]:
+    return list(column.cast(importlib.import_module("polars").String).to_list())
+
+
 def _numbers(
     column: Series, na: Collection[str], index: int, source: _Source
 ) -> tuple[NDArray[np.float64], TextColumn | None]:
@@ -276,16 +292,16 @@ def _numbers(
         return np.empty(0), TextColumn(
             index, source.names[index], words, source.row(first), str(column[first]), len(rows)
         )
-    cells = column.cast(polars.String).to_list()
+    cells = _texts(column)
     known: dict[str | None, float | None] = {None: float("nan")}
-    for cell in set(cells) - {None}:
+    for cell in {cell for cell in cells if cell is not None}:
         value = number_of(cell, "point")
         known[cell] = float("nan") if is_missing(cell, na) else value
     values = [known[cell] for cell in cells]
-    bad = [i for i, value in enumerate(values) if value is None]
+    bad = [(i, cell) for i, (cell, value) in enumerate(zip(cells, values, strict=True)) if value is None and cell]
     if not bad:
         return np.array(values, dtype=np.float64), None
-    found = TextColumn(index, source.names[index], "text", source.row(bad[0]), cells[bad[0]])
-    for i in bad:
-        found.add(cells[i])
+    found = TextColumn(index, source.names[index], "text", source.row(bad[0][0]), bad[0][1])
+    for _, cell in bad:
+        found.add(cell)
     return np.empty(0), found
