@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from flowtrain.data.tables.csv_reader import codes_of_text, is_missing
 from flowtrain.data.tables.table_reader import COLUMNS, LABELS, VALUES, Table, refuse_text
 from flowtrain.utils.arguments import shortened
 from flowtrain.utils.errors import DataError, first_line
-from flowtrain.utils.files import replacing
+from flowtrain.utils.files import write_npz
 
 # arrays (n, d) or (n, *event_shape), tensors, and data frames: anything with `columns` and `to_numpy`
 Rows = Any
@@ -352,5 +352,4 @@ def write_table(path: Path, table: Table) -> None:
         arrays[COLUMNS] = np.array(table.columns)
     for index, texts in table.labels.items():
         arrays[f"{LABELS}{table.indices.index(index)}"] = np.array(texts)
-    with replacing(path, durable=True) as f:
-        np.savez(f, **cast(Any, arrays))
+    write_npz(path, arrays, durable=True)

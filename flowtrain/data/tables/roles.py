@@ -13,6 +13,7 @@ from flowtrain.data.in_memory import Extras
 from flowtrain.data.tables.column_types import NO_TYPES, AskedTypes, check_roles
 from flowtrain.data.tables.columns import Columns, listed, pick
 from flowtrain.data.tables.csv_reader import DETECTED, Chosen, TextFormat
+from flowtrain.data.tables.ids import id_position
 from flowtrain.data.tables.missing import REFUSED, Missing
 from flowtrain.data.tables.table_checks import check_labels, check_weights
 from flowtrain.data.tables.table_reader import Table, read_table
@@ -22,13 +23,15 @@ from flowtrain.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class Roles:
-    """The settings `data.label`, `data.context`, `data.weights` and `data.types`.
+    """The settings `data.label`, `data.context`, `data.weights`, `data.id` and `data.types`.
 
     Attributes:
         label: name or position of the column of class labels, or None.
         context: names, positions or slices of the context columns, or None.
         weights: name or position of the column of weights, or None.
         signed: whether weights may be negative.
+        id: name or position of the column of ids, or None. It is not read with the samples, see `read_ids`, and it may
+            also be a column of labels, context or weights.
         types: the types of columns of samples and context.
     """
 
@@ -36,6 +39,7 @@ class Roles:
     context: Columns | None = None
     weights: str | int | None = None
     signed: bool = False
+    id: str | int | None = None
     types: AskedTypes = NO_TYPES
 
     def pick(self, names: Sequence[str], path: object) -> "RolePositions":
@@ -63,6 +67,18 @@ class Roles:
                 "data.label, data.context and data.weights"
             )
         return positions
+
+    def less_ids(self, indices: Sequence[int], names: Sequence[str], path: object) -> list[int]:
+        """Returns the positions of the samples' columns without the column of ids.
+
+        Raises:
+            ConfigError: a column of ids that the table does not have, or no column is left.
+        """
+        own = None if self.id is None else id_position(self.id, names, path)
+        left = [i for i in indices if i != own]
+        if not left:
+            raise ConfigError(f"data.id={self.id} is the only column of {path}: there are no columns for samples")
+        return left
 
 
 class RolePositions(NamedTuple):
@@ -167,7 +183,7 @@ def read_roles(
     def choose(names: Sequence[str], left_out: Sequence[int]) -> Chosen:
         nonlocal positions, types
         positions = roles.pick(names, source)
-        indices = pick(columns, names, source, left_out=left_out)
+        indices = roles.less_ids(pick(columns, names, source, left_out=left_out), names, source)
         indices = [*indices, *(i for i in positions.all if i not in indices)]
         types = picked_types(roles, names, source, positions, indices)
         text = [i for i in indices if i in types and types[i].kind == CATEGORICAL]
