@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, softplus
 
 from flowtrain.bijections.base import Bijection
 from flowtrain.utils.errors import FlowtrainError
@@ -24,12 +24,14 @@ class _Group(NamedTuple):
         low, high: the ends of the support.
         is_circular: whether the ends are the same point.
         is_whole: whether values are whole numbers plus noise in [0, 1).
+        scale: s of the softplus if one end is finite; 0 for the logarithm.
     """
 
     low: float
     high: float
     is_circular: bool
     is_whole: bool
+    scale: float
 
     @property
     def has_both(self) -> bool:
@@ -40,8 +42,8 @@ class ToSupport(Bijection):
     """An elementwise map x_i = f_i(z_i) from the real line to the support [a_i, b_i] of column i.
 
     - a and b finite: z = log(x - a) - log(b - x), the logit of (x - a) / (b - a)
-    - a finite: z = log(x - a)
-    - b finite: z = -log(b - x)
+    - a finite: z = log(x - a), or with a scale s > 0, z = log(exp((x - a) / s) - 1), the inverse of s softplus(z) + a
+    - b finite: -z = log(b - x), or the same with s
     - a and b infinite: z = x
     - circular: z = 2 pi (x - a) / (b - a) - pi, in [-pi, pi). Values outside of [a, b) are wrapped
 
@@ -54,6 +56,7 @@ class ToSupport(Bijection):
         circular: the positions of circular columns.
         whole: the positions of columns that contain whole numbers plus noise in [0, 1). Samples of these columns are
             below b.
+        scale: s of each column, (d,), which applies if one end is finite. 0 means the logarithm. None means 0 for all.
 
     Raises:
         FlowtrainError: bounds that are not in ascending order, or different numbers of bounds.
@@ -66,14 +69,20 @@ class ToSupport(Bijection):
     """
 
     def __init__(
-        self, low: Sequence[float], high: Sequence[float], circular: Sequence[int] = (), whole: Sequence[int] = ()
+        self,
+        low: Sequence[float],
+        high: Sequence[float],
+        circular: Sequence[int] = (),
+        whole: Sequence[int] = (),
+        scale: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if len(low) != len(high) or not all(a < b for a, b in zip(low, high, strict=True)):
             raise FlowtrainError(f"ToSupport(low={low}, high={high}): give the ends of each column in ascending order")
+        scales = [0.0] * len(low) if scale is None else scale
         each = [
-            _Group(float(a), float(b), i in circular, i in whole)
-            for i, (a, b) in enumerate(zip(low, high, strict=True))
+            _Group(float(a), float(b), i in circular, i in whole, float(s))
+            for i, (a, b, s) in enumerate(zip(low, high, scales, strict=True))
         ]
         self.groups = tuple(dict.fromkeys(each))
         self.sizes = [each.count(group) for group in self.groups]
@@ -119,8 +128,15 @@ def _to_line(group: _Group, x: Tensor) -> tuple[Tensor, Tensor]:
     else:
         distance = x - low if math.isfinite(low) else high - x
         outside = distance < 0 if group.is_whole else distance <= 0
-        log_distance = _inside(distance, AT_END).log()
-        z, log_slope = log_distance if math.isfinite(low) else -log_distance, -log_distance
+        inside = _inside(distance, AT_END)
+        if group.scale:
+            # log(exp(r) - 1) = r + log(1 - exp(-r)), without overflow
+            r = inside / group.scale
+            log_share = (-torch.expm1(-r)).log()
+            z, log_slope = r + log_share, -log_share - math.log(group.scale)
+        else:
+            z, log_slope = inside.log(), -inside.log()
+        z = z if math.isfinite(low) else -z
     return z, torch.where(outside, -torch.inf, log_slope)
 
 
@@ -144,9 +160,14 @@ def _to_data(group: _Group, z: Tensor) -> tuple[Tensor, Tensor]:
         log_slope = math.log(high - low) + logsigmoid(z) + logsigmoid(-z)
     else:
         is_low = math.isfinite(low)
-        # the exponential stays finite
-        distance = (z if is_low else -z).clamp_max(math.log(torch.finfo(z.dtype).max) - 1)
-        x, log_slope = low + distance.exp() if is_low else high - distance.exp(), distance
+        y = z if is_low else -z
+        if group.scale:
+            distance, log_slope = group.scale * softplus(y), math.log(group.scale) + logsigmoid(y)
+        else:
+            # the exponential stays finite
+            y = y.clamp_max(math.log(torch.finfo(z.dtype).max) - 1)
+            distance, log_slope = y.exp(), y
+        x = low + distance if is_low else high - distance
     return x.clamp(*_ends(group, z.dtype)), log_slope
 
 

@@ -24,6 +24,8 @@ REAL, POSITIVE, INTERVAL, CIRCULAR, INTEGER, CATEGORICAL = KINDS = (
 )
 # the fraction of an interval over which values at one of its ends are spread
 EDGE = 1e-5
+# scales of a softplus that are tried, as multiples of the median
+SCALES = (0.25, 1.0)
 # the noise values at which the moments of bounded whole numbers are computed
 NODES = tuple((k + 0.5) / 8 for k in range(8))
 
@@ -39,16 +41,18 @@ class ColumnType:
         low, high: the smallest and the largest value. They may be infinite. For a circular column, low and high are the
             same point, and high - low is the period. For a categorical column, values are positions in `categories`.
         categories: the categories of a categorical column, text or numbers.
+        scale: the scale of the softplus that maps the real line to a support with one end; 0 for the exponential.
 
     Example:
-        >>> ColumnType.parse("interval(0,1)"), ColumnType.parse("circular(360)").high
-        (ColumnType(kind='interval', low=0.0, high=1.0, categories=()), 360.0)
+        >>> ColumnType.parse("interval(0,1)").support, ColumnType.parse("circular(360)").high
+        ((0.0, 1.0), 360.0)
     """
 
     kind: str = REAL
     low: float = -math.inf
     high: float = math.inf
     categories: tuple[str | float, ...] = ()
+    scale: float = 0.0
 
     @staticmethod
     def parse(text: Any, key: str = "data.types") -> "ColumnType":
@@ -118,14 +122,23 @@ class ColumnType:
         open_ends = self.kind == POSITIVE or (self.kind == INTERVAL and not self.has_edges)
         return (values > self.low) & (values < self.high) if open_ends else (values >= self.low) & (values <= self.high)
 
-    def fitted(self, least: float, most: float) -> "ColumnType":
+    def fitted(self, least: float, most: float, some: NDArray[np.float64]) -> "ColumnType":
         """Returns the type for a table whose values go from `least` to `most`.
 
         Integers without bounds get the bound 0 if no value is negative. Angles without an explicit range are
         in [-period / 2, period / 2) if this contains all values and some are negative, and otherwise in [0, period).
+        For a support with one end, the scale of the softplus is chosen, see `_best_scale`.
+
+        Args:
+            some: some values, (n,).
         """
         if self.kind == INTEGER and self.low == -math.inf and self.high == math.inf and least >= 0:
-            return replace(self, low=0.0)
+            return replace(self, low=0.0).fitted(least, most, some)
+        low, high = self.support
+        if self.is_bounded and math.isinf(high - low):
+            values = some + 0.5 if self.is_whole else some
+            distances = values - low if math.isfinite(low) else high - values
+            return replace(self, scale=_best_scale(distances[distances > 0]))
         if self.is_circular and self.low == 0 and least < 0 and max(-least, most) <= self.high / 2:
             return replace(self, low=-self.high / 2, high=self.high / 2)
         return self
@@ -142,6 +155,24 @@ class ColumnType:
         return f"{self.kind}({','.join(bounds)})" if shown else self.kind
 
 
+def _best_scale(distances: NDArray[np.float64]) -> float:
+    """Chooses the map from positive numbers (n,) to the real line: 0 for the logarithm, or the scale of a softplus.
+
+    The density of the map's output is modelled by a Gaussian. The map with the highest likelihood of the numbers is
+    chosen. The logarithm suits values over several orders of magnitude, and the softplus other values, of which it
+    gives a lighter upper tail.
+    """
+    if len(np.unique(distances)) < 2:
+        return 0.0
+    nll = {0.0: math.log(np.log(distances).std()) + float(np.log(distances).mean())}
+    for share in SCALES:
+        scale = share * float(np.median(distances))
+        r = distances / scale
+        log_share = np.log(-np.expm1(-r))
+        nll[scale] = math.log((r + log_share).std()) + float((log_share + math.log(scale)).mean())
+    return min(nll, key=lambda scale: nll[scale])
+
+
 _USAGE = {
     REAL: "give real without bounds",
     POSITIVE: "give positive without bounds; interval(a,inf) has another lower end",
@@ -156,7 +187,8 @@ def is_column_type(one: ColumnType) -> bool:
     """Whether the attributes of a type that was read from a file have the right types and ranges."""
     numbers = all(isinstance(v, float | int) and not math.isnan(v) for v in (one.low, one.high))
     names = all(isinstance(v, str | float | int) for v in one.categories)
-    if one.kind not in KINDS or not numbers or not names:
+    scaled = isinstance(one.scale, float | int) and 0 <= one.scale < math.inf
+    if one.kind not in KINDS or not numbers or not names or not scaled:
         return False
     if one.kind == CATEGORICAL:
         return one.low == 0 and one.high == len(one.categories) - 1 >= 0
@@ -225,7 +257,12 @@ def on_line(types: Sequence[ColumnType], values: NDArray[np.float64], u: float =
                 above, below = (np.where(v <= 0, EDGE / 2 * (high - low), v) for v in (above, below))
                 found[:, i] = np.log(above) - np.log(below)
             else:
-                found[:, i] = np.log(above) if math.isfinite(low) else -np.log(below)
+                sign, distance = (1, above) if math.isfinite(low) else (-1, below)
+                if one.scale:
+                    r = distance / one.scale
+                    found[:, i] = sign * (r + np.log(-np.expm1(-r)))
+                else:
+                    found[:, i] = sign * np.log(distance)
     return found
 
 

@@ -187,7 +187,8 @@ def _prepared(flow: Flow, samples: Samples) -> Bijection:
         bijection = Chain([bijection, Logit(samples.levels, samples.alpha)])
     if any(one.is_bounded or one.is_circular for one in samples.types):
         low, high = zip(*(one.support for one in samples.types), strict=True)
-        support = ToSupport(low, high, circular_columns(samples.types), whole_columns_of(samples.types))
+        scale = [one.scale for one in samples.types]
+        support = ToSupport(low, high, circular_columns(samples.types), whole_columns_of(samples.types), scale)
         bijection = Chain([bijection, support])
     return bijection
 

@@ -86,6 +86,10 @@ class InMemoryTable:
         """Returns the smallest and the largest value of each column of the samples, (d,)."""
         return self.table.values.min(0), self.table.values.max(0)
 
+    def some_values(self, most: int) -> NDArray[np.float64]:
+        """Returns at most `most` rows of the samples at equal distances, (n, d)."""
+        return self.table.values[:: -(-self.n // most)]
+
     def encode(self, types: Sequence[ColumnType], context: Sequence[ColumnType]) -> None:
         """Replaces the values of categorical columns by positions in the categories.
 
@@ -171,6 +175,8 @@ _SPLIT, _ORDER, _OWN = 1, 2, 3
 MOST_HELD_OUT, HELD_OUT_BYTES = 100_000, 2**28
 # Number of training rows whose context is stored in checkpoints
 CONTEXT_ROWS = 100
+# Number of rows from which the maps of column types are chosen
+SOME_VALUES = 10_000
 # A column is centred if the rounding error of float32 exceeds this fraction of its standard deviation
 COARSE = 1e-4
 
@@ -454,9 +460,11 @@ def _fitted_types(
         types = ()
     else:
         counts = () if dequantize is False else _noise(dequantize, None, first.table)[1]
-        low, high = first.values_range()
+        (low, high), some = first.values_range(), first.some_values(SOME_VALUES)
         types = tuple(
-            (ColumnType(INTEGER) if i in counts and not one.is_whole else one).fitted(float(low[i]), float(high[i]))
+            (ColumnType(INTEGER) if i in counts and not one.is_whole else one).fitted(
+                float(low[i]), float(high[i]), some[:, i]
+            )
             for i, one in enumerate(types)
         )
         types = _with_categories(first.table, types)

@@ -334,6 +334,11 @@ class StreamedTable:
             high = np.fmax(high, np.fmax.reduce(tables.samples.values))
         return low, high
 
+    def some_values(self, most: int) -> Values:
+        """Returns at most `most` rows of the samples at equal distances, (n, d). Missing values are NaN."""
+        rows = np.concatenate([self.rows.read(i, i + 1) for i in range(0, self.n, -(-self.n // most))])
+        return of_rows(self._missing.mark(rows.astype(np.float64)), self.table).values
+
     def encode(self, types: Sequence[ColumnType], context: Sequence[ColumnType]) -> None:
         """Refuses categorical columns, because the rows are read again in each epoch.
 
