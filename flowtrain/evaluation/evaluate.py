@@ -237,6 +237,7 @@ def dataset_of(
         columns=() if flow.record is None else flow.record.samples.columns,
         context=flow.context,
         context_rows=flow.context_rows,
+        types=flow.types,
     )
     width = math.prod(flow.event_shape)
     table = table_of(rows.reshape(len(rows), width), name)

@@ -279,6 +279,7 @@ def check_same(who: str, before: Samples, now: Samples) -> None:
         "event_shape",
         "integer_valued",
         "noisy",
+        "types",
         "levels",
         "alpha",
         "standardized",

@@ -225,3 +225,25 @@ def test_a_search_with_context_fits_conditional_models(run: Run, table: Path) ->
 def test_next_commands_name_a_context() -> None:
     flow = flowtrain.models.realnvp(3, context=2)
     assert "'context={c0: 0, c1: 0}'" in next_commands(Path("r"), flow)
+
+
+def test_categories_are_given_by_name(run: Run, tmp_path: Path) -> None:
+    x, context = rows(300)
+    kinds = np.array(["red", "blue", "green"])[context[:, 1].astype(int)]
+    lines = [f"{kind},{','.join(map(str, row))}" for kind, row in zip(kinds, x, strict=True)]
+    (tmp_path / "x.csv").write_text("\n".join(["kind,a,b,c", *lines]) + "\n")
+    code, _, err = run("flowtrain", *LINEAR, "data=array", "data.path=x.csv", "data.context=[kind]", "hydra.run.dir=r")
+    assert code == 0, err
+    code, _, err = run("flowsample", "ckpt=r", "context={kind: green}", "n=100", "out=s.csv")
+    assert code == 0, err
+    assert Path("s.csv").read_text().splitlines()[1].startswith("green,")
+    (tmp_path / "c.csv").write_text("id,kind\n1,green\n2,red\n")
+    code, _, err = run("flowsample", "ckpt=r", "context=c.csv", "n=100", "out=s.npy")
+    assert code == 0, err
+    # column b is about 3 times the number of the kind
+    np.testing.assert_allclose(np.load("s.npy")[:, 1].reshape(2, 100).mean(1), [6, 0], atol=0.6)
+    for option in ("context={kind: pink}", "context=pink.csv"):
+        (tmp_path / "pink.csv").write_text("kind\npink\n")
+        assert "pink" in refused(run, "flowsample", "ckpt=r", option)
+    (tmp_path / "new.csv").write_text("a,kind,b,c\n1,pink,2,3\n")
+    assert "pink" in refused(run, "floweval", "ckpt=r", "data.path=new.csv")

@@ -101,6 +101,20 @@ def test_held_out_sets_have_a_context(x: np.ndarray, context: np.ndarray) -> Non
     assert best(by_name) == pytest.approx(nll, abs=1e-3)
 
 
+def test_text_in_a_data_frame_is_a_categorical_context(x: np.ndarray, context: np.ndarray, tmp_path: Path) -> None:
+    kinds = np.where(np.arange(N) % 3 == 0, "red", "blue").astype(object)
+    x[:, 1] += 5 * (kinds == "red")
+    frame = Frame(np.column_stack([context[:, :1].astype(object), kinds]), ["m", "kind"])
+    flow = fit_small(x, context=frame, run_dir=tmp_path / "r")
+    assert flow.context[1].categories == ("blue", "red")
+    means = [flow.sample(400, context={"m": 50.0, "kind": kind})[:, 1].mean() for kind in ("blue", "red")]
+    assert float(means[1] - means[0]) == pytest.approx(5, abs=0.5)
+    again = flowtrain.load(tmp_path / "r")
+    np.testing.assert_allclose(again.log_prob(x[:5], context=[[50.0, 1]] * 5), flow.log_prob(x[:5], [[50.0, 1]] * 5))
+    with pytest.raises(DataError, match="green"):
+        flow.sample(1, context={"m": 50.0, "kind": "green"})
+
+
 @pytest.mark.parametrize(
     ("named", "error", "word"),
     [

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowtrain.data.context import CATEGORICAL, ContextColumn, context_values
 from flowtrain.data.tables.columns import default_names, listed
-from flowtrain.data.tables.csv_reader import ChooseColumns, TextFormat
+from flowtrain.data.tables.csv_reader import ChooseColumns, Chosen, TextFormat
 from flowtrain.data.tables.ids import read_ids
 from flowtrain.data.tables.table_reader import read_table
 from flowtrain.utils.errors import DataError
@@ -47,7 +47,7 @@ def read_context(path: str | Path, columns: Sequence[ContextColumn]) -> Tensor:
 def _chooser(path: str | Path, names: Sequence[str], wanted: Sequence[str]) -> ChooseColumns:
     """Returns a function that finds the `wanted` columns, which are some of the `names` of the context."""
 
-    def choose(there: Sequence[str], left_out: Sequence[int]) -> list[int]:
+    def choose(there: Sequence[str], left_out: Sequence[int]) -> Chosen:
         missing = [name for name in wanted if name not in there]
         if tuple(there) == default_names(range(len(there))) and missing:
             if len(there) != len(names):
@@ -55,7 +55,7 @@ def _chooser(path: str | Path, names: Sequence[str], wanted: Sequence[str]) -> C
                     f"{path} has {counted(len(there), 'column')} without names: give a file with the columns of the "
                     f"context by name, or exactly the columns {', '.join(names)}"
                 )
-            return [names.index(name) for name in wanted]
+            return Chosen([names.index(name) for name in wanted])
         twice = [name for name in wanted if there.count(name) > 1]
         if missing or twice:
             what = "has no column" if missing else "has several columns named"
@@ -63,6 +63,6 @@ def _chooser(path: str | Path, names: Sequence[str], wanted: Sequence[str]) -> C
                 f"{path} {what} {listed(missing or twice)}; the columns of the context are {', '.join(names)}, and the "
                 f"file has {listed(there, most=50)}"
             )
-        return [list(there).index(name) for name in wanted]
+        return Chosen([list(there).index(name) for name in wanted])
 
     return choose

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from flowtrain.data.base import Ids
 from flowtrain.data.tables.columns import pick
-from flowtrain.data.tables.csv_reader import ChooseColumns, TextFormat, read_text_column
+from flowtrain.data.tables.csv_reader import ChooseColumns, Chosen, TextFormat, read_text_column
 from flowtrain.data.tables.table_reader import ARRAYS, ending_of, read_array
 from flowtrain.data.tables.typed_files import TYPED, read_raw_column
 from flowtrain.utils.errors import ConfigError, DataError
@@ -34,15 +34,18 @@ def read_ids(
     file = Path(path).expanduser()
     name = ""
 
-    def choose(names: Sequence[str], left_out: Sequence[int]) -> list[int]:
+    def choose(names: Sequence[str], left_out: Sequence[int]) -> Chosen:
         nonlocal name
-        position = column(names, left_out)[0] if callable(column) else id_position(column, names, path)
+        position = column(names, left_out).indices[0] if callable(column) else id_position(column, names, path)
         name = names[position]
-        return [position]
+        return Chosen([position], [position])
 
     ending = ending_of(file)
     if ending in ARRAYS:
-        values: NDArray[Any] = read_array(file, key, choose).values[:, 0]
+        table = read_array(file, key, choose)
+        values: NDArray[Any] = table.values[:, 0]
+        for texts in table.labels.values():
+            values = np.array([None if np.isnan(code) else texts[int(code)] for code in values], object)
     elif ending in TYPED:
         values = read_raw_column(file, key, choose, text_format.header)
     else:
