@@ -153,7 +153,9 @@ def _in_memory(x: Any, roles: Mapping[str, Any], val: Any, test: Any, na: Collec
             held = _held_out(key, parts, rows, event_shape, is_frame(x), na)
             for role, columns in layout.items():
                 held = with_columns(held, arrays[role], f"{role} of {key}", columns, na)
-            tables[f"{key}_path"] = replace(held, indices=own.indices)
+            # another number of columns is refused by the data set
+            alike = len(held.columns) == len(own.columns)
+            tables[f"{key}_path"] = replace(held, indices=own.indices) if alike else held
     return Source(settings, tables, labelled="label" in roles)
 
 
