@@ -16,6 +16,9 @@ from flowtrain.utils.errors import DataError, NonFiniteError, SolverError
 from flowtrain.utils.process import seeded
 from flowtrain.utils.status import status
 
+# approximate number of rows whose latents are computed
+LATENTS = 10_000
+
 
 class Scores(NamedTuple):
     """The result of `score_rows`, on the CPU. log p is in nats and float64.
@@ -75,7 +78,7 @@ def score_rows(
     batch_size: int | None = None,
     draws: int = 1,
     seed: int = 0,
-    latents: int = 10_000,
+    latents: int = LATENTS,
     unsolved: int = 0,
 ) -> Scores:
     """Computes log p(x) in nats for all rows of x, and latents of some rows.
