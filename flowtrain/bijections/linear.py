@@ -91,7 +91,7 @@ def definite(covariance: Tensor, weights: Tensor | None) -> Tensor:
         return covariance
     scale = covariance.diagonal().clamp_min(torch.finfo(covariance.dtype).tiny).sqrt()
     values, vectors = torch.linalg.eigh(covariance / scale[:, None] / scale)
-    raised = vectors * values.clamp_min(LEAST_CORRELATION) @ vectors.T
+    raised: Tensor = vectors * values.clamp_min(LEAST_CORRELATION) @ vectors.T
     scale = scale / raised.diagonal().sqrt()
     return scale[:, None] * raised * scale
 

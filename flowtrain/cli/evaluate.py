@@ -198,6 +198,7 @@ def data_shown(data: Dataset, split: str) -> Dataset:
         return data
     shown = copy.copy(data)
     shown.test, shown.test_labels = data.val, data.val_labels
+    shown.test_context, shown.test_weights = data.val_context, data.val_weights
     return shown
 
 

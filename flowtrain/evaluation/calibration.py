@@ -9,7 +9,7 @@ from torch import Tensor
 from flowtrain.bases import Base
 from flowtrain.evaluation.ood_detection import share_below
 from flowtrain.evaluation.result import Calibration
-from flowtrain.utils.weighting import effective_rows
+from flowtrain.utils.weighting import effective_rows, equal_rows
 
 # Number of dimensions in the figure: those that deviate most
 SHOWN = 8
@@ -58,7 +58,8 @@ def calibration(z: Tensor, base: Base, weights: Tensor | None = None) -> tuple[C
         radius=float(distances[-1]),
     )
     shown = sorted(distances[:-1].argsort(descending=True)[:SHOWN].tolist())
-    return found, {**{f"z{j + 1}": u[:, j] for j in shown}, RADIUS: radius}
+    transforms = {**{f"z{j + 1}": u[:, j] for j in shown}, RADIUS: radius}
+    return found, {name: _for_figure(one, weights) for name, one in transforms.items()}
 
 
 def density_calibration(
@@ -91,7 +92,12 @@ def density_calibration(
     distance = float(ks_distance(u.unsqueeze(1), weights))
     rows = n if weights is None else effective_rows(weights)
     p_value = ks_p_value(distance, max(1, round(rows * m / (rows + m))))
-    return Calibration(n, distance, DENSITY, p_value, None), {DENSITY: u}
+    return Calibration(n, distance, DENSITY, p_value, None), {DENSITY: _for_figure(u, weights)}
+
+
+def _for_figure(u: Tensor, weights: Tensor | None) -> Tensor:
+    """Returns transforms u (n,) with equal weights, as many as effective rows, so that the bands of a figure apply."""
+    return u if weights is None else equal_rows(u, weights, max(1, round(effective_rows(weights))))
 
 
 def ks_distance(u: Tensor, weights: Tensor | None = None) -> Tensor:

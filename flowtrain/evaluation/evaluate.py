@@ -42,7 +42,7 @@ from flowtrain.utils.errors import ConfigError, DataError, SolverError
 from flowtrain.utils.formatting import as_ranges
 from flowtrain.utils.process import one_thread_if_small, own_settings, seeded
 from flowtrain.utils.status import phase
-from flowtrain.utils.weighting import average, effective_rows, stderr
+from flowtrain.utils.weighting import average, effective_rows, equal_rows, stderr
 
 log = logging.getLogger("flowtrain")
 
@@ -543,7 +543,8 @@ def detect_ood(
         weights: the weights of x, (n,), or None. The rows of `other` have equal weights.
 
     Returns:
-        (areas under the ROC curves, log p of both sets, (n,) and (m,)).
+        (areas under the ROC curves, log p of both sets, (n,) and (m,)). With weights, the first set is represented by
+        quantiles of equal weight.
     """
 
     def scores(rows: Tensor) -> Tensor:
@@ -559,7 +560,8 @@ def detect_ood(
     outside = scores(other[1])
     finite = typical.isfinite()
     entropy = -float(average(typical[finite], None if of_typical is None else of_typical[finite]))
-    return ood_detection(other[0], inside, outside, entropy, of, weights), (inside, outside)
+    found = ood_detection(other[0], inside, outside, entropy, of, weights)
+    return found, (inside if weights is None else equal_rows(inside, weights, len(inside)), outside)
 
 
 def check_fits(flow: Density, data: Dataset, dequantization_samples: int = 1) -> None:

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from flowtrain.utils.errors import FlowtrainError
+
 
 def average(values: Tensor, weights: Tensor | None = None) -> Tensor:
     """Returns sum_i w_i v_i / sum_i w_i of values (n,), or their mean without weights. The result is a scalar tensor.
@@ -87,6 +89,55 @@ def resample(weights: Tensor, n: int | None = None, seed: int = 0) -> Tensor:
     # with 1/2 in place of a random offset, equal weights give equal counts in spite of rounding errors
     places = (torch.arange(n, dtype=torch.float64) + 0.5) * (ends[-1] / n)
     return order[torch.searchsorted(ends, places, right=True).clamp_max(len(w) - 1)].sort().values
+
+
+def equal_rows(values: Tensor, weights: Tensor, n: int) -> Tensor:
+    """Returns n values with equal weights whose distribution function is about that of weighted values (N,).
+
+    They are the quantiles (k + 1/2) / n of the weighted distribution function. With negative weights, this function is
+    first made increasing by its running maximum.
+
+    Example:
+        >>> equal_rows(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 3.0]), 4)
+        tensor([1., 3., 3., 3.])
+    """
+    ordered, order = values.sort()
+    w = weights.to(device=values.device, dtype=torch.float64)[order]
+    below = (w.cumsum(0) / w.sum()).cummax(0).values
+    places = (torch.arange(n, dtype=torch.float64, device=values.device) + 0.5) / n
+    return ordered[torch.searchsorted(below, places, right=True).clamp_max(len(values) - 1)]
+
+
+def cancelled(x: Tensor, weights: Tensor) -> Tensor:
+    """Returns weights (n,) of rows x (n, d) without negative weights. Their sum does not change.
+
+    For each row of negative weight, its nearest rows join a cell until the sum of their weights is not negative. The
+    sum is then distributed over the cell in proportion to the absolute values of the weights. The columns are divided
+    by their standard deviations. The time is of order n log n for each row of negative weight.
+
+    Source: Andersen, Guetschow, Maier and Prestel 2020, A positive resampler for Monte Carlo events with negative
+    weights, section 2.
+
+    Raises:
+        FlowtrainError: the sum of the weights is not positive.
+
+    Example:
+        >>> cancelled(torch.tensor([[0.0], [1.0], [9.0]]), torch.tensor([-1.0, 2.0, 1.0]))
+        tensor([0.3333, 0.6667, 1.0000])
+    """
+    if not float(weights.sum()) > 0:
+        raise FlowtrainError("the sum of the weights is not positive: give other rows")
+    z = x / x.std(0, correction=0).clamp_min(torch.finfo(x.dtype).tiny)
+    w = weights.clone()
+    for i in (weights < 0).nonzero().flatten().tolist():
+        if w[i] < 0:
+            near = (z - z[i]).square().sum(1).argsort(stable=True)
+            enough = (w[near].cumsum(0) >= 0).nonzero().flatten()
+            # rounding can leave a negative sum of all rows
+            cell = near[: int(enough[0]) + 1] if len(enough) else near
+            size = w[cell].abs()
+            w[cell] = size * (w[cell].sum().clamp_min(0) / size.sum())
+    return w
 
 
 def _products(w: Tensor, values: Tensor) -> Tensor:
