@@ -656,11 +656,12 @@ class Search:
 def trimmed_mean(log_p: Tensor, weights: Tensor | None = None) -> float:
     """Returns the (weighted) mean of log_p (n,) without the rows with the lowest values, a share TRIMMED of the weight.
 
-    With integer weights, the result is the same as with repeated rows.
+    Without weights, the number of rows that are left out is rounded down.
     """
     w = torch.ones_like(log_p) if weights is None else weights.to(log_p) / weights.to(log_p).mean()
     order = log_p.argsort(descending=True, stable=True)
-    left = math.ceil((1 - TRIMMED) * len(log_p)) - (w[order].cumsum(0) - w[order])
+    kept = (1 - TRIMMED) * len(log_p)
+    left = (math.ceil(kept) if weights is None else kept) - (w[order].cumsum(0) - w[order])
     return float(average(log_p[order], w[order].minimum(left.clamp_min(0))))
 
 
