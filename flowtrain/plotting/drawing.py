@@ -24,7 +24,7 @@ log = logging.getLogger("flowtrain")
 # the solver tolerance: errors of this size are invisible in a figure, and a tighter solve of a whole grid takes long
 TOLERANCE = 1e-4
 # number of rows among which negative weights are cancelled, which takes a sort of these rows for each negative weight
-MOST_CANCELLED = 10_000
+MOST_CANCELLED = 4_000
 
 
 @contextmanager

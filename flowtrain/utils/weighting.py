@@ -131,7 +131,10 @@ def cancelled(x: Tensor, weights: Tensor) -> Tensor:
     w = weights.clone()
     for i in (weights < 0).nonzero().flatten().tolist():
         if w[i] < 0:
-            near = (z - z[i]).square().sum(1).argsort(stable=True)
+            distance = (z - z[i]).square().sum(1)
+            # the row is the first of its cell, even if other rows are equal
+            distance[i] = -1
+            near = distance.argsort(stable=True)
             enough = (w[near].cumsum(0) >= 0).nonzero().flatten()
             # rounding can leave a negative sum of all rows
             cell = near[: int(enough[0]) + 1] if len(enough) else near
