@@ -17,7 +17,9 @@ RADIUS, DENSITY = "radius", "density"
 
 
 @torch.no_grad()
-def calibration(z: Tensor, base: Base, weights: Tensor | None = None) -> tuple[Calibration, dict[str, Tensor]]:
+def calibration(
+    z: Tensor, base: Base, context: Tensor | None = None, weights: Tensor | None = None
+) -> tuple[Calibration, dict[str, Tensor]]:
     """Tests whether latents z (n, *event) of the data are draws from the base.
 
     If the data are draws from the model, d + 1 probability integral transforms are uniform on [0, 1] (Rosenblatt 1952,
@@ -29,8 +31,14 @@ def calibration(z: Tensor, base: Base, weights: Tensor | None = None) -> tuple[C
     Each transform is tested separately. The radius |y| also shows dependence between dimensions. Latents with NaN are
     left out. If all rows have NaN, the statistic is NaN.
 
-    With weights (n,), the distribution function of the transforms is weighted, and the p-value is computed for the
-    effective number of rows. It is approximate if the weights depend on the values.
+    With weights, the distribution function of the transforms is weighted, and the p-value is computed for the effective
+    number of rows. It is approximate if the weights depend on the values.
+
+    Args:
+        z: the latents.
+        base: the base of the flow.
+        context: the labels or features of the rows, see `Base.given`.
+        weights: the weights of the rows, (n,), or None.
 
     Returns:
         (result of the test, transforms for the figure by name, (n,) each).
@@ -44,7 +52,7 @@ def calibration(z: Tensor, base: Base, weights: Tensor | None = None) -> tuple[C
     n, d = z.flatten(1).shape
     if n == 0:
         return Calibration(0, math.nan, RADIUS, math.nan, math.nan), {RADIUS: z.new_empty(0)}
-    base = copy.deepcopy(base).to(z)
+    base = copy.deepcopy(base).to(z).given(None if context is None else context.to(z.device)[kept])
     u = base.to_uniform(z)
     radius = torch.special.gammainc(torch.tensor(d / 2, dtype=z.dtype), base.to_normal(z).square().sum(1) / 2)
     distances = torch.cat([ks_distance(u, weights), ks_distance(radius.unsqueeze(1), weights)])

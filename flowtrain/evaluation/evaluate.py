@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
@@ -22,10 +22,10 @@ from flowtrain.evaluation.calibration import calibration, density_calibration
 from flowtrain.evaluation.checks import checks
 from flowtrain.evaluation.error_budget import budget, subset_of
 from flowtrain.evaluation.log_likelihood import (
-    LATENTS,
     Scores,
     estimates_trace,
     held_out,
+    latent_rows,
     log_probs,
     nfe_of_pass,
     score_rows,
@@ -328,8 +328,10 @@ def _evaluate(
             all_checks += checks(flow, subset, parts, log_p[ordinary], (truth["kl"], truth["kl_stderr"]), of_ordinary)
     with phase("calibration"):
         if isinstance(flow, Flow):
-            every = None if weights is None else weights[:: math.ceil(len(x) / LATENTS)]
-            calibrated, pit = calibration(scores.z, flow.base, every)
+            rows = latent_rows(len(x))
+            of_latents = None if context is None else flow.features(context[rows].to(flow.like.device))
+            of_rows = None if weights is None else weights[rows]
+            calibrated, pit = calibration(scores.z, flow.base, of_latents, of_rows)
         else:
             calibrated, pit = calibration_by_density(flow, log_p, context, options, thorough, weights)
     detected = None
@@ -469,18 +471,30 @@ def score_members(
 
 
 def spread(ensemble: Ensemble, log_p: Tensor, weights: Tensor | None = None) -> float | None:
-    """Returns the weighted standard deviation of log p (n, M) between members, averaged over rows; see `Evaluation`.
+    """Returns `row_spread` averaged over rows, for log p (n, M) of the members with a positive weight.
 
     Args:
         weights: the weights of the rows, (n,), or None.
     """
-    kept = log_p.isfinite().all(1)
-    log_p, weights = log_p[kept], None if weights is None else weights[kept]
-    if not len(log_p) or log_p.shape[1] < 2:
-        return None
-    w = log_p.new_tensor(ensemble.log_weights).exp()
+    each = row_spread(log_p, [weight for weight in ensemble.weights if weight > 0])
+    kept = each.isfinite()
+    each, weights = each[kept], None if weights is None else weights[kept]
+    return float(average(each, weights)) if len(each) and log_p.shape[1] > 1 else None
+
+
+def row_spread(log_p: Tensor, weights: Sequence[float]) -> Tensor:
+    """Returns the weighted standard deviation of log p between the members of an ensemble for each row, (n,).
+
+    It is NaN if log p of a member with a positive weight is not finite.
+
+    Args:
+        log_p: log p of the members, (n, M).
+        weights: the M weights, which sum to 1.
+    """
+    active = [i for i, weight in enumerate(weights) if weight > 0]
+    log_p, w = log_p[:, active], log_p.new_tensor([weights[i] for i in active])
     mean = (log_p * w).sum(1, keepdim=True)
-    return float(average(((log_p - mean).square() * w).sum(1).sqrt(), weights))
+    return ((log_p - mean).square() * w).sum(1).sqrt()
 
 
 def calibration_by_density(

@@ -9,7 +9,8 @@ from helpers.flows import perturbed
 from torch import Tensor
 
 from flowtrain.bijections.base import Bijection, Chain
-from flowtrain.bijections.linear import Affine, FromGaussian, Permutation
+from flowtrain.bijections.columns import OnColumns
+from flowtrain.bijections.linear import Affine, ContextShift, FromGaussian, Permutation
 from flowtrain.bijections.scale import ActNorm, BatchNorm, Standardize
 from flowtrain.bijections.squeeze import Squeeze
 from flowtrain.models.realnvp import realnvp
@@ -59,6 +60,17 @@ def test_integer_weights_initialize_as_repeated_rows(make: Callable[[], Bijectio
     for key, value in weighted.state_dict().items():
         torch.testing.assert_close(value, repeated.state_dict()[key], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(z.repeat_interleave(k[kept], 0), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_integer_weights_give_the_regression_on_the_context_of_repeated_rows() -> None:
+    x, c, k = torch.randn(50, 3), torch.randn(50, 2), torch.randint(1, 4, (50,))
+    x[:, :2] += c
+    weighted = OnColumns(ContextShift(2, classes=2), [0, 2])
+    repeated = copy.deepcopy(weighted)
+    weighted.initialize(x, c, k / 3)
+    repeated.initialize(x.repeat_interleave(k, 0), c.repeat_interleave(k, 0))
+    torch.testing.assert_close(weighted.inner.embedding, repeated.inner.embedding)
+    assert float(weighted.inner.embedding[0, 0].detach()) == pytest.approx(1.0, abs=0.5)
 
 
 def test_images_are_initialized_with_weights() -> None:

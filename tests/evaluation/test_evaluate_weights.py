@@ -112,11 +112,11 @@ def test_importance_weights_are_calibrated() -> None:
     for _ in range(200):
         z = 1.3 * torch.randn(400, 1)
         w = (-0.5 * z[:, 0].square() * (1 - 1 / 1.3**2)).exp()
-        found, pit = calibration(z, Flow((1,), Affine(1)).base, w)
+        found, pit = calibration(z, Flow((1,), Affine(1)).base, weights=w)
         small += found.p_value < 0.05
         assert len(pit["z1"]) == round(effective_rows(w))
     assert small <= 20
-    shifted, _ = calibration(z + 0.5, Flow((1,), Affine(1)).base, w)
+    shifted, _ = calibration(z + 0.5, Flow((1,), Affine(1)).base, weights=w)
     assert shifted.p_value < 1e-4
 
 
