@@ -50,7 +50,7 @@ def effective_rows(weights: Tensor) -> float:
     Source: Kish 1965, Survey sampling.
 
     Example:
-        >>> effective_rows(torch.tensor([2.0, 2.0, 0.0])), effective_rows(torch.tensor([3.0, 1.0]))
+        >>> effective_rows(torch.tensor([2.0, 2.0, 0.0])), round(effective_rows(torch.tensor([3.0, 1.0])), 4)
         (2.0, 1.6)
     """
     w = weights.double()
