@@ -25,6 +25,7 @@ from flowtrain.data.tables.rows_to_score import RowsToScore, ScoredRows
 from flowtrain.evaluation import NAMES, check_fits, evaluate
 from flowtrain.evaluation.baselines import MOST_SECONDS
 from flowtrain.evaluation.report import write_report
+from flowtrain.evaluation.sbc import SAMPLES
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.plotting import pictures
 from flowtrain.plotting.options import DEFAULT, FORMATS, PlotOptions
@@ -66,6 +67,9 @@ USAGE = Usage(
         "baselines": "true: also fits a Gaussian mixture and a kernel density estimate, for tables. They are fitted "
         "to the training rows of the run, in up to 20 s, and scored on the same rows. The mixture needs scikit-learn "
         "(pip install 'flowtrain[baselines]')",
+        "sbc": "true: also compares each row with samples (simulation-based calibration), for tables. The ranks of up "
+        "to 1,000 rows and the expected coverage of regions are added to the table, and plots/sbc.png is drawn",
+        "sbc_samples": "For sbc=true: number of samples for each row (default: 200)",
         "plots": "true: draws all figures of the run again, as at the end of training. With new data, samples are "
         "drawn beside the new data. Without this option, only calibration and OOD are drawn",
         "report": "true: also writes report.md and report.html. The HTML file contains its figures",
@@ -97,6 +101,8 @@ OWN: dict[str, Any] = {
     "scores": None,
     "ood": None,
     "baselines": False,
+    "sbc": False,
+    "sbc_samples": None,
     "plots": False,
     "report": False,
     "dtype": "float32",
@@ -125,6 +131,7 @@ def _command() -> int:
     draws, seed = whole("dequantization_samples", own["dequantization_samples"]), whole("seed", own["seed"], least=0)
     dtype, wants_report = DTYPES[one_of("dtype", own["dtype"], DTYPES)], flag("report", own["report"])
     wants_baselines, wants_plots = flag("baselines", own["baselines"]), flag("plots", own["plots"])
+    sbc = sbc_samples(flag("sbc", own["sbc"]), own["sbc_samples"])
     scores = written_as("scores", own["scores"], ".npy")
     out = Path(str(own["out"])).expanduser() if own["out"] else None
     loaded_run = load_run(own, overrides)
@@ -132,7 +139,7 @@ def _command() -> int:
     options = loaded_run.plot_options
     outputs = OutputPaths(loaded_run.run_dir, out, scores, set_name(loaded_run, split, overrides), options)
     inputs = [*loaded_run.files, own["ood"], *paths_of(loaded_run.config["data"])]
-    outputs.check(own["ood"] is not None, wants_report, isinstance(loaded_run.flow, Ensemble), inputs)
+    outputs.check(own["ood"] is not None, bool(sbc), wants_report, isinstance(loaded_run.flow, Ensemble), inputs)
     with status("reading the data"):
         data = data_of(loaded_run, split, overrides)
         other = None if own["ood"] is None else other_set(str(own["ood"]), loaded_run)
@@ -152,6 +159,7 @@ def _command() -> int:
         seed,
         trained_on,
         baseline_seconds=MOST_SECONDS if wants_baselines else 0.0,
+        sbc=sbc,
     )
 
     write_json(outputs.json, result.to_dict())
@@ -185,6 +193,17 @@ def _command() -> int:
     print(result.table())
     print("\n".join(f"{'written to' if i == 0 else '':>{NAMES}}  {path}" for i, path in enumerate(written)))
     return 0
+
+
+def sbc_samples(wanted: bool, samples: Any) -> int:
+    """Returns the number of samples for each row of the SBC, 0 for no SBC.
+
+    Raises:
+        ConfigError: a number of samples without sbc=true.
+    """
+    if samples is not None and not wanted:
+        raise ConfigError(f"sbc_samples={samples}: also give sbc=true")
+    return (SAMPLES if samples is None else whole("sbc_samples", samples)) if wanted else 0
 
 
 def for_each_row(data: Dataset, values: Tensor) -> NDArray[np.float64]:
@@ -242,10 +261,11 @@ class OutputPaths:
         assert self.scores is not None
         return self.scores.with_name(f"{self.scores.stem}_members.npy")
 
-    def check(self, ood: bool, report: bool, ensemble: bool, inputs: list[Any]) -> None:
+    def check(self, ood: bool, sbc: bool, report: bool, ensemble: bool, inputs: list[Any]) -> None:
         """Checks all paths before any work is done; see `check_outputs`."""
         paths = [self.json, *self.options.files(self.figure("calibration"))]
         paths += self.options.files(self.figure("ood")) if ood else []
+        paths += self.options.files(self.figure("sbc")) if sbc else []
         paths += [] if self.scores is None else [self.scores, *([self.other_scores] if ood else [])]
         paths += [self.member_scores] if ensemble and self.scores is not None else []
         paths += [self.report.with_suffix(ending) for ending in (".md", ".html")] if report else []
