@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+# the folder that contains sbibm, with observations and reference posteriors of the benchmark
+DATA = Path(os.environ.get("FLOWTRAIN_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
+
 
 class Task(ABC):
     """A prior on a box, a simulator and its likelihood.
@@ -196,19 +199,9 @@ class Observation(NamedTuple):
     reference: Array
 
 
-def data_dir() -> Path:
-    """Returns the folder of the benchmark's files: FLOWTRAIN_DATA/sbibm, or shared/data/sbibm beside the checkout."""
-    given = os.environ.get("FLOWTRAIN_DATA")
-    if given:
-        return Path(given) / "sbibm"
-    checkout = Path(__file__).resolve().parents[2]
-    near = [folder / "shared/data/sbibm" for folder in checkout.parents]
-    return next((folder for folder in near if folder.is_dir()), near[0])
-
-
-def observation(task: str, number: int) -> Observation:
+def observation(task: str, number: int, data: Path = DATA) -> Observation:
     """Reads an observation of the benchmark, numbered from 1."""
-    folder = data_dir() / task / str(number)
+    folder = data / "sbibm" / task / str(number)
     x, theta = (read(folder / f"{name}.csv")[0] for name in ("observation", "true_parameters"))
     return Observation(x, theta, read(folder / "reference_posterior_samples.csv.bz2"))
 
