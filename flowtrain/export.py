@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from flowtrain.evaluation.error_budget import rows_of_checks, stderr
-from flowtrain.flow import Flow, Label, rows_at_a_time
+from flowtrain.flow import Context, Flow, rows_at_a_time
 from flowtrain.nn.divergence import Probes, TraceRule
 from flowtrain.nn.velocity_field import Field
 from flowtrain.ode import ode_solver
@@ -90,7 +90,7 @@ def export(
     flow: Flow,
     path: str | Path,
     x: Any = None,
-    label: Label = None,
+    context: Context = None,
     *,
     solver: str | None = None,
     steps: int | None = None,
@@ -101,7 +101,7 @@ def export(
     """Writes programs of log_prob, inverse and sample that run without flowtrain; see `Flow.export`.
 
     Args:
-        flow, path, x, label, solver, steps, tolerance: see `Flow.export`.
+        flow, path, x, context, solver, steps, tolerance: see `Flow.export`.
         columns: names of the columns, for the metadata.
         rows_from: a description of x, for the metadata.
 
@@ -119,9 +119,9 @@ def export(
     flow = copy.deepcopy(flow).to("cpu").eval().requires_grad_(False)
     with torch.no_grad(), _quiet():
         with status("rows to compare on"):
-            rows = _rows_of(flow, x, label, rows_from)
+            rows = _rows_of(flow, x, context, rows_from)
         with status("choosing the steps of the solver"):
-            flow, steps_taken = with_fixed_steps(flow, rows.x, rows.label, solver, steps)
+            flow, steps_taken = with_fixed_steps(flow, rows.x, rows.context, solver, steps)
         about = {**_about(flow, columns), "rows": len(rows.x), "rows_from": rows.source, **steps_taken}
         contents: dict[str, bytes] = {}
         metadata: dict[str, dict[str, Any]] = {}
@@ -172,34 +172,35 @@ class _Rows:
 
     Attributes:
         x: data (n, *event_shape), in the dtype of samples.
-        label: labels (n,), or None.
+        context: values (n, k) of context columns, or labels (n,), or None.
         z: draws from the base, (n, *event_shape).
         source: a description of x.
     """
 
     x: Tensor
-    label: Tensor | None
+    context: Tensor | None
     z: Tensor
     source: str
 
 
-def _rows_of(flow: Flow, x: Any, label: Label, source: str) -> _Rows:
+def _rows_of(flow: Flow, x: Any, context: Context, source: str) -> _Rows:
     most = max(1, min(MOST_ROWS, MOST_NUMBERS // math.prod(flow.event_shape)))
     with seeded(0, torch.device("cpu")):
         if x is None:
-            label = flow.drawn_labels(most) if flow.classes is not None and label is None else label
+            if context is None:
+                context = flow.some_context(most) if flow.context else flow.classes and flow.drawn_labels(most)
             # samples are made whole numbers, so that `dequantized` below adds noise to them in the same way as to data
-            x, source = flow.quantized(flow.sample(most, label=label)), "samples of the flow"
+            x, source = flow.quantized(flow.sample(most, context=context)), "samples of the flow"
         x = torch.as_tensor(x, device="cpu")
-        labels = flow.labels(label, x)
+        found = flow.context_of(context, x)
         kept = x.flatten(1).isfinite().all(1).nonzero().flatten() if x.dim() > 1 else torch.arange(len(x))
         kept = kept[torch.randperm(len(kept))[:most]]
         if not len(kept):
             raise FlowtrainError(
                 "x has no rows of finite numbers: the export needs such rows to compare the programs with the flow"
             )
-        x, labels = flow.dequantized(x[kept]), None if labels is None else labels[kept]
-        return _Rows(x, labels, flow.base.sample(len(kept), like=flow.like), source)
+        x, found = flow.dequantized(x[kept]), None if found is None else found[kept]
+        return _Rows(x, found, flow.base.sample(len(kept), like=flow.like), source)
 
 
 # --- fixed steps
@@ -234,13 +235,13 @@ class FixedProbes(nn.Module):
 
 @torch.no_grad()
 def with_fixed_steps(
-    flow: Flow, x: Tensor, label: Tensor | None = None, solver: str | None = None, steps: int | None = None
+    flow: Flow, x: Tensor, context: Tensor | None = None, solver: str | None = None, steps: int | None = None
 ) -> tuple[Flow, dict[str, Any]]:
     """Returns a flow that can be exported, and the metadata about its ODE solver.
 
     Args:
         flow: the flow.
-        x, label: rows on which the bias of log p is measured.
+        x, context: rows on which the bias of log p is measured.
         solver: a method with fixed steps. None: the method of the flow if it has fixed steps, else rk4.
         steps: the number of steps from t = 0 to 1. None: the flow's number if its solver has fixed steps and `solver`
             is None, else the first of `STEPS` with a bias of at most `LEAST_BIAS`, or the last of `STEPS`.
@@ -273,15 +274,15 @@ def with_fixed_steps(
         # the trace rule is a module, so that the traced program contains the tangents
         block.trace = FixedProbes(block.trace)  # type: ignore[assignment]
     checked = slice(rows_of_checks(flow.event_shape))
-    x, label = x[checked], None if label is None else label[checked]
+    x, context = x[checked], None if context is None else context[checked]
     # this call draws the tangents of `FixedProbes`
-    flow.log_prob(x[:1], None if label is None else label[:1])
-    tight, failure = _tight_log_prob(flow, x, label)
+    flow.log_prob(x[:1], None if context is None else context[:1])
+    tight, failure = _tight_log_prob(flow, x, context)
     for n in choices:
         flow = flow.with_solver(ode_solver(method, steps=n, max_nfe=2**31 - 1))
         bias: dict[str, Any] = {"mean": None, "failure": failure}
         try:
-            bias = _bias(_in_parts(flow.log_prob, x, label).double() - tight) if tight is not None else bias
+            bias = _bias(_in_parts(flow.log_prob, x, context).double() - tight) if tight is not None else bias
         except SolverError:
             # more steps may succeed
             if n == choices[-1]:
@@ -295,11 +296,11 @@ def with_fixed_steps(
     return flow, {"solver": {"method": method, "steps": n}, "bias": bias, "trace_probes": probes}
 
 
-def _tight_log_prob(flow: Flow, x: Tensor, label: Tensor | None) -> tuple[Tensor | None, str | None]:
+def _tight_log_prob(flow: Flow, x: Tensor, context: Tensor | None) -> tuple[Tensor | None, str | None]:
     """Returns (log p with the reference solver in float64, None), or (None, reason) if the solve failed."""
     tight = copy.deepcopy(flow).double().with_solver(ode_solver(**TIGHT))
     try:
-        return _in_parts(tight.log_prob, x.double(), label), None
+        return _in_parts(tight.log_prob, x.double(), context), None
     except SolverError as e:
         return None, first_line(e)
 
@@ -318,14 +319,14 @@ def _bias(difference: Tensor) -> dict[str, Any]:
     }
 
 
-def _in_parts(function: Program, x: Tensor, label: Tensor | None, first: Sequence[int] = ()) -> Tensor:
-    """Evaluates function(x, label) in batches: first of the sizes `first`, then of `rows_at_a_time`."""
+def _in_parts(function: Program, x: Tensor, context: Tensor | None, first: Sequence[int] = ()) -> Tensor:
+    """Evaluates function(x, context) in batches: first of the sizes `first`, then of `rows_at_a_time`."""
     size = rows_at_a_time(tuple(x.shape[1:]))
     found, at = [], 0
     sizes = iter(first)
     while at < len(x):
         part = slice(at, at + next(sizes, size))
-        found.append(function(x[part]) if label is None else function(x[part], label[part]))
+        found.append(function(x[part]) if context is None else function(x[part], context[part]))
         at = part.stop
     return torch.cat(found)
 
@@ -340,8 +341,8 @@ class _LogProb(nn.Module):
         super().__init__()
         self.flow = flow
 
-    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        z, log_det, _ = self.flow.bijection.pass_inverse(x, label)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        z, log_det, _ = self.flow.bijection.pass_inverse(x, self.flow.features(context))
         return self.flow.base_log_prob(z) + log_det.to(z.dtype)
 
 
@@ -350,10 +351,10 @@ class _Inverse(nn.Module):
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
-        self.bijection = flow.bijection
+        self.flow = flow
 
-    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.bijection.map_inverse(x, label)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.flow.bijection.map_inverse(x, self.flow.features(context))
 
 
 class _Sample(nn.Module):
@@ -361,10 +362,10 @@ class _Sample(nn.Module):
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
-        self.bijection = flow.bijection
+        self.flow = flow
 
-    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.bijection.map_forward(z, label)
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.flow.bijection.map_forward(z, self.flow.features(context))
 
 
 @dataclass(frozen=True)
@@ -418,9 +419,9 @@ class _Task:
 
         The difference is infinite if an element is finite for only one of program and flow.
         """
-        x, *label = self.inputs.values()
+        x, *context = self.inputs.values()
         # batches of one row, of two rows, and larger batches
-        found = _in_parts(program, x, label[0] if label else None, first=(1, 2))
+        found = _in_parts(program, x, context[0] if context else None, first=(1, 2))
         if found.shape != self.wanted.shape:
             return math.inf
         found, wanted = found.double(), self.wanted.double()
@@ -454,15 +455,15 @@ class _Task:
 
 
 def _tasks(flow: Flow, rows: _Rows) -> Iterator[_Task]:
-    labels = {} if rows.label is None else {"label": rows.label}
-    log_p = _in_parts(flow.log_prob, rows.x, rows.label)
+    given = {} if rows.context is None else {"context" if flow.context else "label": rows.context}
+    log_p = _in_parts(flow.log_prob, rows.x, rows.context)
     if not bool(log_p.isfinite().any()):
         raise ExportError("log p is not finite on any of the rows, so the programs cannot be compared with the flow")
-    yield _Task("log_prob", _LogProb(flow), {"x": rows.x, **labels}, "log_p", log_p, torch.ones(()), "nats")
-    z, x = _in_parts(flow.inverse, rows.x, rows.label), _in_parts(flow.forward, rows.z, rows.label)
+    yield _Task("log_prob", _LogProb(flow), {"x": rows.x, **given}, "log_p", log_p, torch.ones(()), "nats")
+    z, x = _in_parts(flow.inverse, rows.x, rows.context), _in_parts(flow.forward, rows.z, rows.context)
     unit = "standard deviations"
-    yield _Task("inverse", _Inverse(flow), {"x": rows.x, **labels}, "z", z, _element_std(z), unit)
-    yield _Task("sample", _Sample(flow), {"z": rows.z, **labels}, "x", x, _element_std(x), unit)
+    yield _Task("inverse", _Inverse(flow), {"x": rows.x, **given}, "z", z, _element_std(z), unit)
+    yield _Task("sample", _Sample(flow), {"z": rows.z, **given}, "x", x, _element_std(x), unit)
 
 
 def _element_std(y: Tensor) -> Tensor:

@@ -24,7 +24,16 @@ from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.logit import dequantize
 from flowtrain.data.base import Samples
-from flowtrain.data.tables.from_memory import Frame, as_tensor, check_all_finite, rows_and_labels, whole_labels
+from flowtrain.data.context import ContextColumn, context_values, features, unnamed_context
+from flowtrain.data.tables.from_memory import (
+    Frame,
+    as_tensor,
+    check_all_finite,
+    column_names,
+    is_frame,
+    rows_and_labels,
+    whole_labels,
+)
 from flowtrain.ode import AS_CONFIGURED, SolveOptions, Solver, StepPlan
 from flowtrain.utils.autograd import plain_values
 from flowtrain.utils.errors import FlowtrainError
@@ -38,6 +47,8 @@ if TYPE_CHECKING:
     from flowtrain.export import Exported
 
 Label = Tensor | int | Sequence[int] | NDArray[Any] | None
+# values of context columns, see `flowtrain.data.context.context_values`, or labels
+Context = Any
 # an array, a data frame (anything with `columns` and `to_numpy`), or lists of numbers
 Rows = NDArray[Any] | Frame | Sequence[Any]
 # the seed of the probes of estimated traces, see `Flow`
@@ -83,14 +94,15 @@ class DensityPass(NamedTuple):
 
 
 class Density(Recorded, nn.Module):
-    """The base class of `Flow` and `Ensemble`: scoring, sampling and labels, without a bijection.
+    """The base class of `Flow` and `Ensemble`: scoring, sampling and context, without a bijection.
 
     Args:
         event_shape: the shape of a sample.
-        classes, integer_valued, levels, centered, noisy, class_counts: see `Flow`.
+        classes, integer_valued, levels, centered, noisy, class_counts, context: see `Flow`.
 
     Attributes:
         record: see `Flow`.
+        context_rows: the context of some training rows, see `some_context`.
     """
 
     record: Record | None = None
@@ -104,10 +116,12 @@ class Density(Recorded, nn.Module):
         centered: bool = False,
         noisy: tuple[int, ...] = (),
         class_counts: tuple[int, ...] = (),
+        context: Sequence[ContextColumn] = (),
     ) -> None:
         super().__init__()
         self.event_shape = event_shape
-        self.classes = classes
+        self.classes, self.context = classes, tuple(context)
+        self.context_rows: tuple[tuple[float, ...], ...] = ()
         self.integer_valued, self.levels, self.centered = integer_valued, levels, centered
         self.noisy, self.class_counts = noisy, class_counts
 
@@ -195,10 +209,12 @@ class Density(Recorded, nn.Module):
         return 1 / (math.prod(self.event_shape) * math.log(2))
 
     @overload
-    def log_prob(self, x: Tensor, label: Label = None) -> Tensor: ...
+    def log_prob(self, x: Tensor, context: Context = None, *, label: Label = None) -> Tensor: ...
     @overload
-    def log_prob(self, x: Rows, label: Label | str = None) -> NDArray[Any]: ...
-    def log_prob(self, x: Tensor | Rows, label: Label | str = None) -> Tensor | NDArray[Any]:
+    def log_prob(self, x: Rows, context: Context = None, *, label: Label | str = None) -> NDArray[Any]: ...
+    def log_prob(
+        self, x: Tensor | Rows, context: Context = None, *, label: Label | str = None
+    ) -> Tensor | NDArray[Any]:
         """Returns log p(x) in nats, (B,), for x (B, *event_shape) in data units.
 
         For a tensor, the result is a tensor with gradients. For an array or a data frame, the result is an array in the
@@ -207,8 +223,15 @@ class Density(Recorded, nn.Module):
         If the flow is integer-valued and x contains integers, the result is log p(x + u) for one draw of u. The mean
         over u is at most log P(x) (Theis et al. 2016, A note on the evaluation of generative models, eq. 4).
 
+        Args:
+            x: samples.
+            context: for a conditional flow, the context of all rows or of each row, see
+                `flowtrain.data.context.context_values`. If x is a data frame that contains the context columns, None
+                reads them. For a flow that was fitted with labels, the labels.
+            label: another name of `context`, for class labels.
+
         Raises:
-            FlowtrainError: x of another shape, or labels that are missing, not expected or out of range.
+            FlowtrainError: x of another shape, or a context that is missing, not expected or out of range.
             DataError: columns are missing, or values are missing, infinite or not numbers.
 
         Example:
@@ -216,48 +239,63 @@ class Density(Recorded, nn.Module):
             >>> Flow((2,), Affine(2)).log_prob(np.zeros((3, 2))).shape
             (3,)
         """
+        context = either(context, label)
         if isinstance(x, Tensor):
-            return self._log_prob(x, cast(Label, label))
-        return self._in_chunks(self.log_prob, x, label, "x")
+            return self._log_prob(x, context)
+        return self._in_chunks(self.log_prob, x, context, "x")
 
     @abstractmethod
-    def _log_prob(self, x: Tensor, label: Label) -> Tensor:
+    def _log_prob(self, x: Tensor, context: Context) -> Tensor:
         """Computes `log_prob` for a tensor."""
 
     def read_rows(
-        self, x: Tensor | Rows, label: Label | str = None, name: str = "x"
+        self, x: Tensor | Rows, context: Context = None, name: str = "x"
     ) -> tuple[NDArray[Any], Tensor | None]:
-        """Returns rows (n, *event_shape) and labels (n,) from an array, a tensor, lists or a data frame.
+        """Returns rows (n, *event_shape) and their context from an array, a tensor, lists or a data frame.
 
         If the flow was trained on named columns, the columns of a data frame are found by name, in any order. Other
         columns are ignored. Otherwise the columns are used in their order.
 
         Args:
             x: the rows.
-            label: labels, or the name of their column in a data frame. If a conditional flow was trained on a named
-                column of labels, None reads this column of the data frame.
+            context: the context, see `log_prob`. None reads the columns of the context, or of the labels, from a data
+                frame that contains them. For labels, also the name of their column in a data frame.
             name: the name of x in messages. "z" for latents, whose columns have no names.
 
         Raises:
             DataError: columns are missing, or values are missing, infinite or not numbers.
-            FlowtrainError: x of another shape, or labels that are missing, not expected or out of range.
+            FlowtrainError: x of another shape, or a context that is missing, not expected or out of range.
         """
         samples = None if self.record is None or name == "z" else self.record.samples
         columns = () if samples is None else samples.columns
-        label_name = None if samples is None or self.classes is None else samples.label
-        rows, given = rows_and_labels(x, label, columns, label_name, name)
+        if self.context:
+            rows, _ = rows_and_labels(x, None, columns or self._not_context(x), None, name)
+            context = x if context is None and self._has_context(x) else context
+        else:
+            label_name = None if samples is None or self.classes is None else samples.label
+            rows, context = rows_and_labels(x, context, columns, label_name, name)
         self._check_shape(rows.shape, name)
         check_all_finite(rows, name)
-        return rows, self.labels(given, self.like.new_empty(len(rows), 0))
+        return rows, self.context_of(context, self.like.new_empty(len(rows), 0))
+
+    def _has_context(self, x: Any) -> bool:
+        """Whether x is a data frame that contains all context columns."""
+        return is_frame(x) and {column.name for column in self.context} <= set(column_names(x))
+
+    def _not_context(self, x: Any) -> tuple[str, ...]:
+        """Returns the names of the columns of a data frame that are not context columns; () for other rows."""
+        if not self._has_context(x):
+            return ()
+        return tuple(name for name in column_names(x) if name not in {column.name for column in self.context})
 
     @torch.no_grad()
-    def _in_chunks(self, compute: Callable[..., Tensor], x: Rows, label: Label | str, name: str) -> NDArray[Any]:
-        rows, labels = self.read_rows(x, label, name)
+    def _in_chunks(self, compute: Callable[..., Tensor], x: Rows, context: Context, name: str) -> NDArray[Any]:
+        rows, context = self.read_rows(x, context, name)
         size, found = rows_at_a_time(self.event_shape), []
         for start in range(0, max(1, len(rows)), size):
             part = slice(start, start + size)
-            y = None if labels is None else labels[part]
-            found.append(compute(as_tensor(rows[part]).to(self.like.device), y).cpu().numpy())
+            c = None if context is None else context[part]
+            found.append(compute(as_tensor(rows[part]).to(self.like.device), c).cpu().numpy())
         return np.concatenate(found)
 
     @torch.no_grad()
@@ -266,8 +304,10 @@ class Density(Recorded, nn.Module):
         n: int,
         temperature: float = 1.0,
         chunk: int | None = None,
-        label: Label = None,
+        context: Context = None,
         generator: torch.Generator | None = None,
+        *,
+        label: Label = None,
     ) -> Tensor:
         """Draws n samples (n, *event_shape) in data units, as a tensor without gradients.
 
@@ -280,14 +320,16 @@ class Density(Recorded, nn.Module):
             chunk: the number of rows that are mapped at once. None: chosen by the size of a sample. The base points do
                 not depend on `chunk`. With an adaptive solver, the rows of a chunk share steps, so the samples depend
                 on `chunk` within the tolerance.
-            label: one label for all samples, or (n,). None: a conditional flow draws labels with their frequencies in
-                training.
+            context: for a conditional flow, one context for all samples, or one for each, see
+                `flowtrain.data.context.context_values`. For a flow that was fitted with labels, one label, or (n,).
+                None: labels are drawn with their frequencies in training.
             generator: a random generator on the device of the flow. None: the global generator of this device.
+            label: another name of `context`, for class labels.
 
         Raises:
             FlowtrainError: n is not a whole number of at least 1, or chunk < 1; a temperature that is below 0, not
-                finite, or other than 1 for a base without temperature; labels for an unconditional flow, labels that
-                are out of range or without training rows, or a number of labels other than 1 and n.
+                finite, or other than 1 for a base without temperature; a context for an unconditional flow, labels that
+                are out of range or without training rows, or a number of contexts other than 1 and n.
 
         Example:
             >>> from flowtrain.bijections.linear import Affine
@@ -299,9 +341,11 @@ class Density(Recorded, nn.Module):
         """
         if not 0 <= temperature < math.inf:
             raise FlowtrainError(f"temperature={temperature}: give a finite number of at least 0")
-        return self._sample(n, temperature, chunk, label, generator)
+        return self._sample(n, temperature, chunk, either(context, label), generator)
 
-    def rsample(self, n: int, label: Label = None, generator: torch.Generator | None = None) -> Tensor:
+    def rsample(
+        self, n: int, context: Context = None, generator: torch.Generator | None = None, *, label: Label = None
+    ) -> Tensor:
         """Draws n samples (n, *event_shape) with gradients to the parameters of the flow and its base, see `sample`.
 
         The autograd graph of all samples is kept in memory.
@@ -313,10 +357,10 @@ class Density(Recorded, nn.Module):
             >>> flow.bijection.mean.grad  # x = L z + mean
             tensor([5., 5.])
         """
-        return self._sample(n, 1.0, None, label, generator)
+        return self._sample(n, 1.0, None, either(context, label), generator)
 
     def _sample(
-        self, n: int, temperature: float, chunk: int | None, label: Label, generator: torch.Generator | None
+        self, n: int, temperature: float, chunk: int | None, context: Context, generator: torch.Generator | None
     ) -> Tensor:
         if not hasattr(n, "__index__"):
             raise FlowtrainError(
@@ -326,27 +370,27 @@ class Density(Recorded, nn.Module):
             raise FlowtrainError(f"n={n}: give a number of at least 1")
         if chunk is not None and chunk < 1:
             raise FlowtrainError(f"chunk={chunk}: give a number of at least 1")
-        if label is not None:
-            self.check_label(label)
+        if context is not None and not self.context:
+            self.check_label(context)
         elif self.classes is not None:
-            label = self.drawn_labels(n, generator)
-        labels = self.labels(label, self.like.new_empty(n, 0))
-        return self._drawn(n, temperature, chunk, labels, generator)
+            context = self.drawn_labels(n, generator)
+        found = self.context_of(context, self.like.new_empty(n, 0))
+        return self._drawn(n, temperature, chunk, found, generator)
 
     @abstractmethod
     def _drawn(
-        self, n: int, temperature: float, chunk: int | None, labels: Tensor | None, generator: torch.Generator | None
+        self, n: int, temperature: float, chunk: int | None, context: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
-        """Draws n samples (n, *event_shape) for labels (n,), or None if the density is not conditional."""
+        """Draws n samples (n, *event_shape) for the contexts of `context_of`, or None if there are none."""
 
-    def distribution(self, label: int | None = None) -> "FlowDistribution":
-        """Returns the flow as a `torch.distributions.Distribution`. A conditional flow needs one label.
+    def distribution(self, context: Context = None, *, label: int | None = None) -> "FlowDistribution":
+        """Returns the flow as a `torch.distributions.Distribution`. A conditional flow needs one context.
 
         The distribution shares the parameters and the training or evaluation mode of the flow. If Pyro is imported, it
         is also a Pyro distribution, as `pyro.sample` requires.
 
         Raises:
-            FlowtrainError: a label that is missing, not expected or out of range.
+            FlowtrainError: a context that is missing, not expected or out of range.
 
         Example:
             >>> from flowtrain.bijections.linear import Affine
@@ -354,7 +398,7 @@ class Density(Recorded, nn.Module):
             >>> p.event_shape, p.log_prob(p.sample((3, 4))).shape
             (torch.Size([2]), torch.Size([3, 4]))
         """
-        return _distribution(self, label)
+        return _distribution(self, either(context, label))
 
     def dequantized(self, x: Tensor) -> Tensor:
         """Returns x + u for integers x (B, *event_shape) of an integer-valued flow, else x.
@@ -395,6 +439,23 @@ class Density(Recorded, nn.Module):
         return whole.clamp(0, self.levels - 1).to(torch.uint8 if self.levels <= 256 else torch.int64)
 
     @property
+    def conditional(self) -> bool:
+        """Whether the density is p(x | context), with class labels or context columns."""
+        return self.classes is not None or bool(self.context)
+
+    def some_context(self, n: int) -> Tensor | None:
+        """Returns contexts for n samples, in the form of `context_of`, for checks and figures.
+
+        Labels, and the contexts of the stored training rows, are repeated in turn. Without stored rows, real columns
+        have their mean, and categorical columns their first category.
+        """
+        if not self.context:
+            return None if self.classes is None else self.in_turn(n)
+        rows = self.context_rows or (tuple(column.mean for column in self.context),)
+        found = torch.tensor(rows, dtype=torch.float64, device=self.like.device)
+        return found[torch.arange(n, device=found.device) % len(found)]
+
+    @property
     def seen(self) -> list[int]:
         """The classes of a conditional flow that have training rows, or all classes if this is unknown."""
         assert self.classes is not None
@@ -415,6 +476,25 @@ class Density(Recorded, nn.Module):
         weights = torch.tensor(self.class_counts, dtype=torch.float64, device=self.like.device)
         return torch.multinomial(weights, n, replacement=True, generator=generator)
 
+    def context_of(self, context: Context, x: Tensor) -> Tensor | None:
+        """Returns the context on the device of x (B, ...): values (B, k), float64, or labels (B,), int64, or None.
+
+        Raises:
+            FlowtrainError: a context that is missing or not expected; labels or values that are not allowed.
+        """
+        if not self.context:
+            return self.labels(context, x)
+        if context is None:
+            names = ", ".join(column.name for column in self.context)
+            raise FlowtrainError(f"this flow is conditional: give the context of each sample, the columns {names}")
+        return context_values(self.context, context, len(x), not self.training).to(x.device)
+
+    def features(self, context: Tensor | None) -> Tensor | None:
+        """Returns what the bijections receive for a context of `context_of`: features (B, F), or the labels (B,)."""
+        if context is None or not self.context:
+            return context
+        return features(self.context, context, self.like.dtype)
+
     def labels(self, label: Label, x: Tensor) -> Tensor | None:
         """Returns `label` as (B,) whole numbers on the device of x (B, ...), or None for an unconditional flow.
 
@@ -425,7 +505,8 @@ class Density(Recorded, nn.Module):
         if self.classes is None:
             if label is not None:
                 raise FlowtrainError(
-                    "this flow is not conditional: call it without label. Only a flow fitted with labels is conditional"
+                    "this flow is not conditional: call it without context. Only a flow fitted with a context or with "
+                    "labels is conditional"
                 )
             return None
         if label is None:
@@ -492,8 +573,8 @@ class Flow(Density):
     """A normalizing flow: the density of x = forward(z), with z from a base distribution.
 
     An integer-valued flow is the density of x + u for whole numbers x, with u uniform on the unit cube. Each call adds
-    u to a tensor of integers. A tensor of real numbers is used without noise. A conditional flow, p(x | label), needs
-    labels in every call.
+    u to a tensor of integers. A tensor of real numbers is used without noise. A conditional flow, p(x | context), needs
+    a context in every call: values of context columns, or class labels.
 
     If the trace of a continuous flow is estimated (by default for samples of more than 128 elements), log p(x) depends
     on random probes. In evaluation mode the probes are drawn from a fixed seed, so that equal calls return equal
@@ -508,7 +589,7 @@ class Flow(Density):
         base: the distribution of z, see `flowtrain.bases`. An event shape, or a number d for (d,), means a standard
             normal base of this shape.
         bijection: from base to data.
-        classes: the number of labels 0 .. classes - 1 of a conditional flow. None: an unconditional flow.
+        classes: the number of labels 0 .. classes - 1 of a flow that is conditional on class labels, else None.
         integer_valued: whether the data are whole numbers.
         levels: the number of values of integer-valued data with values 0 .. levels - 1, else None.
         centered: whether samples are float64. The bijection then subtracts an offset from the data, because float32
@@ -516,6 +597,8 @@ class Flow(Density):
         noisy: for real data, the indices of the elements of a sample that are whole numbers plus noise. The data set
             adds the noise to `x`, and `quantized` removes it.
         class_counts: the number of training rows of each class. () if unknown.
+        context: the context columns of a flow p(x | context), or their number if they are real columns that are not
+            standardised. The bijection receives their features, see `flowtrain.data.context.features`.
         event_shape: replaces `base`, for a standard normal base.
 
     Attributes:
@@ -544,6 +627,7 @@ class Flow(Density):
         noisy: tuple[int, ...] = (),
         class_counts: tuple[int, ...] = (),
         *,
+        context: int | Sequence[ContextColumn] = (),
         event_shape: int | Sequence[int] | None = None,
     ) -> None:
         if (base is None) == (event_shape is None):
@@ -555,7 +639,12 @@ class Flow(Density):
         base = event_shape if base is None else base
         assert base is not None
         base = base if isinstance(base, Base) else StandardNormal(base)
-        super().__init__(base.event_shape, classes, integer_valued, levels, centered, noisy, class_counts)
+        columns = unnamed_context(context) if isinstance(context, int) else tuple(context)
+        if classes is not None and columns:
+            raise FlowtrainError(
+                "a flow has either classes or context: with both, make the label a categorical context column"
+            )
+        super().__init__(base.event_shape, classes, integer_valued, levels, centered, noisy, class_counts, columns)
         self.bijection: Bijection = bijection
         self.base = base
 
@@ -623,19 +712,20 @@ class Flow(Density):
         for block, pair in zip(self.ode_blocks, zip(plans[::2], plans[1::2], strict=False), strict=False):
             block.step_plans = dict(zip(block.step_plans, pair, strict=True))
 
-    def _log_prob(self, x: Tensor, label: Label) -> Tensor:
-        return self.log_prob_and_latents(x, label)[0]
+    def _log_prob(self, x: Tensor, context: Context) -> Tensor:
+        return self.log_prob_and_latents(x, context)[0]
 
-    def log_prob_and_latents(self, x: Tensor, label: Label = None) -> tuple[Tensor, Tensor]:
+    def log_prob_and_latents(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         """Returns log p(x) (B,), see `log_prob`, and the latents z = inverse(x), (B, *event_shape), from one pass."""
-        log_p, z, _ = self.density_pass(x, label)
+        log_p, z, _ = self.density_pass(x, context)
         return log_p, z
 
-    def density_pass(self, x: Tensor, label: Label = None, options: SolveOptions = AS_CONFIGURED) -> DensityPass:
+    def density_pass(self, x: Tensor, context: Context = None, options: SolveOptions = AS_CONFIGURED) -> DensityPass:
         """Returns log p(x), see `log_prob`, the latents and the path integrals, with options for the ODE solves."""
         x = self.dequantized(self._checked(x, "x"))
         with self._settings(x), self._fixed_probes(x):
-            z, log_det, integrals = self.bijection.pass_inverse(x, self.labels(label, x), options)
+            given = self.features(self.context_of(context, x))
+            z, log_det, integrals = self.bijection.pass_inverse(x, given, options)
             # for float64 samples, log_det is float64 too
             return DensityPass(self.base_log_prob(z) + log_det.to(z.dtype), z, integrals)
 
@@ -644,52 +734,54 @@ class Flow(Density):
         return self.base.log_prob(z)
 
     @overload
-    def forward(self, z: Tensor, label: Label = None) -> Tensor: ...
+    def forward(self, z: Tensor, context: Context = None, *, label: Label = None) -> Tensor: ...
     @overload
-    def forward(self, z: Rows, label: Label = None) -> NDArray[Any]: ...
-    def forward(self, z: Tensor | Rows, label: Label = None) -> Tensor | NDArray[Any]:
+    def forward(self, z: Rows, context: Context = None, *, label: Label = None) -> NDArray[Any]: ...
+    def forward(self, z: Tensor | Rows, context: Context = None, *, label: Label = None) -> Tensor | NDArray[Any]:
         """Maps base to data: returns x (B, *event_shape) for z (B, *event_shape).
 
         For an array, the result is an array, as in `log_prob`.
 
         Raises:
-            FlowtrainError: z of another shape, or labels that are missing, not expected or out of range.
+            FlowtrainError: z of another shape, or a context that is missing, not expected or out of range.
         """
+        context = either(context, label)
         if not isinstance(z, Tensor):
-            return self._in_chunks(self.forward, z, label, "z")
+            return self._in_chunks(self.forward, z, context, "z")
         z = self._checked(z, "z").to(self.like)
         with self._settings(z):
-            return self.bijection.map_forward(z, self.labels(label, z))
+            return self.bijection.map_forward(z, self.features(self.context_of(context, z)))
 
     @overload
-    def inverse(self, x: Tensor, label: Label = None) -> Tensor: ...
+    def inverse(self, x: Tensor, context: Context = None, *, label: Label = None) -> Tensor: ...
     @overload
-    def inverse(self, x: Rows, label: Label | str = None) -> NDArray[Any]: ...
-    def inverse(self, x: Tensor | Rows, label: Label | str = None) -> Tensor | NDArray[Any]:
+    def inverse(self, x: Rows, context: Context = None, *, label: Label | str = None) -> NDArray[Any]: ...
+    def inverse(self, x: Tensor | Rows, context: Context = None, *, label: Label | str = None) -> Tensor | NDArray[Any]:
         """Maps data to base: returns z (B, *event_shape) for x (B, *event_shape).
 
         As in `log_prob`, noise is added to integers, and the result for an array or a data frame is an array.
 
         Raises:
-            FlowtrainError: x of another shape, or labels that are missing, not expected or out of range.
+            FlowtrainError: x of another shape, or a context that is missing, not expected or out of range.
         """
+        context = either(context, label)
         if not isinstance(x, Tensor):
-            return self._in_chunks(self.inverse, x, label, "x")
+            return self._in_chunks(self.inverse, x, context, "x")
         x = self.dequantized(self._checked(x, "x"))
         with self._settings(x):
-            return self.bijection.map_inverse(x, self.labels(cast(Label, label), x))
+            return self.bijection.map_inverse(x, self.features(self.context_of(context, x)))
 
     def _drawn(
-        self, n: int, temperature: float, chunk: int | None, labels: Tensor | None, generator: torch.Generator | None
+        self, n: int, temperature: float, chunk: int | None, context: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
         # all base points are drawn at once, so that they do not depend on the chunks
         z = self.base.rsample(n, generator, temperature, self.like)
         size = chunk or rows_at_a_time(self.event_shape)
-        parts = repeat(None) if labels is None else torch.split(labels, size)
+        parts = repeat(None) if context is None else torch.split(context, size)
         x = []
         with status("sampling", total=n, unit="sample") as progress:
-            for part, y in zip(torch.split(z, size), parts, strict=False):
-                x.append(self.forward(part, y))
+            for part, c in zip(torch.split(z, size), parts, strict=False):
+                x.append(self.forward(part, c))
                 progress.advance(len(part))
         return torch.cat(x)
 
@@ -697,11 +789,12 @@ class Flow(Density):
         self,
         path: str | Path,
         x: Any = None,
-        label: Label = None,
+        context: Context = None,
         *,
         solver: str | None = None,
         steps: int | None = None,
         tolerance: float = 1e-4,
+        label: Label = None,
     ) -> "Exported":
         """Writes programs of log_prob, inverse and sample that run without flowtrain.
 
@@ -718,13 +811,14 @@ class Flow(Density):
         Args:
             path: the file of log_prob, with the ending .pt2 or .onnx.
             x: held-out rows for the comparison. At most 1000 rows are used. None: samples of the flow.
-            label: the labels of x, (n,) or one for all, for a conditional flow.
+            context: for a conditional flow, the context of x, see `log_prob`.
             solver: a method with fixed steps: euler | midpoint | heun | rk4. None: the solver of the flow if it is one
                 of these, else rk4.
             steps: the number of steps. None: the flow's number if its solver has fixed steps, else the smallest of 8,
                 16, 32, 64 and 128 with a bias of at most 1e-3 nats (root mean square), or 128 if there is none.
             tolerance: the largest allowed difference between a program and this flow, in nats for log_prob and in
                 standard deviations of each element for the others.
+            label: another name of `context`, for class labels.
 
         Returns:
             The paths and the metadata of the programs. `print(exported.table())` shows them.
@@ -739,7 +833,9 @@ class Flow(Density):
         from flowtrain.export import export
 
         columns = () if self.record is None else self.record.samples.columns
-        return export(self, path, x, label, solver=solver, steps=steps, tolerance=tolerance, columns=columns)
+        return export(
+            self, path, x, either(context, label), solver=solver, steps=steps, tolerance=tolerance, columns=columns
+        )
 
     @contextmanager
     def _fixed_probes(self, x: Tensor) -> Iterator[None]:
@@ -757,7 +853,7 @@ class FlowDistribution(Distribution):
 
     Args:
         flow: the flow or ensemble, whose parameters are shared.
-        label: for a conditional flow, the label in p(x | label).
+        context: for a conditional flow, the context in p(x | context).
         batch_shape: shape of independent copies of the distribution.
         validate_args: see `torch.distributions.Distribution`.
     """
@@ -768,12 +864,12 @@ class FlowDistribution(Distribution):
     def __init__(
         self,
         flow: Density,
-        label: int | None = None,
+        context: Context = None,
         batch_shape: Sequence[int] = (),
         validate_args: bool | None = None,
     ) -> None:
-        flow.labels(label, flow.like.new_empty(1, 0))
-        self.flow, self.label = flow, label
+        flow.context_of(context, flow.like.new_empty(1, 0))
+        self.flow, self.context = flow, context
         super().__init__(torch.Size(batch_shape), torch.Size(flow.event_shape), validate_args)
 
     @property
@@ -786,14 +882,14 @@ class FlowDistribution(Distribution):
         return support
 
     def __repr__(self) -> str:
-        label = "" if self.label is None else f"label: {self.label}, "
-        return f"{type(self).__name__}({label}batch_shape: {self.batch_shape}, event_shape: {self.event_shape})"
+        context = "" if self.context is None else f"context: {self.context}, "
+        return f"{type(self).__name__}({context}batch_shape: {self.batch_shape}, event_shape: {self.event_shape})"
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
         """Returns this distribution with another batch shape."""
         # an invalid shape raises the same error as in other distributions, which call Tensor.expand
         shape = torch.empty(self.batch_shape, device="meta").expand(tuple(batch_shape)).shape
-        return type(self)(self.flow, self.label, shape, self._validate_args)
+        return type(self)(self.flow, self.context, shape, self._validate_args)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws samples (*sample_shape, *batch_shape, *event_shape)."""
@@ -806,7 +902,7 @@ class FlowDistribution(Distribution):
         n = math.prod(shape[: len(shape) - len(self.event_shape)])
         if n == 0:
             return self.flow.data_like.new_empty(shape)
-        return self.flow.rsample(n, self.label).view(shape)
+        return self.flow.rsample(n, self.context).view(shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns log p(x) in nats, (*batch,), for x (*batch, *event_shape). batch broadcasts with `batch_shape`."""
@@ -814,7 +910,7 @@ class FlowDistribution(Distribution):
         if self._validate_args and not (isinstance(value, Tensor) and value.numel() == 0):
             self._validate_sample(value)
         dims = value.dim() - len(self.event_shape)
-        log_p = self.flow.log_prob(value.reshape(-1, *value.shape[dims:]), self.label)
+        log_p = self.flow.log_prob(value.reshape(-1, *value.shape[dims:]), self.context)
         shape: torch.Size = torch.broadcast_shapes(value.shape[:dims], self.batch_shape)  # type: ignore[no-untyped-call]
         return log_p.view(value.shape[:dims]).expand(shape)
 
@@ -828,7 +924,7 @@ def _distribution_class(pyro: bool) -> type[FlowDistribution]:
 
     def reduce(self: FlowDistribution) -> tuple[Any, ...]:
         """Supports pickle and copy, which cannot import a class that is created here."""
-        return _distribution, (self.flow, self.label, self.batch_shape, self._validate_args)
+        return _distribution, (self.flow, self.context, self.batch_shape, self._validate_args)
 
     names = {"__doc__": FlowDistribution.__doc__, "__module__": __name__, "__reduce__": reduce}
     return type("PyroFlowDistribution", (FlowDistribution, mixin), names)
@@ -837,6 +933,17 @@ def _distribution_class(pyro: bool) -> type[FlowDistribution]:
 def _distribution(*arguments: Any) -> FlowDistribution:
     """Builds a `FlowDistribution`, which is also a Pyro distribution if Pyro is imported."""
     return _distribution_class("pyro" in sys.modules)(*arguments)
+
+
+def either(context: Context, label: Context) -> Context:
+    """Returns the context, which may be given by either name.
+
+    Raises:
+        FlowtrainError: both are given.
+    """
+    if context is not None and label is not None:
+        raise FlowtrainError("give either context or label: label is another name of the context")
+    return label if context is None else context
 
 
 def rows_at_a_time(event_shape: tuple[int, ...]) -> int:

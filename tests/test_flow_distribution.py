@@ -141,7 +141,7 @@ def test_wrong_shapes_are_refused_like_torch() -> None:
 
 def test_distribution_repr_contains_its_shapes() -> None:
     p = vectors("realnvp", classes=3).distribution(2).expand((4,))
-    for words in ("label: 2", "[4]", "[2]"):
+    for words in ("context: 2", "[4]", "[2]"):
         assert words in repr(p)
 
 

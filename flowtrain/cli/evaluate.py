@@ -115,7 +115,7 @@ OWN: dict[str, Any] = {
 }
 
 # the keys of data=array that control how a file is read
-READ = ("key", "columns", "label", "header", "decimal", "missing", "na")
+READ = ("key", "columns", "label", "header", "decimal", "missing", "na", "context", "weights", "signed_weights")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowtrain.data.context import ContextColumn
 from flowtrain.utils.arguments import choose
 from flowtrain.utils.errors import ConfigError
 
@@ -123,6 +124,9 @@ class Samples:
             columns.
         class_counts: the number of training rows of each class; () if unknown.
         record: row counts and checksums of the data, see `record_of`; () if unknown.
+        context: the context columns of a flow p(x | c). () without context.
+        context_rows: the context of some training rows, for figures and checks.
+        weights: the name of the column of weights if there is one and it has a name.
     """
 
     event_shape: tuple[int, ...]
@@ -138,6 +142,9 @@ class Samples:
     noisy: tuple[int, ...] = ()
     class_counts: tuple[int, ...] = field(default=(), compare=False)
     record: Record = field(default=(), compare=False)
+    context: tuple[ContextColumn, ...] = ()
+    context_rows: tuple[tuple[float, ...], ...] = field(default=(), compare=False)
+    weights: str | None = None
 
 
 class Dataset(ABC):
@@ -154,6 +161,10 @@ class Dataset(ABC):
         alpha: the parameter of the logit that maps [0, levels] to the real line.
         classes: the number of classes, with labels 0 .. classes - 1. None without labels.
         val_labels, test_labels: (n,), int64, or None.
+        context: the context columns. () without context.
+        val_context, test_context: context values (n, k), float64, or None.
+        context_rows: see `Samples`.
+        val_weights, test_weights: weights (n,), float64, or None. Only their ratios matter.
         columns: names of the columns of vector data, for plots and messages. They may be empty.
         offset: the offset that the flow subtracts from samples, (*event_shape), float64. Its values are exact in
             float32. None if float32 resolves the samples.
@@ -185,6 +196,12 @@ class Dataset(ABC):
     classes: int | None = None
     val_labels: Tensor | None = None
     test_labels: Tensor | None = None
+    context: tuple[ContextColumn, ...] = ()
+    val_context: Tensor | None = None
+    test_context: Tensor | None = None
+    context_rows: tuple[tuple[float, ...], ...] = ()
+    val_weights: Tensor | None = None
+    test_weights: Tensor | None = None
     columns: tuple[str, ...] = ()
     offset: Tensor | None = None
     n_train: int | None = None
@@ -212,6 +229,17 @@ class Dataset(ABC):
         labels = self.train_labels(step, batch_size, seed)
         return None if labels is None else labels[share]
 
+    def context_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
+        """Returns the context of the rows `share` of the training batch, (k, n_context); None without context."""
+        return None
+
+    def weights_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
+        """Returns the weights of the rows `share` of the training batch, (k,), float64; None without weights.
+
+        Their mean over all training rows is 1.
+        """
+        return None
+
     def train_rows(self, most: int) -> Tensor | None:
         """Returns up to `most` distinct training samples (k, *event_shape); None if the data are endless."""
         return None
@@ -235,6 +263,8 @@ class Dataset(ABC):
             noisy=self.noisy,
             class_counts=self.class_counts,
             record=self.record,
+            context=self.context,
+            context_rows=self.context_rows,
         )
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:
@@ -261,3 +291,13 @@ class Dataset(ABC):
     def split_labels(self, name: str) -> Tensor | None:
         """Returns the labels of the held-out set `name`, (n,), or None."""
         return self.val_labels if name == "val" else self.test_labels
+
+    def split_context(self, name: str) -> Tensor | None:
+        """Returns the context of the held-out set `name`: values (n, k), or labels (n,) without context columns."""
+        if not self.context:
+            return self.split_labels(name)
+        return self.val_context if name == "val" else self.test_context
+
+    def split_weights(self, name: str) -> Tensor | None:
+        """Returns the weights of the held-out set `name`, (n,), or None."""
+        return self.val_weights if name == "val" else self.test_weights

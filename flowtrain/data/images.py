@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowtrain.data.base import ALPHA, Checksum, record_of, step_generator
-from flowtrain.data.in_memory import Finite, InMemoryStore
+from flowtrain.data.in_memory import Extras, Finite, InMemoryStore
 from flowtrain.data.tables.table_reader import MOST_RATIO
 from flowtrain.utils.arguments import below_half, one_of, whole
 from flowtrain.utils.errors import ConfigError, DataError
@@ -183,7 +183,7 @@ class IDXImages(Finite):
         n_train = len(images) - _at_most("data.n_val", n_val, len(images) - 1, files[0])
         n_test = len(test) if n_test is None else _at_most("data.n_test", n_test, len(test), files[2])
         self.event_shape = tuple(images.shape[1:])
-        self.keep(InMemoryStore(images[:n_train], labels[:n_train], _STREAM, _ORDER))
+        self.keep(InMemoryStore(images[:n_train], Extras(labels[:n_train]), _STREAM, _ORDER))
         self.val, self.val_labels = images[n_train:], labels[n_train:]
         self.class_counts = tuple(torch.bincount(labels[:n_train], minlength=self.classes).tolist())
         checksum = str(Checksum().add(images.numpy(), labels.unsqueeze(1).numpy()))

@@ -1,7 +1,7 @@
 """Finite data sets: random splits, epochs, and batches of rows in memory."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -104,6 +104,33 @@ def _fraction(name: str, fraction: float) -> float:
     return float(fraction)
 
 
+class Extras(NamedTuple):
+    """The values of some rows that are not part of the samples.
+
+    Attributes:
+        label: class labels (n,), int64, or None.
+        context: context values (n, k), float64, or None.
+        weights: weights (n,), float64, or None.
+    """
+
+    label: Tensor | None = None
+    context: Tensor | None = None
+    weights: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Extras":
+        """Applies a function to each tensor."""
+        return Extras(*(None if one is None else function(one) for one in self))
+
+    def normalized(self, mean_weight: float) -> "Extras":
+        """Divides the weights by `mean_weight`."""
+        return self if self.weights is None else self._replace(weights=self.weights / mean_weight)
+
+    def split(self, sizes: Sequence[int]) -> "list[Extras]":
+        """Splits the rows into parts of these sizes."""
+        parts = [[None] * len(sizes) if one is None else torch.split(one, list(sizes)) for one in self]
+        return [Extras(*each) for each in zip(*parts, strict=True)]
+
+
 class Store(Protocol):
     """Training samples, in memory or in a file, with batches from an endless sequence of epochs.
 
@@ -120,8 +147,8 @@ class Store(Protocol):
     def samples(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
         """Returns the rows `share` of the batch of a step, (k, *event_shape)."""
 
-    def labels(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
-        """Returns the labels of these rows, (k,), or None."""
+    def extras(self, step: int, batch_size: int, seed: int, share: slice) -> Extras:
+        """Returns labels, context and weights of these rows."""
 
     def to(self, device: torch.device) -> None:
         """Moves the samples to a device if they are in memory."""
@@ -132,26 +159,29 @@ class InMemoryStore:
 
     Args:
         train: samples, (n, *event_shape).
-        labels: (n,), or None.
+        extras: labels, context and weights of the samples.
         stream: the key of the random stream that the order of each epoch is drawn from.
     """
 
-    def __init__(self, train: Tensor, labels: Tensor | None, *stream: int) -> None:
-        self.train, self._labels, self.n = train, labels, len(train)
+    def __init__(self, train: Tensor, extras: Extras, *stream: int) -> None:
+        self.train, self._extras, self.n = train, extras, len(train)
         self._epochs = Epochs(len(train), *stream)
 
     def samples(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
         """Returns the rows `share` of the batch of a step, (k, *event_shape), on the device of the samples."""
         return self.train[self._rows(step, batch_size, seed, share)]
 
-    def labels(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
-        """Returns the labels of these rows, (k,), or None."""
-        return None if self._labels is None else self._labels[self._rows(step, batch_size, seed, share)]
+    def extras(self, step: int, batch_size: int, seed: int, share: slice) -> Extras:
+        """Returns labels, context and weights of these rows."""
+        if not any(one is not None for one in self._extras):
+            return self._extras
+        rows = self._rows(step, batch_size, seed, share)
+        return self._extras.map(lambda one: one[rows])
 
     def to(self, device: torch.device) -> None:
-        """Moves samples and labels to a device."""
+        """Moves samples, labels, context and weights to a device."""
         self.train = self.train.to(device)
-        self._labels = None if self._labels is None else self._labels.to(device)
+        self._extras = self._extras.map(lambda one: one.to(device))
 
     def _rows(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
         return self._epochs.rows(step, batch_size, seed)[share].to(self.train.device)
@@ -177,7 +207,13 @@ class Finite(Dataset):
         return self._store.samples(step, batch_size, seed, share)
 
     def labels_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
-        return self._store.labels(step, batch_size, seed, share)
+        return self._store.extras(step, batch_size, seed, share).label
+
+    def context_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
+        return self._store.extras(step, batch_size, seed, share).context
+
+    def weights_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
+        return self._store.extras(step, batch_size, seed, share).weights
 
     def to(self, device: torch.device) -> None:
         self._store.to(device)

@@ -355,14 +355,14 @@ def check_log_det(exact: Flow, subset: Subset) -> Check:
     if d > most:
         return Check("log-det", None, None, None, f"{d} columns are too many for a Jacobian (at most {most})")
     rows, share = max(1, min(ROWS, 1000 // d)), LOG_DET[bool(exact.ode_blocks)]
-    x, label = subset.x[:rows].double(), None if subset.label is None else subset.label[:rows]
+    x, context = subset.x[:rows].double(), None if subset.context is None else subset.context[:rows]
     with torch.no_grad(), seeded(0, x.device):
-        log_p, z = exact.log_prob_and_latents(x, label)
+        log_p, z = exact.log_prob_and_latents(x, context)
         log_det = log_p - exact.base_log_prob(z)
     try:
         # one matrix at a time, because torch 2.13 with oneMKL on several threads factorizes batches of large matrices
         # wrongly
-        expected = torch.stack([torch.linalg.slogdet(one).logabsdet for one in jacobians(exact, x, label)])
+        expected = torch.stack([torch.linalg.slogdet(one).logabsdet for one in jacobians(exact, x, context)])
     except RuntimeError as e:
         why = f"the derivative of the inverse could not be computed: {first_line(e)}"
         return Check("log-det", None, None, None, why)
@@ -375,12 +375,12 @@ def check_log_det(exact: Flow, subset: Subset) -> Check:
     )
 
 
-def jacobians(flow: Flow, x: Tensor, label: Tensor | None) -> Tensor:
+def jacobians(flow: Flow, x: Tensor, context: Tensor | None) -> Tensor:
     """Computes dz/dx of z = inverse(x), (B, d, d), by reverse-mode autograd with d copies of each row of x."""
     flat = x.flatten(1)
     n, d = flat.shape
     copies = flat.repeat_interleave(d, 0)
-    labels = None if label is None else label.repeat_interleave(d)
+    contexts = None if context is None else context.repeat_interleave(d, 0)
     cotangents = torch.eye(d, dtype=x.dtype, device=x.device).repeat(n, 1)
     size = max(1, rows_at_a_time(flow.event_shape) // 4)
     rows = []
@@ -388,7 +388,7 @@ def jacobians(flow: Flow, x: Tensor, label: Tensor | None) -> Tensor:
         for i in range(0, len(copies), size):
             part = copies[i : i + size].requires_grad_(True)
             with torch.enable_grad(), seeded(0, x.device):
-                z = flow.inverse(part.view(-1, *x.shape[1:]), None if labels is None else labels[i : i + size])
+                z = flow.inverse(part.view(-1, *x.shape[1:]), None if contexts is None else contexts[i : i + size])
                 (gradient,) = torch.autograd.grad(z.flatten(1), part, cotangents[i : i + size])
             rows.append(gradient)
             progress.advance(len(part))
@@ -414,24 +414,24 @@ class BaseRoundTrip:
 
 @torch.no_grad()
 def base_round_trip(exact: Flow) -> BaseRoundTrip:
-    """Maps draws of the base to samples and back, with the same trace probes. Labels cycle through all classes."""
+    """Maps draws of the base to samples and back, with the same trace probes, for `Density.some_context`."""
     rows, like = min(ROWS, rows_of_checks(exact.event_shape)), exact.like
-    label = None if exact.classes is None else exact.in_turn(rows)
+    context = exact.some_context(rows)
     with seeded(0, like.device):
         z = exact.base.sample(rows, like=like)
     with seeded(1, like.device):
-        x, log_det = exact.bijection.forward(z, label)
+        x, log_det = exact.bijection.forward(z, exact.features(context))
     with seeded(1, like.device):
-        log_p, again = exact.log_prob_and_latents(x, label)
+        log_p, again = exact.log_prob_and_latents(x, context)
     return BaseRoundTrip(z, again, log_det, log_p)
 
 
 @torch.no_grad()
 def check_round_trip(exact: Flow, subset: Subset, drawn: BaseRoundTrip) -> Check:
     """Checks forward(inverse(x)) = x on the data, and inverse(forward(z)) = z on most draws from the base."""
-    x, label = subset.x[:ROWS].double(), None if subset.label is None else subset.label[:ROWS]
+    x, context = subset.x[:ROWS].double(), None if subset.context is None else subset.context[:ROWS]
     with seeded(0, x.device):
-        back = exact(exact.inverse(x, label), label)
+        back = exact(exact.inverse(x, context), context)
     flat, off = x.flatten(1), (x - back).flatten(1)
     spread = flat.std(0, correction=0)
     # the error of a column that is constant in these rows is not divided by its standard deviation

@@ -30,18 +30,18 @@ class Subset:
     Attributes:
         raw: the rows as in the data set, (rows, *event_shape).
         x: the rows on the flow's device. Whole numbers have fixed noise, so that differences do not contain the noise.
-        label: the labels of a conditional flow, (rows,), on the flow's device, else None.
+        context: the context of the rows, on the flow's device, or None.
     """
 
     raw: Tensor
     x: Tensor
-    label: Tensor | None
+    context: Tensor | None
 
 
 def subset_of(
-    flow: Density, x: Tensor, label: Tensor | None, left_out: Tensor | None = None, most: int | None = None
+    flow: Density, x: Tensor, context: Tensor | None, left_out: Tensor | None = None, most: int | None = None
 ) -> Subset:
-    """Draws a random subset of the rows x (n, *event_shape) with their labels (n,) or None.
+    """Draws a random subset of the rows x (n, *event_shape) with their context or None.
 
     The subset is random because files may be sorted. The number of rows is `rows_of_checks`, or `most` if that is
     smaller.
@@ -57,7 +57,7 @@ def subset_of(
         rows = rows[: rows_of_checks(flow.event_shape)][:most]
         raw = x[rows]
         x = flow.dequantized(raw) if flow.integer_valued else raw.to(device)
-        return Subset(raw, x, None if label is None else label[rows].to(device))
+        return Subset(raw, x, None if context is None else context[rows].to(device))
 
 
 def rows_of_checks(event_shape: tuple[int, ...]) -> int:
@@ -105,7 +105,7 @@ def budget(flow: Density, subset: Subset, log_p: Tensor, draws: int) -> Budget:
 
 def log_p_of(flow: Density, subset: Subset) -> Tensor:
     """Returns log p of the rows of a subset, (rows,). The members of an ensemble share the same noise."""
-    return flow.combined(torch.stack([log_probs(one, subset.x, subset.label) for one in flow.flows]))
+    return flow.combined(torch.stack([log_probs(one, subset.x, subset.context) for one in flow.flows]))
 
 
 def with_embedded_error(flow: Density, subset: Subset) -> tuple[Tensor, float | None]:
@@ -116,7 +116,7 @@ def with_embedded_error(flow: Density, subset: Subset) -> tuple[Tensor, float | 
     log_p, errors = [], list[float | None]()
     for one in flow.flows:
         with record_solves() as solves:
-            log_p.append(log_probs(one, subset.x, subset.label))
+            log_p.append(log_probs(one, subset.x, subset.context))
         found = [s.integral_error for s in solves if s.integral_error is not None]
         # solvers with fixed steps do not estimate errors
         estimated = bool(found) and one.solver is not None and one.solver.adaptive
@@ -140,7 +140,7 @@ def trace_error(flow: Density, subset: Subset, n: int, draws: int) -> float:
     """
     if not estimates_trace(flow):
         return 0.0
-    drawn = [log_probs(flow, subset.x, subset.label, seed=1 + k) for k in range(DRAWS)]
+    drawn = [log_probs(flow, subset.x, subset.context, seed=1 + k) for k in range(DRAWS)]
     variance = float(torch.stack(drawn).var(0).mean())
     return math.sqrt(variance / (n if draws == 1 or len(flow.flows) > 1 else 2 * n))
 
@@ -185,5 +185,5 @@ def solver_bias(solver: float, embedded: float | None) -> float:
 
 def dequantization_gap(flow: Density, subset: Subset, draws: int) -> float:
     """Returns the decrease of the NLL in nats if ten times as many noise draws are averaged inside the log."""
-    few, many = (log_probs(flow, subset.raw, subset.label, draws=k).mean() for k in (draws, 10 * draws))
+    few, many = (log_probs(flow, subset.raw, subset.context, draws=k).mean() for k in (draws, 10 * draws))
     return float(many - few)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.base import Dataset, Samples
+from flowtrain.data.in_memory import Extras
 from flowtrain.data.tables.from_memory import table_of
 from flowtrain.data.tables.rows_to_score import RowsInMemory, ScoredRows
 from flowtrain.evaluation.baselines import GAUSSIAN, baselines, check_baseline, warn_if_better
@@ -33,7 +34,7 @@ from flowtrain.evaluation.ood_detection import ood_detection
 from flowtrain.evaluation.outliers import check_some_finite, concentration
 from flowtrain.evaluation.result import Calibration, Evaluation, Member, OODDetection
 from flowtrain.evaluation.sbc import simulation_calibration
-from flowtrain.flow import Density, Flow, Label, Rows, rows_at_a_time
+from flowtrain.flow import Context, Density, Flow, Rows, either, rows_at_a_time
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.ode import record_solves
 from flowtrain.utils.arguments import number, shortened, whole
@@ -66,7 +67,8 @@ def evaluate(
     trained_on: Dataset | Tensor | Rows | None = None,
     thorough: bool = True,
     *,
-    label: Label | str = None,
+    context: Context = None,
+    label: Context = None,
     dtype: torch.dtype | None = None,
     baseline_seconds: float = 0.0,
     sbc: int = 0,
@@ -98,10 +100,11 @@ def evaluate(
             is computed on the validation set of a `Dataset`, otherwise on the scored rows.
         thorough: if false, only `concentration` and `baseline` are checked, and the error budget is measured on only
             10 rows (FEW).
-        label: for a conditional flow, the labels of the rows, or the name of their column in a data frame.
+        context: for a conditional flow, the context of the rows, see `Flow.log_prob`. None reads it from a data frame.
+        label: another name of `context`, for class labels, or the name of their column in a data frame.
         dtype: evaluates a copy of the flow in this dtype, such as `torch.float64`. None means the dtype of the flow.
         baseline_seconds: the time limit for fitting a Gaussian mixture (needs scikit-learn) and a kernel density
-            estimate to `trained_on`; only for vectors without labels. 0 means that the only baseline is a Gaussian.
+            estimate to `trained_on`; only for vectors without context. 0 means that the only baseline is a Gaussian.
         sbc: the number of samples for each of up to 1000 rows, for simulation-based calibration and expected coverage
             (`flowtrain.evaluation.sbc`); only for vectors. 0 means no SBC. 200 is a good number.
 
@@ -112,7 +115,7 @@ def evaluate(
         ConfigError: several dequantization samples for data that are not whole numbers, a dtype that is not real, or
             `baseline_seconds` without `trained_on`, for images or for conditional flows, or `sbc` for images.
         DataError: data that do not fit the flow, missing values, or no rows.
-        FlowtrainError: rows of another shape, or labels that are missing, not allowed or out of range.
+        FlowtrainError: rows of another shape, or a context that is missing, not allowed or out of range.
         NonFiniteError: no log-likelihood is finite.
         SolverError: more than 100 rows cannot be solved.
 
@@ -123,6 +126,7 @@ def evaluate(
         (1.8379, 10, [])
     """
     _check_arguments(flow, batch_size, dequantization_samples, seed, other)
+    context = either(context, label)
     if step is None:
         step = 0 if flow.record is None else flow.record.step
     if dtype is not None and dtype != flow.like.dtype:
@@ -138,13 +142,14 @@ def evaluate(
     if isinstance(data, str):
         raise DataError(f"data={data!r}: give rows, or a data set such as flowtrain.data.Moons()")
     if isinstance(data, Dataset):
-        if label is not None:
-            raise ConfigError("label: a data set contains its labels; omit label")
+        if context is not None:
+            raise ConfigError("context: a data set contains its context and its labels; omit the argument")
     else:
-        data, split, fitted = dataset_of(flow, data, label, seed), "all", trained_on
+        data, split, fitted = dataset_of(flow, data, context, seed), "all", trained_on
     if not isinstance(fitted, Dataset | None):
-        # the baseline does not use labels
-        fitted = dataset_of(flow, fitted, None if flow.classes is None else flow.seen[0], seed, "trained_on")
+        # the baseline does not use the context
+        one = flow.some_context(1) if flow.classes is None else flow.seen[0]
+        fitted = dataset_of(flow, fitted, one, seed, "trained_on")
     typical = trained_on if isinstance(trained_on, Dataset) else None
     device = flow.like.device
     options: dict[str, Any] = {"batch_size": batch_size, "draws": dequantization_samples, "seed": seed}
@@ -179,10 +184,10 @@ def _check_baselines(flow: Density, trained_on: Any) -> None:
         raise ConfigError(
             f"baselines: only for vectors, but the flow has samples of shape {flow.event_shape}; omit baselines"
         )
-    if flow.classes is not None:
+    if flow.conditional:
         raise ConfigError(
-            "baselines: the flow is conditional, but baselines ignore labels, so their NLL is not comparable; omit "
-            "baselines"
+            "baselines: the flow is conditional, but baselines ignore the context, so their NLL is not comparable; "
+            "omit baselines"
         )
     if trained_on is None:
         raise ConfigError("baselines: give trained_on, the rows that the flow was trained on")
@@ -191,19 +196,19 @@ def _check_baselines(flow: Density, trained_on: Any) -> None:
 
 
 def dataset_of(
-    flow: Density, x: Tensor | Rows, label: Label | str = None, seed: int = 0, name: str = "x"
+    flow: Density, x: Tensor | Rows, context: Context = None, seed: int = 0, name: str = "x"
 ) -> RowsInMemory:
     """Converts rows to a data set for a flow. Noise is added to the same columns as in training.
 
     Args:
-        x, label: the rows and their labels, see `Flow.read_rows`.
+        x, context: the rows and their context, see `Flow.read_rows`.
         seed: the seed of the noise.
         name: the name of the rows in messages.
 
     Raises:
         DataError: no rows, or values that are missing or do not fit the flow.
     """
-    rows, labels = flow.read_rows(x, label, name)
+    rows, found = flow.read_rows(x, context, name)
     if len(rows) == 0:
         raise DataError(f"{name} has no rows; give at least one")
     samples = Samples(
@@ -214,12 +219,16 @@ def dataset_of(
         noisy=flow.noisy,
         class_counts=flow.class_counts,
         columns=() if flow.record is None else flow.record.samples.columns,
+        context=flow.context,
+        context_rows=flow.context_rows,
     )
     width = math.prod(flow.event_shape)
     table = table_of(rows.reshape(len(rows), width), name)
     if len(samples.columns) == width:
         table = replace(table, columns=samples.columns)
-    return RowsInMemory(table, None if labels is None else labels.cpu(), samples, seed)
+    found = None if found is None else found.cpu()
+    extras = Extras(context=found) if flow.context else Extras(label=found)
+    return RowsInMemory(table, extras, samples, seed)
 
 
 @contextmanager
@@ -255,11 +264,11 @@ def _evaluate(
         typical: the data on whose validation rows the entropy for `other` is computed.
         sbc: the number of samples for each row, 0 for no SBC.
     """
-    x, label = held_out(flow, data, split)
+    x, context = held_out(flow, data, split)
     check_fits(flow, data, options["draws"])
     begun = time.perf_counter()
     with phase(f"scoring the {split} set"):
-        scores, settings = scored(flow, x, label, split, options)
+        scores, settings = scored(flow, x, context, split, options)
     log_p = scores.log_p
     nll, nll_stderr, bits = -float(log_p.mean()), stderr(log_p), flow.bits_per_nat
     truth = kl_to_truth(data, x, log_p)
@@ -270,7 +279,7 @@ def _evaluate(
     concentrated = concentration(log_p, where, ("nats", 1.0) if bits is None else ("bits/dim", bits), numbers)
     ordinary = ~torch.isin(numbers, torch.tensor(concentrated.rows, dtype=torch.int64))
     ordinary &= log_p.isfinite()
-    subset = subset_of(flow, x, label, (~ordinary).nonzero().flatten(), None if thorough else FEW)
+    subset = subset_of(flow, x, context, (~ordinary).nonzero().flatten(), None if thorough else FEW)
     with phase("estimating the error of the NLL"):
         parts = budget(flow, subset, log_p, options["draws"])
     simple = None
@@ -286,20 +295,20 @@ def _evaluate(
         if isinstance(flow, Flow):
             calibrated, pit = calibration(scores.z, flow.base)
         else:
-            calibrated, pit = calibration_by_density(flow, log_p, label, options, thorough)
+            calibrated, pit = calibration_by_density(flow, log_p, context, options, thorough)
     by_samples = None
     if sbc:
         names = data.columns or [f"x{j + 1}" for j in range(d)]
         with phase("simulation-based calibration"):
-            by_samples = simulation_calibration(flow, x, label, log_p, names, sbc, options)
+            by_samples = simulation_calibration(flow, x, context, log_p, names, sbc, options)
     detected = None
     if other is not None:
         with phase(f"scoring {other[0]}"):
             detected = detect_ood(flow, x, log_p, split, other, typical, options)
     with phase("round trip"):
-        round_trip = roundtrip_error(flow, subset.x, subset.label)
+        round_trip = roundtrip_error(flow, subset.x, subset.context)
     with phase("scoring the members of weight 0"):
-        members = score_members(flow, scores.members, x, label, options)
+        members = score_members(flow, scores.members, x, context, options)
     result = Evaluation(
         nll=nll,
         nll_stderr=nll_stderr,
@@ -351,7 +360,7 @@ def dequantized_draws(flow: Density, x: Tensor, options: Mapping[str, Any]) -> l
 
 
 def scored(
-    flow: Density, x: Tensor, label: Tensor | None, split: str, options: Mapping[str, Any]
+    flow: Density, x: Tensor, context: Tensor | None, split: str, options: Mapping[str, Any]
 ) -> tuple[Scores, dict[str, Any]]:
     """Scores a set x (n, *event_shape). Also returns the settings of the computation, for eval.json.
 
@@ -360,7 +369,7 @@ def scored(
     """
     begun = time.perf_counter()
     with record_solves() as solves:
-        found = score_rows(flow, x, label, unsolved=UNSOLVED, **options)
+        found = score_rows(flow, x, context, unsolved=UNSOLVED, **options)
     check_some_finite(found.log_p, split)
     seconds = time.perf_counter() - begun
     rule, estimated = trace_rule(flow), estimates_trace(flow)
@@ -378,7 +387,7 @@ def scored(
 
 
 def score_members(
-    flow: Density, log_p: Tensor, x: Tensor, label: Tensor | None, options: Mapping[str, Any]
+    flow: Density, log_p: Tensor, x: Tensor, context: Tensor | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns the attributes of an `Evaluation` that describe the members of an ensemble.
 
@@ -396,7 +405,7 @@ def score_members(
             columns.append(next(active))
             continue
         try:
-            columns.append(log_probs(cast(Flow, member), x, label, **options))
+            columns.append(log_probs(cast(Flow, member), x, context, **options))
         except SolverError:
             columns.append(torch.full((len(x),), torch.nan, dtype=torch.float64))
     named = zip(flow.names, flow.weights, columns, strict=True)
@@ -418,23 +427,24 @@ def spread(ensemble: Ensemble, log_p: Tensor) -> float | None:
 
 
 def calibration_by_density(
-    flow: Density, log_p: Tensor, label: Tensor | None, options: Mapping[str, Any], thorough: bool
+    flow: Density, log_p: Tensor, context: Tensor | None, options: Mapping[str, Any], thorough: bool
 ) -> tuple[Calibration, dict[str, Tensor]]:
     """Computes `density_calibration` for evenly spaced rows, with RANKED_SAMPLES times as many samples of the flow.
 
     Args:
         log_p: log p of the scored rows, (n,).
-        label: labels of the scored rows, (n,), or None.
+        context: the context of the scored rows, or None.
         options: batch size, draws and seed: arguments of `log_probs`.
         thorough: if false, a quarter of the rows is used.
     """
     every = math.ceil(len(log_p) / (RANKED if thorough else RANKED // 4))
-    log_p, label = log_p[::every], None if label is None else label[::every].repeat(RANKED_SAMPLES)
+    log_p = log_p[::every]
+    context = None if context is None else torch.cat([context[::every]] * RANKED_SAMPLES)
     with seeded(options["seed"], flow.like.device), torch.no_grad():
-        samples = flow.sample(RANKED_SAMPLES * len(log_p), label=label)
+        samples = flow.sample(RANKED_SAMPLES * len(log_p), context=context)
     if flow.integer_valued:
         samples = flow.quantized(samples)
-    scores = score_rows(flow, samples, label, latents=0, unsolved=UNSOLVED, **options)
+    scores = score_rows(flow, samples, context, latents=0, unsolved=UNSOLVED, **options)
     return density_calibration(log_p, scores.log_p)
 
 
@@ -510,14 +520,14 @@ def check_fits(flow: Density, data: Dataset, dequantization_samples: int = 1) ->
 
 
 @torch.no_grad()
-def roundtrip_error(flow: Density, x: Tensor, label: Label = None) -> float:
+def roundtrip_error(flow: Density, x: Tensor, context: Context = None) -> float:
     """Returns max |x - forward(inverse(x))| in data units. Whole numbers are first dequantized with seeded noise.
 
     For an ensemble, the largest error of a member is returned.
     """
     with seeded(0, flow.like.device):
         x = flow.dequantized(x)
-        return max(float((x - one(one.inverse(x, label), label)).abs().max()) for one in flow.flows)
+        return max(float((x - one(one.inverse(x, context), context)).abs().max()) for one in flow.flows)
 
 
 def _kind(integer_valued: bool, levels: int | None, noisy: tuple[int, ...]) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.base import Dataset
-from flowtrain.flow import Density, Flow, Label, rows_at_a_time
+from flowtrain.flow import Context, Density, Flow, rows_at_a_time
 from flowtrain.nn.divergence import TraceRule
 from flowtrain.ode import Statistics
 from flowtrain.utils.errors import DataError, NonFiniteError, SolverError
@@ -32,23 +32,27 @@ class Scores(NamedTuple):
 
 
 def held_out(flow: Density, data: Dataset, split: str) -> tuple[Tensor, Tensor | None]:
-    """Returns a held-out set of `data`, (n, *event_shape), and its labels, (n,), if the flow is conditional.
+    """Returns a held-out set of `data`, (n, *event_shape), and its context if the flow is conditional.
+
+    The context is the values (n, k) of context columns, or labels (n,).
 
     Raises:
-        DataError: the flow is conditional, but the data have no labels.
+        DataError: the flow is conditional, but the data have no context.
     """
-    x, label = data.split(split), data.split_labels(split)
-    if flow.classes is None:
+    x = data.split(split)
+    if not flow.conditional:
         return x, None
-    if label is None:
-        raise DataError("the flow is conditional, but the data have no labels: name their column with data.label")
-    return x, label
+    context = data.split_context(split) if flow.context else data.split_labels(split)
+    if context is None:
+        what, key = ("context", "data.context") if flow.context else ("labels", "data.label")
+        raise DataError(f"the flow is conditional, but the data have no {what}: name the column with {key}")
+    return x, context
 
 
 def log_probs(
     flow: Density,
     x: Tensor,
-    label: Tensor | None = None,
+    context: Tensor | None = None,
     batch_size: int | None = None,
     draws: int = 1,
     seed: int = 0,
@@ -60,14 +64,14 @@ def log_probs(
         >>> [round(p, 4) for p in log_probs(Flow((1,), Affine(1)), torch.tensor([[0.0], [1.0]])).tolist()]
         [-0.9189, -1.4189]
     """
-    return score_rows(flow, x, label, batch_size, draws, seed, latents=0).log_p
+    return score_rows(flow, x, context, batch_size, draws, seed, latents=0).log_p
 
 
 @torch.no_grad()
 def score_rows(
     flow: Density,
     x: Tensor,
-    label: Tensor | None = None,
+    context: Tensor | None = None,
     batch_size: int | None = None,
     draws: int = 1,
     seed: int = 0,
@@ -83,7 +87,7 @@ def score_rows(
 
     Args:
         x: rows (n, *event_shape) in data units.
-        label: labels (n,) for a conditional flow. None for its `marginal`.
+        context: for a conditional flow, the context of each row. None for the `marginal` over labels.
         batch_size: the number of rows in a batch. None means a number that depends on the size of a sample. With noise
             or an adaptive solver, log p depends on it: noise is drawn batch by batch, and the rows of a batch share the
             solver's steps.
@@ -95,12 +99,12 @@ def score_rows(
     """
     device = flow.like.device
     size = batch_size or rows_at_a_time(flow.event_shape)
-    labels = repeat(None) if label is None else torch.split(label, size)
+    contexts = repeat(None) if context is None else torch.split(context, size)
     found: list[Scores] = []
     every, at = math.ceil(len(x) / max(1, latents)), 0
     failed: list[SolverError] = []
     with seeded(seed, device), status("scoring", total=len(x), unit="row") as progress:
-        for part, y in zip(torch.split(x, size), labels, strict=False):
+        for part, y in zip(torch.split(x, size), contexts, strict=False):
             x_k = [flow.dequantized(part.to(device)) for _ in range(draws)]
             one = _averaged(flow, x_k, y) if unsolved == 0 else _solvable(flow, x_k, y, failed, unsolved)
             z = one.z[-at % every :: every] if latents else one.z[:0]
@@ -110,7 +114,7 @@ def score_rows(
     return Scores(*map(torch.cat, zip(*found, strict=True)))
 
 
-def _solvable(flow: Density, x_k: list[Tensor], label: Tensor | None, failed: list[SolverError], most: int) -> Scores:
+def _solvable(flow: Density, x_k: list[Tensor], context: Tensor | None, failed: list[SolverError], most: int) -> Scores:
     """Computes `_averaged`, with NaN for rows whose ODE cannot be solved. Finds these rows by halving the batch.
 
     Args:
@@ -118,21 +122,21 @@ def _solvable(flow: Density, x_k: list[Tensor], label: Tensor | None, failed: li
         most: the largest allowed number of such rows.
     """
     try:
-        return _averaged(flow, x_k, label)
+        return _averaged(flow, x_k, context)
     except SolverError as e:
         n = len(x_k[0])
         if n == 1:
             failed.append(e)
             if len(failed) > most:
                 raise
-            return _unsolved(flow, x_k, label)
+            return _unsolved(flow, x_k, context)
     halves = zip(*(x.tensor_split(2) for x in x_k), strict=True)
-    labels = (None, None) if label is None else label.tensor_split(2)
-    found = [_solvable(flow, list(half), y, failed, most) for half, y in zip(halves, labels, strict=True)]
+    contexts = (None, None) if context is None else context.tensor_split(2)
+    found = [_solvable(flow, list(half), y, failed, most) for half, y in zip(halves, contexts, strict=True)]
     return Scores(*map(torch.cat, zip(*found, strict=True)))
 
 
-def _unsolved(flow: Density, x_k: list[Tensor], label: Tensor | None) -> Scores:
+def _unsolved(flow: Density, x_k: list[Tensor], context: Tensor | None) -> Scores:
     """Scores one row whose ODE cannot be solved: NaN for a flow. Only the members of an ensemble that fail get NaN."""
     if isinstance(flow, Flow):
         lost = x_k[0].new_full((1, 1), torch.nan, dtype=torch.float64)
@@ -140,20 +144,20 @@ def _unsolved(flow: Density, x_k: list[Tensor], label: Tensor | None) -> Scores:
     log_p = []
     for member in flow.flows:
         try:
-            log_p.append(_averaged(member, x_k, label).log_p)
+            log_p.append(_averaged(member, x_k, context).log_p)
         except SolverError:
             log_p.append(x_k[0].new_full((1,), torch.nan, dtype=torch.float64))
     members = torch.stack(log_p)
     return Scores(flow.combined(members), x_k[0][:0], members.T)
 
 
-def _averaged(flow: Density, x_k: list[Tensor], label: Tensor | None) -> Scores:
+def _averaged(flow: Density, x_k: list[Tensor], context: Tensor | None) -> Scores:
     """Computes log 1/K sum_k p(x_k), (B,), float64, for K tensors x_k (B, *event), and the latents of x_0."""
     draws, flows = len(x_k), flow.flows
-    if flow.classes is not None and label is None:
+    if flow.classes is not None and context is None:
         log_p = torch.stack([marginal(flow, x).double() for x in x_k])
         return Scores(log_p.logsumexp(0) - math.log(draws), x_k[0][:0], log_p.new_empty(log_p.shape[1], 0))
-    points = [(member, x, label) for member in flows for x in x_k]
+    points = [(member, x, context) for member in flows for x in x_k]
 
     def of_each(log_p: Tensor) -> Tensor:
         """(M, K, B)."""
@@ -212,13 +216,13 @@ def bound_of_estimates(a: Tensor, b: Tensor) -> Tensor:
     return total / 2
 
 
-def _log_prob_and_latents(flow: Density, x: Tensor, label: Label) -> tuple[Tensor, Tensor]:
+def _log_prob_and_latents(flow: Density, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     """Returns log p(x), (B,), and latents, which are empty for an ensemble."""
-    return flow.log_prob_and_latents(x, label) if isinstance(flow, Flow) else (flow.log_prob(x, label), x[:0])
+    return flow.log_prob_and_latents(x, context) if isinstance(flow, Flow) else (flow.log_prob(x, context), x[:0])
 
 
-def _same_probes(points: Sequence[tuple[Density, Tensor, Label]]) -> tuple[Tensor, Tensor]:
-    """Scores each (flow, x, label) with the same random trace probes, so that the noise of the results is similar.
+def _same_probes(points: Sequence[tuple[Density, Tensor, Context]]) -> tuple[Tensor, Tensor]:
+    """Scores each (flow, x, context) with the same random trace probes, so that the noise of the results is similar.
 
     Returns the results of `_stacked`. Each call uses new probes.
     """

@@ -111,9 +111,9 @@ def quality(flow: Flow, data: Dataset, steps: Sequence[int], seed: int = 0) -> S
         real, other = (flow.dequantized(x[:n]).cpu() for x in (data.test, data.val))
         # warm up, because the first solve is slower
         flow.sample(10)
-    # samples have the labels of the test data
-    _, label = held_out(flow, data, "test")
-    measured = partial(_quality_with, flow, real=real, label=None if label is None else label[:n], seed=seed)
+    # samples have the context of the test data
+    _, context = held_out(flow, data, "test")
+    measured = partial(_quality_with, flow, real=real, context=None if context is None else context[:n], seed=seed)
     exact = measured(solver=own, steps=None)
     rows = [measured(solver=ode_solver(m, steps=k, max_nfe=own.max_nfe), steps=k) for m in methods for k in steps]
     distance, error = sliced_wasserstein(other, real), distance_error(other, real)
@@ -121,13 +121,13 @@ def quality(flow: Flow, data: Dataset, steps: Sequence[int], seed: int = 0) -> S
 
 
 def _quality_with(
-    flow: Flow, *, solver: Solver, steps: int | None, real: Tensor, label: Tensor | None, seed: int
+    flow: Flow, *, solver: Solver, steps: int | None, real: Tensor, context: Tensor | None, seed: int
 ) -> SolverQuality:
     """Draws samples with a solver and compares them with the test data `real`."""
     begun = time.perf_counter()
     words = f"{solver.method}" + ("" if steps is None else f", {steps} steps")
     with status(words), seeded(seed, flow.like.device), record_solves() as solves:
-        samples = flow.with_solver(solver).sample(len(real), label=label).cpu()
+        samples = flow.with_solver(solver).sample(len(real), context=context).cpu()
     seconds = time.perf_counter() - begun
     if not bool(samples.isfinite().all()):
         how = "" if steps is None else f" with {steps} steps"

@@ -45,7 +45,7 @@ BLOCKS = 8
 def simulation_calibration(
     flow: Density,
     x: Tensor,
-    label: Tensor | None,
+    context: Tensor | None,
     log_p: Tensor,
     names: Sequence[str],
     samples: int = SAMPLES,
@@ -54,7 +54,7 @@ def simulation_calibration(
     """Compares evenly spaced rows of x (n, d), at most ROWS, with samples of the flow; see the docstring of this file.
 
     Args:
-        label: labels (n,) for a conditional flow.
+        context: the context of the rows, for a conditional flow; see `Flow.context_of`.
         log_p: log p of all rows, (n,), in nats. Rows with NaN are left out.
         names: the names of the columns of x.
         samples: L, the number of samples for each row.
@@ -66,19 +66,20 @@ def simulation_calibration(
     kept = (~log_p.isnan()).nonzero().flatten()
     kept = kept[:: max(1, math.ceil(len(kept) / ROWS))]
     device = flow.like.device
-    x, log_p, label = x[kept].to(device), log_p[kept].to(device), None if label is None else label[kept].to(device)
+    x, log_p = x[kept].to(device), log_p[kept].to(device)
+    context = None if context is None else context[kept].to(device)
     generator = torch.Generator(device).manual_seed(options.get("seed", 0))
     mean, std = x.double().mean(0), x.double().std(0, correction=0)
     std = torch.where(std > 0, std, 1.0)
-    references = reference_points((x - mean) / std, features(label), generator)
+    references = reference_points((x - mean) / std, standardised(flow.features(context)), generator)
     parts: list[Ranks] = []
     size = max(1, AT_ONCE // (samples * x.shape[1]))
     with status("SBC", total=len(x), unit="row") as progress:
         for start in range(0, len(x), size):
             now = slice(start, start + size)
-            rows, y = x[now], None if label is None else label[now].repeat_interleave(samples, 0)
-            drawn = flow.quantized(flow.sample(samples * len(rows), label=y, generator=generator))
-            scores = score_rows(flow, drawn, y, latents=0, unsolved=len(drawn), **options).log_p.to(device)
+            rows, c = x[now], None if context is None else context[now].repeat_interleave(samples, 0)
+            drawn = flow.quantized(flow.sample(samples * len(rows), context=c, generator=generator))
+            scores = score_rows(flow, drawn, c, latents=0, unsolved=len(drawn), **options).log_p.to(device)
             drawn = drawn.view(len(rows), samples, -1)
             found = Ranks(
                 jittered_ranks(rows.to(drawn.dtype), drawn, generator),
@@ -100,15 +101,15 @@ def coverage(u: Tensor) -> Coverage:
     )
 
 
-def features(context: Tensor | None) -> Tensor | None:
-    """Returns a context as standardised features (n, k): one-hot for labels (n,)."""
-    if context is None:
+def standardised(features: Tensor | None) -> Tensor | None:
+    """Returns features (n, k) with zero mean and unit variance. Labels (n,) become one-hot vectors."""
+    if features is None:
         return None
-    if not context.is_floating_point():
-        context = torch.nn.functional.one_hot(context)
-    context = context.double()
-    std = context.std(0, correction=0)
-    return (context - context.mean(0)) / torch.where(std > 0, std, 1.0)
+    if not features.is_floating_point():
+        features = torch.nn.functional.one_hot(features)
+    features = features.double()
+    std = features.std(0, correction=0)
+    return (features - features.mean(0)) / torch.where(std > 0, std, 1.0)
 
 
 def jittered_ranks(x: Tensor, samples: Tensor, generator: torch.Generator | None = None) -> Tensor:

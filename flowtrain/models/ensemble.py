@@ -8,7 +8,7 @@ from typing import Any, NoReturn, Self, cast
 import torch
 from torch import Tensor, nn
 
-from flowtrain.flow import Density, Flow, Label
+from flowtrain.flow import Context, Density, Flow
 from flowtrain.ode import Solver
 from flowtrain.utils.errors import FlowtrainError, NonFiniteError
 from flowtrain.utils.formatting import as_ranges
@@ -24,7 +24,7 @@ SPARSE_LOSS = 0.002
 class Ensemble(Density):
     """A weighted mixture of flows: log p(x) = log sum_m w_m p_m(x), in nats.
 
-    If the members are conditional, the weights do not depend on the label: p(x | y) = sum_m w_m p_m(x | y).
+    If the members are conditional, the weights do not depend on the context: p(x | c) = sum_m w_m p_m(x | c).
 
     The mixture is an exact density. To sample, a member is drawn for each sample (Smyth and Wolpert 1999, Linearly
     combining density estimators via stacking). `stacking_weights` computes the weights with the highest likelihood of
@@ -76,8 +76,16 @@ class Ensemble(Density):
             raise FlowtrainError(f"names={names}: give one name for each of the {len(members)} members")
         one = members[0]
         super().__init__(
-            one.event_shape, one.classes, one.integer_valued, one.levels, one.centered, one.noisy, one.class_counts
+            one.event_shape,
+            one.classes,
+            one.integer_valued,
+            one.levels,
+            one.centered,
+            one.noisy,
+            one.class_counts,
+            one.context,
         )
+        self.context_rows = one.context_rows
         self.members = nn.ModuleList(members)
         self.weights = tuple(w / sum(weights) for w in weights)
         self.names = tuple(names)
@@ -95,13 +103,13 @@ class Ensemble(Density):
     def log_weights(self) -> tuple[float, ...]:
         return tuple(math.log(w) for w in self.weights if w > 0)
 
-    def _log_prob(self, x: Tensor, label: Label) -> Tensor:
+    def _log_prob(self, x: Tensor, context: Context) -> Tensor:
         # x is dequantized once, so that all members evaluate the same points
         x = self.dequantized(self._checked(x, "x"))
-        return self.combined(torch.stack([flow.log_prob(x, label) for flow in self.flows]))
+        return self.combined(torch.stack([flow.log_prob(x, context) for flow in self.flows]))
 
     def _drawn(
-        self, n: int, temperature: float, chunk: int | None, labels: Tensor | None, generator: torch.Generator | None
+        self, n: int, temperature: float, chunk: int | None, context: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
         weights = torch.tensor([w for w in self.weights if w > 0], dtype=torch.float64, device=self.like.device)
         member = torch.multinomial(weights, n, replacement=True, generator=generator)
@@ -109,8 +117,8 @@ class Ensemble(Density):
         for i, flow in enumerate(self.flows):
             rows = (member == i).nonzero().flatten()
             if len(rows):
-                y = None if labels is None else labels[rows]
-                found.append(flow._drawn(len(rows), temperature, chunk, y, generator))
+                c = None if context is None else context[rows]
+                found.append(flow._drawn(len(rows), temperature, chunk, c, generator))
                 places.append(rows)
         return torch.cat(found)[torch.cat(places).argsort()]
 

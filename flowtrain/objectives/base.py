@@ -45,14 +45,19 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        options: SolveOptions = AS_CONFIGURED,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the loss of a batch.
 
         Args:
             x: samples (B, *event_shape).
-            label: labels (B,), or None.
+            context: values (B, k) of context columns, or labels (B,), or None.
             options: options of the ODE solves in this step, for example the tolerance of the warm-up.
+            weights: weights (B,) of the samples, with a mean of 1 over all training rows, or None.
 
         Returns:
             The loss and its terms by name. The term `nll`, in nats, exists only if the step computes it.
@@ -66,3 +71,12 @@ class Objective(nn.Module, ABC):
         for name, term in terms.items():
             loss = loss + getattr(self.regularizer, name) * term
         return loss, terms
+
+
+def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Returns mean_i w_i v_i for values (B,), or their mean without weights.
+
+    The sum is divided by B and not by the sum of the weights of the batch. The expectation over batches is then the
+    weighted mean over all rows, because the weights have a mean of 1 over all training rows.
+    """
+    return values.mean() if weights is None else (values * weights.to(values)).mean()

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowtrain.bijections.decomposition import stages
 from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.flow import Flow, rows_at_a_time
-from flowtrain.objectives.base import Objective
+from flowtrain.objectives.base import Objective, weighted_mean
 from flowtrain.objectives.likelihood import Likelihood
 from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.utils.arguments import number, one_of, whole
@@ -22,20 +22,27 @@ from flowtrain.utils.process import seeded
 log = logging.getLogger("flowtrain")
 
 
-Coupling = Callable[[Tensor, Tensor], Tensor]
+Coupling = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# the largest distance of the features of two contexts whose points may be paired. Real features have a deviation of 1
+CONTEXT_RADIUS = 0.1
 
 
-def independent(z: Tensor, x: Tensor) -> Tensor:
+def independent(z: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
     """Returns z (B, *event) unchanged, so base points and samples are paired at random."""
     return z
 
 
-def optimal(z: Tensor, x: Tensor) -> Tensor:
-    """Reorders z to minimize sum_i |z_i - x_i|^2 over all pairings of the batch, exactly.
+def optimal(z: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+    """Reorders z to minimize sum_i |z_i - x_i|^2 over the allowed pairings of the batch, exactly.
 
     This is minibatch optimal transport (Pooladian et al. 2023, Multisample flow matching, eq. 9; Tong et al. 2024,
     Improving and generalizing flow-based generative models with minibatch optimal transport, section 3.2). The pairing
     is computed on the CPU in a time of order B^3.
+
+    With features h (B, F) of a context, z_i may replace z_j only if |h_i - h_j| <= CONTEXT_RADIUS. The points z and the
+    context are independent, and such a pairing keeps them nearly independent. With a pairing over all rows, the points
+    z for a given context would follow another distribution than the base (Cheng and Schwing 2025, The curse of
+    conditions: Analyzing and improving optimal transport for conditional flow-based generation, section 3).
 
     Shapes: z, x and the result are (B, *event).
 
@@ -49,6 +56,10 @@ def optimal(z: Tensor, x: Tensor) -> Tensor:
     """
     # the sums of |z|^2 and |x|^2 are the same for every pairing
     cost = -(x.flatten(1) @ z.flatten(1).T)
+    if context is not None:
+        # every z may keep its place, so an allowed pairing exists
+        forbidden = torch.cdist(context, context) > CONTEXT_RADIUS
+        cost = cost.double().masked_fill(forbidden, 4 * len(x) * (1 + float(cost.detach().abs().max())))
     order = _assignment()(cost.detach().cpu().numpy())[1]
     return z[torch.as_tensor(order, device=z.device)]
 
@@ -81,6 +92,8 @@ class Matching(Objective):
     """
 
     likelihood_from = None
+    # whether the lines end at the samples of the batch, so that their weights apply
+    weighted = True
 
     def __init__(self, flow: Flow, regularizer: Regularizer) -> None:
         super().__init__(flow, regularizer)
@@ -93,17 +106,24 @@ class Matching(Objective):
         self.ends = Ends(flow)
 
     @abstractmethod
-    def pairs(self, x: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns (x0, x1, label) for a training batch: the ends (B, *event) of B lines, and labels (B,) or None."""
+    def pairs(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns (x0, x1, context) for a training batch: the ends (B, *event) of B lines, and their context.
+
+        The context of the arguments has the form of `Flow.context_of`, and of the result, of `Flow.features`.
+        """
 
     def forward(
-        self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        options: SolveOptions = AS_CONFIGURED,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        x0, x1, label = self.pairs(x, label)
+        x0, x1, context = self.pairs(x, context)
         t = stratified(len(x1), x1)
         along = t.view(-1, *(1,) * (x1.dim() - 1))
-        v = self.ends.ode_block.velocity(label)(t, torch.lerp(x0, x1, along))
-        matching = (v - (x1 - x0)).square().flatten(1).sum(1).mean()
+        v = self.ends.ode_block.velocity(context)(t, torch.lerp(x0, x1, along))
+        matching = weighted_mean((v - (x1 - x0)).square().flatten(1).sum(1), weights if self.weighted else None)
         loss, penalties = self.regularized(matching, {})
         return loss, {"matching": matching, **penalties}
 
@@ -138,18 +158,18 @@ class Ends:
         self.before, self.after = parts[:at], parts[at + 1 :]
 
     @torch.no_grad()
-    def from_base(self, z: Tensor, label: Tensor | None) -> Tensor:
+    def from_base(self, z: Tensor, context: Tensor | None) -> Tensor:
         """Maps base points z (B, *event_shape) to the base end of the continuous bijection, t = 0."""
         for part in self.before:
-            z = part.map_forward(z, label)
+            z = part.map_forward(z, context)
         return z
 
     @torch.no_grad()
-    def from_data(self, x: Tensor, label: Tensor | None) -> Tensor:
+    def from_data(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Maps samples x (B, *event_shape) to the data end, t = 1. Integer-valued samples are dequantized first."""
         x = self.flow.dequantized(x)
         for part in reversed(self.after):
-            x = part.map_inverse(x, label)
+            x = part.map_inverse(x, context)
         return x
 
 
@@ -160,8 +180,8 @@ class FlowMatching(Matching):
         flow: the flow that is trained.
         regularizer: the regularization terms of the loss.
         coupling: the pairing of base points and samples. `independent`: random. `optimal`: minibatch optimal transport.
-            For a conditional flow, points are paired within each class, because the base points of a class would not be
-            standard normal otherwise.
+            For a conditional flow, points are paired within each class, or only if their contexts differ by at most
+            CONTEXT_RADIUS. Otherwise the base points for a given context would not be standard normal.
 
     Raises:
         ConfigError: an unknown coupling, or a flow or regularizer that `Matching` does not allow.
@@ -171,16 +191,18 @@ class FlowMatching(Matching):
         super().__init__(flow, regularizer)
         self.coupling = COUPLINGS[one_of("objective.coupling", coupling, COUPLINGS)]
 
-    def pairs(self, x: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        label = self.flow.labels(label, x)
-        x1 = self.ends.from_data(x, label)
-        x0 = self.ends.from_base(self.flow.base.sample(len(x1), like=x1), label)
-        if label is None or self.coupling is COUPLINGS["independent"]:
-            return self.coupling(x0, x1), x1, label
+    def pairs(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        context = self.flow.features(self.flow.context_of(context, x))
+        x1 = self.ends.from_data(x, context)
+        x0 = self.ends.from_base(self.flow.base.sample(len(x1), like=x1), context)
+        if self.coupling is COUPLINGS["independent"]:
+            return x0, x1, context
+        if context is None or context.is_floating_point():
+            return self.coupling(x0, x1, context), x1, context
         for y in self.flow.seen:
-            rows = label == y
-            x0[rows] = self.coupling(x0[rows], x1[rows])
-        return x0, x1, label
+            rows = context == y
+            x0[rows] = self.coupling(x0[rows], x1[rows], None)
+        return x0, x1, context
 
 
 class Rectified(Matching):
@@ -193,6 +215,7 @@ class Rectified(Matching):
     Args:
         flow: the flow that is trained.
         regularizer: the regularization terms of the loss.
+        contexts: returns the contexts of n training rows for a flow with context columns.
         teacher: a trained flow with the same base as `flow`, and the same bijections around the continuous bijection.
         seed: seed of the pairs.
         pairs: the number of pairs (x0, x1) that are drawn from the teacher once, before training.
@@ -205,9 +228,17 @@ class Rectified(Matching):
 
     # the initial flow is the teacher: its likelihood may be better, but its paths are not straight
     start_counts = False
+    weighted = False
 
     def __init__(
-        self, flow: Flow, regularizer: Regularizer, teacher: Flow, seed: int, pairs: int = 100_000, rtol: float = 1e-4
+        self,
+        flow: Flow,
+        regularizer: Regularizer,
+        teacher: Flow,
+        seed: int,
+        pairs: int = 100_000,
+        rtol: float = 1e-4,
+        contexts: Callable[[int], Tensor | None] | None = None,
     ) -> None:
         super().__init__(flow, regularizer)
         whole("objective.pairs", pairs)
@@ -218,29 +249,38 @@ class Rectified(Matching):
             )
         begun = time.perf_counter()
         with seeded(seed, teacher.like.device):
-            self.pool = draw_pairs(teacher, pairs, number("objective.rtol", rtol))
+            given = contexts(pairs) if teacher.context and contexts is not None else None
+            self.pool = draw_pairs(teacher, pairs, number("objective.rtol", rtol), given)
         log.info("%d pairs drawn from the teacher in %.1f s", pairs, time.perf_counter() - begun)
 
-    def pairs(self, x: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        x0, x1, labels = self.pool
+    def pairs(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        x0, x1, given = self.pool
         rows = torch.randint(len(x0), (len(x),), device=x0.device)
-        return x0[rows], x1[rows], None if labels is None else labels[rows]
+        return x0[rows], x1[rows], None if given is None else given[rows]
 
 
 @torch.no_grad()
-def draw_pairs(teacher: Flow, n: int, rtol: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Draws n pairs (x0, x1), the ends of paths of the teacher, (n, *event) each, and labels (n,) or None."""
+def draw_pairs(
+    teacher: Flow, n: int, rtol: float, contexts: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Draws n pairs (x0, x1), the ends of paths of the teacher, (n, *event) each, and the features of their context.
+
+    Args:
+        contexts: the contexts of the pairs, (n, k), for a teacher with context columns. Labels are drawn.
+    """
     like, solver = teacher.like, teacher.solver
     assert solver is not None
     # methods with fixed steps have no tolerance
     ends = Ends(teacher.with_solver(solver.replace(rtol=rtol, atol=rtol)) if solver.adaptive else teacher)
     z = teacher.base.sample(n, like=like)
-    labels = None if teacher.classes is None else teacher.drawn_labels(n)
-    x0 = ends.from_base(z, labels)
+    if teacher.classes is not None:
+        contexts = teacher.drawn_labels(n)
+    features = teacher.features(teacher.context_of(contexts, z))
+    x0 = ends.from_base(z, features)
     x1 = []
     for rows in torch.split(torch.arange(n, device=like.device), rows_at_a_time(teacher.event_shape)):
-        x1.append(ends.ode_block.map_forward(x0[rows], None if labels is None else labels[rows]))
-    return x0, torch.cat(x1), labels
+        x1.append(ends.ode_block.map_forward(x0[rows], None if features is None else features[rows]))
+    return x0, torch.cat(x1), features
 
 
 class Hybrid(Objective):
@@ -289,7 +329,11 @@ class Hybrid(Objective):
         self.current = self.before if step < self.likelihood_from else self.after
 
     def forward(
-        self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        options: SolveOptions = AS_CONFIGURED,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        loss: tuple[Tensor, dict[str, Tensor]] = self.current(x, label, options)
+        loss: tuple[Tensor, dict[str, Tensor]] = self.current(x, context, options, weights)
         return loss

@@ -5,13 +5,13 @@ from torch import Tensor
 
 from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.flow import Flow
-from flowtrain.objectives.base import Objective
+from flowtrain.objectives.base import Objective, weighted_mean
 from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.utils.errors import ConfigError
 
 
 class Likelihood(Objective):
-    """The negative log-likelihood -mean log p(x), in nats per sample, plus the terms of a regularizer.
+    """The (weighted) negative log-likelihood -mean log p(x), in nats per sample, plus the terms of a regularizer.
 
     Raises:
         ConfigError: a regularizer for a flow without ODE.
@@ -25,12 +25,19 @@ class Likelihood(Objective):
             )
 
     def forward(
-        self, x: Tensor, label: Tensor | None = None, options: SolveOptions = AS_CONFIGURED
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        options: SolveOptions = AS_CONFIGURED,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss and its terms by name: nll, and each regularization term without its weight."""
-        log_p, _, integrals = self.flow.density_pass(x, label, self.regularizer.options(options))
-        nll = -log_p.mean()
+        log_p, _, integrals = self.flow.density_pass(x, context, self.regularizer.options(options))
+        nll = -weighted_mean(log_p, weights)
         names = self.regularizer.paths
-        penalties = {name: torch.stack([q[:, i].mean() for q in integrals]).sum() for i, name in enumerate(names)}
+        penalties = {
+            name: torch.stack([weighted_mean(q[:, i], weights) for q in integrals]).sum()
+            for i, name in enumerate(names)
+        }
         loss, penalties = self.regularized(nll, penalties)
         return loss, {"nll": nll, **penalties}

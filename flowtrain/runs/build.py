@@ -8,6 +8,7 @@ from pkgutil import resolve_name
 from typing import Any, cast, get_args, get_type_hints
 
 import torch
+from torch import Tensor
 
 from flowtrain.bases import GaussianMixture
 from flowtrain.bijections.base import Bijection, Chain
@@ -16,6 +17,7 @@ from flowtrain.bijections.logit import Logit
 from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import Dataset, Samples
+from flowtrain.data.context import feature_count
 from flowtrain.flow import Density, Flow
 from flowtrain.models.described import TARGET
 from flowtrain.objectives.base import Objective
@@ -29,6 +31,8 @@ Config = Mapping[str, Any]
 
 # arguments that are passed in addition to the keys of a group; messages do not list them
 GIVEN = ("event_shape", "solver", "classes")
+# attributes of a flow that describe its samples
+OF_SAMPLES = ("integer_valued", "levels", "centered", "noisy", "class_counts")
 # keys that are not arguments, as in hydra.utils.instantiate
 RESERVED = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 
@@ -47,13 +51,14 @@ def build_solver(config: Config) -> Solver:
     return cast(Solver, _call(config, "solver"))
 
 
-def build_objective(config: Config, flow: Flow, teacher: Flow | None = None) -> Objective:
+def build_objective(config: Config, flow: Flow, teacher: Flow | None = None, data: Dataset | None = None) -> Objective:
     """Builds the objective with its regularizer.
 
     Steps, seed and teacher are passed if the constructor of the objective has these arguments.
 
     Args:
         teacher: the flow of the run `from`; None without such a run.
+        data: the data set, from which contexts are drawn.
 
     Raises:
         ConfigError: an invalid key of the objective or the regularizer, or a missing teacher.
@@ -64,14 +69,28 @@ def build_objective(config: Config, flow: Flow, teacher: Flow | None = None) -> 
         raise ConfigError(
             f"objective={config['objective'].get('name')} needs a trained flow: give the run directory, from=RUN_DIR"
         )
-    offered = {"steps": config["trainer"]["steps"], "seed": config["seed"], "teacher": teacher}
+
+    def contexts(n: int) -> Tensor | None:
+        return None if data is None else data.context_share(0, n, config["seed"], slice(None))
+
+    offered = {
+        "steps": config["trainer"]["steps"],
+        "seed": config["seed"],
+        "teacher": teacher,
+        "contexts": contexts,
+    }
     given = {"flow": flow, "regularizer": regularizer}
     objective = cast(Objective, _call(config, "objective", **given, **_wanted(config, "objective", offered)))
-    known = inspect.signature(objective.forward).parameters.values()
+    known = list(inspect.signature(objective.forward).parameters.values())
     if not any(p.name == "options" or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in known):
         raise ConfigError(
             f"objective: {type(objective).__name__}.forward has no argument for the SolveOptions of a step: add "
-            "options=AS_CONFIGURED, and pass it to flow.density_pass(x, label, options)"
+            "options=AS_CONFIGURED, and pass it to flow.density_pass(x, context, options)"
+        )
+    if data is not None and data.val_weights is not None and not any(p.name == "weights" for p in known):
+        raise ConfigError(
+            f"data.weights: {type(objective).__name__}.forward has no argument weights; use another objective, or omit "
+            "data.weights"
         )
     return objective
 
@@ -114,10 +133,21 @@ def build_flow(config: Config, samples: Samples) -> Flow:
 def build_density(config: Config, samples: Samples) -> Density:
     """Builds a flow as `build_flow` does, or an ensemble from its description."""
     # the solver is built even if the model does not use it, so that an invalid solver key is reported
-    offered = {"solver": build_solver(config), "classes": samples.classes}
+    offered: dict[str, Any] = {"solver": build_solver(config), "classes": samples.classes}
+    kind = {key: getattr(samples, key) for key in OF_SAMPLES}
+    if samples.context:
+        # the networks of a model receive the features of the context in place of one-hot labels
+        kind |= {"classes": None, "context": samples.context, "context_rows": samples.context_rows}
+        if not is_description(config["model"]):
+            offered |= {"classes": feature_count(samples.context), "conditional": True}
+            config = {**config, "model": {k: v for k, v in config["model"].items() if k != "conditional"}}
     wanted = _wanted(config, "model", offered)
+    if samples.context and "conditional" in offered and not {"classes", "conditional"} <= set(wanted):
+        raise ConfigError(
+            f"data.context: model={config['model'].get('name')} cannot be conditional; use a model with the argument "
+            "conditional, such as nsf, maf, realnvp, glow or ffjord"
+        )
     found = cast(Density, _call(config, "model", event_shape=samples.event_shape, **wanted))
-    kind = {key: getattr(samples, key) for key in ("integer_valued", "levels", "centered", "noisy", "class_counts")}
     if is_description(config["model"]) or not isinstance(found, Flow):
         return found.with_kind(**kind)
     return found.with_data(_prepared(found, samples), **kind)

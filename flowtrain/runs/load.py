@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.base import Dataset, Samples
+from flowtrain.data.context import ContextColumn, is_context_column
 from flowtrain.flow import Density, Flow, Record
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.runs.build import build_data, build_density, is_description, resolve_device, with_whole_numbers
@@ -311,6 +312,10 @@ def samples_of(saved: Mapping[str, Any]) -> Samples:
         good &= all(map(is_count, samples.noisy)) and max(samples.noisy, default=-1) < math.prod(event_shape)
         good &= all(map(is_count, samples.class_counts)) and len(samples.class_counts) in (0, samples.classes)
         good &= not samples.class_counts or sum(samples.class_counts) > 0
+        context = tuple(ContextColumn(**column) for column in saved["samples"].get("context", ()))
+        good &= all(map(is_context_column, context)) and (not context or samples.classes is None)
+        good &= all(len(row) == len(context) and all(map(math.isfinite, row)) for row in samples.context_rows)
+        good &= isinstance(samples.weights, str | None)
         good &= all(
             len(part) == 3 and isinstance(part[0], str) and is_count(part[1]) and isinstance(part[2], str)
             for part in samples.record
@@ -321,4 +326,14 @@ def samples_of(saved: Mapping[str, Any]) -> Samples:
         raise CheckpointError(f"the checkpoint's description of its samples is not valid: {saved['samples']}")
     record = tuple((name, n, checksum) for name, n, checksum in samples.record)
     class_counts, noisy = tuple(samples.class_counts), tuple(samples.noisy)
-    return replace(samples, alpha=alpha, noisy=noisy, class_counts=class_counts, record=record)
+    rows = tuple(map(tuple, samples.context_rows))
+    context = tuple(replace(column, categories=tuple(column.categories)) for column in context)
+    return replace(
+        samples,
+        alpha=alpha,
+        noisy=noisy,
+        class_counts=class_counts,
+        record=record,
+        context=context,
+        context_rows=rows,
+    )

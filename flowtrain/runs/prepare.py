@@ -113,7 +113,7 @@ def prepare(
             )
         # the teacher of a given flow is its own present state
         teacher = deepcopy(flow).eval()
-    objective = build.build_objective(config, flow, teacher)
+    objective = build.build_objective(config, flow, teacher, data)
     config = {**config, "objective": {**config["objective"], **objective.pinned}}
     picture = None
     if run_dir is not None and settings.plot_every is not None:
@@ -190,6 +190,11 @@ def _fitting(flow: Flow, data: Dataset) -> Flow:
         raise DataError(f"the flow has {flow.classes} classes, but the data have {data.classes}")
     if flow.classes is not None and data.classes is None:
         raise DataError("the flow is conditional, but the data have no labels: give label")
+    if len(flow.context) != len(data.context):
+        raise DataError(
+            f"the flow has {len(flow.context)} context columns, but the data have {len(data.context)}: check "
+            "data.context"
+        )
     return flow
 
 
@@ -230,6 +235,7 @@ def check_same(who: str, before: Samples, now: Samples) -> None:
         "standardized",
         "centered",
         "gaussian_start",
+        "context",
     ):
         old, new = getattr(before, key), getattr(now, key)
         if old != new:

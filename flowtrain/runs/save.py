@@ -64,6 +64,8 @@ def content_of(flow: Density) -> dict[str, Any]:
         centered=flow.centered,
         noisy=tuple(flow.noisy),
         class_counts=tuple(flow.class_counts),
+        context=flow.context,
+        context_rows=flow.context_rows,
     )
     data, step = NO_DATA, 0
     if record is not None and isinstance(flow, Ensemble):

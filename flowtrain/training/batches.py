@@ -14,12 +14,14 @@ class Batch(NamedTuple):
 
     Attributes:
         x: samples (rows, *event_shape) on the flow's device.
-        label: labels (rows,) for a conditional flow, else None.
+        context: for a conditional flow, values (rows, k) of context columns or labels (rows,), else None.
+        weights: weights (rows,), or None.
         seed: seed of all noise that the step draws.
     """
 
     x: Tensor
-    label: Tensor | None
+    context: Tensor | None
+    weights: Tensor | None
     seed: int
 
 
@@ -51,8 +53,14 @@ class Batches:
         """Returns this rank's rows of the batch of a step."""
         return Batch(*self.draw(step, self.size, self.share), self.seed_of(step))
 
-    def draw(self, step: int, size: int, share: slice) -> tuple[Tensor, Tensor | None]:
-        """Returns the rows in the slice `share` of a batch of `size` rows, and their labels for a conditional flow."""
+    def draw(self, step: int, size: int, share: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns the rows in the slice `share` of a batch of `size` rows, their context and their weights."""
         x = self.data.train_share(step, size, self.seed, share).to(self.device, non_blocking=True)
-        label = self.data.labels_share(step, size, self.seed, share) if self.flow.classes is not None else None
-        return x, None if label is None else label.to(self.device, non_blocking=True)
+        context = None
+        if self.flow.context:
+            context = self.data.context_share(step, size, self.seed, share)
+        elif self.flow.classes is not None:
+            context = self.data.labels_share(step, size, self.seed, share)
+        weights = self.data.weights_share(step, size, self.seed, share)
+        moved = [None if v is None else v.to(self.device, non_blocking=True) for v in (context, weights)]
+        return x, moved[0], moved[1]

@@ -23,8 +23,8 @@ SKIPS = 10
 DUMPS = 5
 
 
-def dump(run_dir: Path | None, step: int, x: Tensor, label: Tensor | None) -> Path | None:
-    """Writes the batch of a failed step, x (B, *event_shape) and label (B,) or None, to an .npz file.
+def dump(run_dir: Path | None, step: int, x: Tensor, context: Tensor | None) -> Path | None:
+    """Writes the batch of a failed step, x (B, *event_shape) and its context or None, to an .npz file.
 
     Returns:
         the path; None if the file could not be written, DUMPS batches are kept already, or there is no run directory.
@@ -35,7 +35,9 @@ def dump(run_dir: Path | None, step: int, x: Tensor, label: Tensor | None) -> Pa
     path = run_dir / f"failed/step_{step:06d}{of_rank}.npz"
     if len(list(path.parent.glob("step_*.npz"))) >= DUMPS and not path.exists():
         return None
-    arrays: dict[str, Any] = {"x": x.cpu().numpy(), **({} if label is None else {"label": label.cpu().numpy()})}
+    arrays: dict[str, Any] = {"x": x.cpu().numpy()}
+    if context is not None:
+        arrays["label" if context.dim() == 1 else "context"] = context.cpu().numpy()
     try:
         with replacing(path) as f:
             np.savez(f, **arrays)

@@ -59,10 +59,11 @@ def initialize(flow: Flow, batches: Batches, time_budget: TimeBudget | None = No
     if batches.data.n_train is not None:
         # repeated rows are left out, because the shrinkage of a covariance depends on the number of distinct rows
         rows = min(rows, batches.data.n_train)
-    x, label = batches.draw(0, rows, slice(None))
+    x, context, _ = batches.draw(0, rows, slice(None))
     if not bool(torch.isfinite(x).all()):
         raise NonFiniteError("the training data contain NaN or infinite values: remove these rows")
-    flow.base.initialize(flow.bijection.initialize(flow.dequantized(x), label))
+    features = flow.features(flow.context_of(context, x))
+    flow.base.initialize(flow.bijection.initialize(flow.dequantized(x), features))
 
 
 def compile_parts(objective: Objective, flow: Flow) -> None:
@@ -72,7 +73,7 @@ def compile_parts(objective: Objective, flow: Flow) -> None:
         ConfigError: a conditional continuous flow.
     """
     parts = flow.ode_blocks
-    if parts and flow.classes is not None:
+    if parts and flow.conditional:
         raise ConfigError("trainer.compile=true: the fields of a conditional flow are not compiled; set it to false")
     for continuous in parts:
         continuous.compile_field()

@@ -84,7 +84,7 @@ class SolverGuard:
         """Returns (rtol, atol) of training at a step, after the tightenings so far."""
         return self.solver.tolerance_at(self.warmed(step), self.tightenings, self.warmup())
 
-    def check(self, step: int, x: Tensor, seed: int, label: Tensor | None = None) -> bool:
+    def check(self, step: int, x: Tensor, seed: int, context: Tensor | None = None) -> bool:
         """Checks the solver on a batch after `step` updates, and tightens its tolerances if needed.
 
         Returns whether the tolerances were tightened. The random state and the statistics of other solves are not
@@ -93,27 +93,27 @@ class SolverGuard:
         Args:
             x: the batch (B, *event_shape).
             seed: the seed of trace probes and dequantization, the same for both solves.
-            label: (B,) or None.
+            context: (B,) or None.
         """
         if self.every is None or step % self.every or self.warned == self._limits():
             return False
         before = self.tightenings
         # The check is repeated until it passes. With a single tightening, the field would exploit the new tolerance
         # before the next check
-        while self._tighten_once(step, x, label, seed):
+        while self._tighten_once(step, x, context, seed):
             pass
         return self.tightenings > before
 
-    def _tighten_once(self, step: int, x: Tensor, label: Tensor | None, seed: int) -> bool:
+    def _tighten_once(self, step: int, x: Tensor, context: Tensor | None, seed: int) -> bool:
         """Makes one comparison and tightens if needed. Returns whether to compare again."""
         coarse, fine = self._options(step)
         if coarse == fine:
             return False
-        loose, nfe, failure = self._log_prob(x, label, seed, coarse)
+        loose, nfe, failure = self._log_prob(x, context, seed, coarse)
         wrong, failed, finding = False, False, "the check failed on another rank"
         # if the coarse solve fails, there is no comparison. The next training step reports such a failure itself
         if not failure:
-            tight, _, failure = self._log_prob(x, label, seed, fine)
+            tight, _, failure = self._log_prob(x, context, seed, fine)
             failed = bool(failure)
             wrong = failed or exploited(loose, tight, math.prod(self.flow.event_shape))
             finding = f"the batch has an NLL of {-loose.mean():.4f} with the solver settings of training, "
@@ -143,11 +143,11 @@ class SolverGuard:
         return min(self.solver.step_size, 1.0)
 
     @torch.no_grad()
-    def _log_prob(self, x: Tensor, label: Tensor | None, seed: int, options: SolveOptions) -> tuple[Tensor, int, str]:
+    def _log_prob(self, x: Tensor, context: Tensor | None, seed: int, options: SolveOptions) -> tuple[Tensor, int, str]:
         """Returns log p(x) (B,), the NFE of the longest solve, and the reason of a failure (empty if none)."""
         with seeded(seed, x.device), record_solves() as solves:
             try:
-                log_p = self.flow.density_pass(x, label, options).log_p
+                log_p = self.flow.density_pass(x, context, options).log_p
             except (SolverError, NonFiniteError) as e:
                 return torch.full((len(x),), math.nan), 0, str(e).rstrip(".")
         failure = "" if bool(torch.isfinite(log_p).all()) else "the log-likelihood is NaN or infinite"

@@ -142,11 +142,11 @@ class TrainState:
             return False
         # only the first part of the batch is checked, because `accumulate` limits the memory to one part
         part = slice(math.ceil(len(batch.x) / self.settings.accumulate))
-        label = None if batch.label is None else batch.label[part]
+        context = None if batch.context is None else batch.context[part]
         # the guard's forward passes run in training mode and must not change the running statistics
         restore = self.keep_running()
         try:
-            return self.guard.check(step + 1, batch.x[part], batch.seed, label)
+            return self.guard.check(step + 1, batch.x[part], batch.seed, context)
         finally:
             restore()
 

@@ -163,24 +163,25 @@ class Update:
             self.train_state.optimizer.zero_grad()
             try:
                 self.objective.begin(step)
-                attempt.terms = self.backward(batch.x, batch.label, self.train_state.options(step))
+                attempt.terms = self.backward(batch, self.train_state.options(step))
             except STEP_ERRORS as e:
                 attempt.failure = e
         attempt.nfe = {name: sum(getattr(c, name) for c in solves) / s.accumulate for name in NFE if solves}
         return attempt
 
-    def backward(self, x: Tensor, label: Tensor | None, options: SolveOptions) -> dict[str, Tensor]:
+    def backward(self, batch: Batch, options: SolveOptions) -> dict[str, Tensor]:
         """Returns the loss of a batch and its terms by name, and adds to the gradients of the parameters.
 
         Gradients are summed over `accumulate` parts of the batch, one in memory at a time.
         """
         n = self.settings.accumulate
-        labels = [None] * n if label is None else label.tensor_split(n)
+        contexts, weights = ([None] * n if v is None else v.tensor_split(n) for v in (batch.context, batch.weights))
         total: dict[str, Tensor] = {}
-        for part, y in zip(x.tensor_split(n), labels, strict=True):
+        for part, c, w in zip(batch.x.tensor_split(n), contexts, weights, strict=True):
             with narrowed(self.settings.precision, self.device):
-                loss, terms = self.objective(part, y, options)
-            share = len(part) / len(x)
+                # objectives of users that do not know weights are refused when they are built
+                loss, terms = self.objective(part, c, options, **({} if w is None else {"weights": w}))
+            share = len(part) / len(batch.x)
             (share * loss).backward()
             for name, term in {"loss": loss, **terms}.items():
                 total[name] = total.get(name, 0.0) + share * term.detach()
@@ -200,7 +201,7 @@ class Update:
         """Returns an error that says on which rank a step failed and why, the same on all ranks. Saves the batch."""
         failure = attempt.failure or bad_update(self.flow, float(attempt.terms["loss"]), batch.x)
         if failure is not None:
-            path = dump(self.run_dir, step + 1, batch.x, batch.label)
+            path = dump(self.run_dir, step + 1, batch.x, batch.context)
             failure = failure if path is None else type(failure)(f"{failure} Its batch is in {path}.")
         agreed = ranks.gather_errors(failure)
         return agreed or NonFiniteError("the gradients of every rank are finite, but their sum is not.")

@@ -202,15 +202,15 @@ class Validation:
 
     def nll(self) -> tuple[float, float]:
         """Returns the NLL of the validation set and its standard error, in nats. Each rank scores its own rows."""
-        x, label = held_out(self.flow, self.data, "val")
+        x, context = held_out(self.flow, self.data, "val")
         x = x[: self.size]
         begun = time.perf_counter()
         share = ranks.share(len(x))
-        label = None if label is None else label[share]
+        context = None if context is None else context[share]
         log_p, failure = torch.zeros(0, dtype=torch.float64), None
         try:
             if len(x[share]):
-                log_p = self.train_state.with_average(log_probs, self.flow, x[share], label, seed=ranks.rank())
+                log_p = self.train_state.with_average(log_probs, self.flow, x[share], context, seed=ranks.rank())
             check_finite(log_p, "val", share.start)
         except FlowtrainError as e:
             failure = e

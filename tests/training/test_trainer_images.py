@@ -18,6 +18,7 @@ from flowtrain.ode import SolveOptions
 from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings
 from flowtrain.runs.load import load
 from flowtrain.training import checkpoint
+from flowtrain.training.batches import Batch
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils.errors import ConfigError
 
@@ -105,7 +106,7 @@ def test_accumulated_gradients_equal_whole_batch_gradients(tmp_path: Path, image
                    "best": None, "val_nll": 0.0, "config": config},
         )  # fmt: skip
         flow.zero_grad()
-        loss = run.update.backward(x, None, SolveOptions())
+        loss = run.update.backward(Batch(x, None, None, 0), SolveOptions())
         found.append([loss, *(p.grad.clone() for p in flow.parameters() if p.grad is not None)])
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):

@@ -11,23 +11,25 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.base import ALPHA, Checksum, Samples, record_of
+from flowtrain.data.context import ContextColumn
 from flowtrain.data.in_memory import Finite, InMemoryStore, held_out, split
 from flowtrain.data.tables.columns import Columns, listed
 from flowtrain.data.tables.csv_reader import DETECTED, TextFormat
 from flowtrain.data.tables.missing import REFUSE, REFUSED, Missing, missing_of
+from flowtrain.data.tables.roles import Roles, read_roles
 from flowtrain.data.tables.sample_spec import (
     Part,
     SampleSpec,
     TrainingSplit,
     add_batch_noise,
     add_set_noise,
-    as_labels,
     noisy_columns,
 )
-from flowtrain.data.tables.streaming import StreamedTable, is_streamed
+from flowtrain.data.tables.streaming import Moments, StreamedTable, is_streamed
 from flowtrain.data.tables.table_checks import (
+    check_context,
     check_enough_rows,
-    check_labels,
+    check_mean_weight,
     check_same_columns,
     check_spread,
     row_hashes,
@@ -38,7 +40,7 @@ from flowtrain.data.tables.table_checks import (
     warn_of_unseen,
     whole_columns,
 )
-from flowtrain.data.tables.table_reader import Table, ending_of, read_labelled, takes_key
+from flowtrain.data.tables.table_reader import Table, ending_of, takes_key
 from flowtrain.data.tables.typed_files import TYPED
 from flowtrain.utils.arguments import below_half, flag, one_of, whole
 from flowtrain.utils.errors import ConfigError
@@ -48,11 +50,11 @@ _log = logging.getLogger("flowtrain")
 
 
 class InMemoryTable:
-    """A table that is in memory, with its labels if there are any; see `read_labelled` for the arguments.
+    """A table that is in memory; see `read_roles` for the arguments.
 
     Attributes:
+        tables: the table, divided by the roles of its columns.
         table: the samples.
-        label_column: the labels, or None.
         n: the number of rows.
     """
 
@@ -61,11 +63,12 @@ class InMemoryTable:
         path: str | Table,
         key: str | None,
         columns: Columns | None,
-        label: str | int | None,
+        roles: Roles,
         text_format: TextFormat = DETECTED,
         missing: Missing = REFUSED,
     ) -> None:
-        self.table, self.label_column = read_labelled(path, key, columns, label, text_format, missing)
+        self.tables = read_roles(path, key, columns, roles, text_format, missing)
+        self.table = self.tables.samples
         self.n = len(self.table.values)
 
     def all(self, spec: SampleSpec, most: int, seed: int, *stream: int) -> Part:
@@ -87,19 +90,29 @@ class InMemoryTable:
         rows = split(self._checked(spec), sizes, seed, *split_key)
         values = self.table.values[rows[0]]
         train = self._part(spec, rows[0])
-        labels = np.empty(0, np.int64) if train.labels is None else train.labels.numpy()
+        extras, weights = train.extras, None if train.extras.weights is None else train.extras.weights.numpy()
+        labels = np.empty(0, np.int64) if extras.label is None else extras.label.numpy()
+        moments, of_context = Moments(values.shape[1]), None
+        moments.add(values, weights)
+        if extras.context is not None:
+            of_context = Moments(extras.context.shape[1])
+            of_context.add(extras.context.numpy(), weights)
+        mean_weight = 1.0 if weights is None else check_mean_weight(self.table.path, float(weights.mean()))
         return TrainingSplit(
-            store=InMemoryStore(train.x, train.labels, *order_key),
+            store=InMemoryStore(train.x, extras.normalized(mean_weight), *order_key),
             n=len(values),
             held=[self._part(spec, mine) for mine in rows[1:]],
-            mean=values.mean(0),
-            variance=values.var(0),
+            mean=moments.mean,
+            variance=moments.variance,
             look=values,
             whole=whole_columns(self.table.values),
             hashes=np.empty(0, np.uint64) if spec.integer_valued else row_hashes(train.x.numpy()),
             hash_step=1,
             class_counts=np.bincount(labels),
             checksum=self._checksum(),
+            context=None if of_context is None else np.stack([of_context.mean, of_context.variance]),
+            look_extras=extras,
+            mean_weight=mean_weight,
         )
 
     def in_file(self, rows: np.ndarray) -> np.ndarray:
@@ -107,17 +120,15 @@ class InMemoryTable:
         return rows if self.table.kept is None else self.table.kept.rows[rows]
 
     def _checksum(self) -> str:
-        return str(Checksum().add(self.table.values, None if self.label_column is None else self.label_column.values))
+        return str(Checksum().add(self.table.values, self.tables.other_values))
 
     def _checked(self, spec: SampleSpec) -> int:
         spec.check(self.table)
-        if self.label_column is not None:
-            check_labels(self.label_column)
+        self.tables.check()
         return self.n
 
     def _part(self, spec: SampleSpec, rows: np.ndarray) -> Part:
-        labels = None if self.label_column is None else as_labels(self.label_column.values[rows])
-        return Part(spec.samples(self.table.values[rows]), labels, rows)
+        return Part(spec.samples(self.table.values[rows]), self.tables.extras(rows), rows)
 
 
 # keys of the random streams
@@ -125,6 +136,8 @@ _STREAM = 0x6172_7279
 _SPLIT, _ORDER, _OWN = 1, 2, 3
 # Largest number of rows, and of their bytes, in each held-out set of a file that is not read into memory
 MOST_HELD_OUT, HELD_OUT_BYTES = 100_000, 2**28
+# Number of training rows whose context is stored in checkpoints
+CONTEXT_ROWS = 100
 # A column is centred if the rounding error of float32 exceeds this fraction of its standard deviation
 COARSE = 1e-4
 
@@ -155,6 +168,11 @@ class ArrayData(Finite):
         na: numbers and text that count as missing values, besides NaN, empty cells and words such as NA.
         label: name or position of a column of class labels 0, 1, ..., which is not part of a sample. None means that
             there are no labels.
+        context: names, positions or slices of the columns c of p(x | c), which are not part of a sample. None means
+            that there is no context.
+        weights: name or position of a column of weights, which is not part of a sample. Only the ratios of the weights
+            matter. None means equal weights.
+        signed_weights: whether weights may be negative, as in simulations of particle physics.
         event_shape: the shape (C, H, W) of images. A row of the table is a flattened image. None means vectors.
         val_fraction, test_fraction: the fraction of the training file to hold out if there is no separate file.
         standardize: whether the flow standardizes samples by the mean and standard deviation of the training rows. None
@@ -202,6 +220,9 @@ class ArrayData(Finite):
         gaussian_start: bool | None = None,
         missing: str = REFUSE,
         na: Sequence[str | float] | str | float | None = None,
+        context: Columns | None = None,
+        weights: str | int | None = None,
+        signed_weights: bool = False,
     ) -> None:
         if path is None:
             raise ConfigError(
@@ -217,25 +238,24 @@ class ArrayData(Finite):
         text_format, absent = format_of(header, decimal), missing_of(missing, na)
         if not isinstance(path, Table):
             check_format(path, text_format)
-        first = _source(path, memory_map, key, columns, label, text_format, absent)
+        roles = Roles(label, context, weights, flag("data.signed_weights", signed_weights))
+        first = _source(path, memory_map, key, columns, roles, text_format, absent)
         # memory_map=true is for the training file only: held-out files are streamed if they are large
         rest = None if memory_map else memory_map
         others = [
-            None if p is None else _source(p, rest, key if _takes_key(p) else None, columns, label, text_format, absent)
+            None if p is None else _source(p, rest, key if _takes_key(p) else None, columns, roles, text_format, absent)
             for p in (val_path, test_path)
         ]
         for other in others:
             if other is not None:
                 check_same_columns(first.table, other.table)
-                if first.label_column is not None and other.label_column is not None:
-                    check_same_columns(first.label_column, other.label_column)
+                for role, table in first.tables.others.items():
+                    check_same_columns(table, other.tables.others[role])
         width = len(first.table.columns)
         self.event_shape = _event_shape(event_shape, width)
         self.columns = first.table.columns if event_shape is None else ()
         self._names = first.table.columns if first.table.named else ()
-        self._label = (
-            first.label_column.columns[0] if first.label_column is not None and first.label_column.named else None
-        )
+        self._label, self._weights = (_name_of(first.tables.others.get(role)) for role in ("label", "weights"))
         self.integer_valued, self.noisy = _noise(dequantize, self.levels, first.table)
         spec = SampleSpec(self.event_shape, self.integer_valued, self.levels, self.noisy)
 
@@ -248,7 +268,9 @@ class ArrayData(Finite):
         self.gaussian_start = _starts(gaussian_start, self.event_shape)
         val, test = (held if part is None else part for held, part in zip(training.held, own, strict=True))
         self.val, self.test = (add_set_noise(part.x, self.noisy, seed, i) for i, part in enumerate((val, test)))
-        self.val_labels, self.test_labels = val.labels, test.labels
+        self.val_labels, self.val_context, self.val_weights = val.extras
+        self.test_labels, self.test_context, self.test_weights = test.extras
+        self._describe_context(first.tables.context, training)
         sets = {"val": val, "test": test}
         self.record = record_of((first.n, training.checksum), ((name, part.rows) for name, part in sets.items()))
         self.held_rows = {n: first.in_file(part.rows) for n, part in sets.items() if not isinstance(part.rows, tuple)}
@@ -292,7 +314,7 @@ class ArrayData(Finite):
         self, table: Table, training: TrainingSplit, spec: SampleSpec, held: Mapping[str, Part]
     ) -> None:
         """Counts the classes and warns of data whose likelihood is not meaningful."""
-        labels = {name: part.labels.numpy() for name, part in held.items() if part.labels is not None}
+        labels = {name: part.extras.label.numpy() for name, part in held.items() if part.extras.label is not None}
         if len(labels) == len(held):
             self.classes = max(len(training.class_counts), *(1 + int(own.max()) for own in labels.values()))
             counts = np.zeros(self.classes, np.int64)
@@ -309,13 +331,33 @@ class ArrayData(Finite):
             hashes = {name: row_hashes(part.x.numpy(), training.hash_step) for name, part in held.items()}
             warn_of_copies(table.path, training.hashes, hashes)
 
+    def _describe_context(self, table: Table | None, training: TrainingSplit) -> None:
+        """Sets the description of the context columns from the training rows.
+
+        Raises:
+            DataError: a context column that is constant in training.
+        """
+        if table is None or training.context is None:
+            return
+        mean, std = training.context[0], np.sqrt(training.context[1])
+        check_context(table, mean, std)
+        self.context = tuple(
+            ContextColumn(name, mean=float(m), std=float(s))
+            for name, m, s in zip(table.columns, mean, std, strict=True)
+        )
+        rows = training.look_extras.context
+        assert rows is not None
+        self.context_rows = tuple(
+            tuple(row) for row in rows[:: max(1, len(rows) // CONTEXT_ROWS)][:CONTEXT_ROWS].tolist()
+        )
+
     def train_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
         x = super().train_share(step, batch_size, seed, share)
         return add_batch_noise(x, self.noisy, seed, step, batch_size, share) if self.noisy else x
 
     @property
     def samples(self) -> Samples:
-        return replace(super().samples, columns=self._names, label=self._label)
+        return replace(super().samples, columns=self._names, label=self._label, weights=self._weights)
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:
         """Returns mean and standard deviation (dividing by n) of the training rows, including noise; None without them.
@@ -326,6 +368,11 @@ class ArrayData(Finite):
             return None
         mean, std = (torch.from_numpy(v.copy()).view(self.event_shape) for v in (self._mean, self._std))
         return mean, std
+
+
+def _name_of(table: Table | None) -> str | None:
+    """Returns the name of the only column of a table; None if the file has no names, or for None."""
+    return table.columns[0] if table is not None and table.named else None
 
 
 def _noise(
@@ -356,14 +403,14 @@ def _source(
     memory_map: bool | None,
     key: str | None,
     columns: Columns | None,
-    label: str | int | None,
+    roles: Roles,
     text_format: TextFormat,
     missing: Missing,
 ) -> InMemoryTable | StreamedTable:
     """Opens a table: streamed if it is a large .npy file or the user asks for it, otherwise in memory."""
     if not isinstance(path, Table) and is_streamed(path, key, memory_map):
-        return StreamedTable(path, columns, label, missing)
-    return InMemoryTable(path, key, columns, label, text_format, missing)
+        return StreamedTable(path, columns, roles, missing)
+    return InMemoryTable(path, key, columns, roles, text_format, missing)
 
 
 def format_of(header: bool | None, decimal: str | None) -> TextFormat:

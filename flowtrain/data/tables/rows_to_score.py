@@ -12,12 +12,14 @@ from torch import Tensor
 
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.images import read_idx
+from flowtrain.data.in_memory import Extras
 from flowtrain.data.tables.array import check_format, format_of
 from flowtrain.data.tables.columns import Columns, as_option, default_names, listed, pick
 from flowtrain.data.tables.csv_reader import TextFormat
 from flowtrain.data.tables.missing import missing_of
-from flowtrain.data.tables.sample_spec import SampleSpec, add_set_noise, as_labels
-from flowtrain.data.tables.table_checks import check_labels, warn_of_unseen
+from flowtrain.data.tables.roles import Roles, RoleTables
+from flowtrain.data.tables.sample_spec import SampleSpec, add_set_noise
+from flowtrain.data.tables.table_checks import warn_of_unseen
 from flowtrain.data.tables.table_reader import ARRAYS, TEXTS, Kept, Table, ending_of, is_images, read_table, takes_key
 from flowtrain.data.tables.typed_files import TYPED, sheets_of
 from flowtrain.utils.errors import ConfigError, DataError
@@ -31,7 +33,7 @@ class ScoredRows(Dataset):
 
     Args:
         table: the samples, one in each row.
-        labels: (n,), int64, or None.
+        extras: labels, context and weights of the rows.
         samples: the description of the samples that the flow was trained on.
         seed: the seed of the noise on the columns `samples.noisy`.
 
@@ -42,18 +44,21 @@ class ScoredRows(Dataset):
         DataError: values that do not fit this description.
     """
 
-    def __init__(self, table: Table, labels: Tensor | None, samples: Samples, seed: int = 0) -> None:
+    def __init__(self, table: Table, extras: Extras, samples: Samples, seed: int = 0) -> None:
         self.kept: Kept | None = table.kept
         self.event_shape = samples.event_shape
         self.integer_valued, self.levels, self.alpha = samples.integer_valued, samples.levels, samples.alpha
         self.classes, self.columns, self.noisy = samples.classes, samples.columns, samples.noisy
-        self.class_counts = samples.class_counts
+        self.class_counts, self.context = samples.class_counts, samples.context
+        self.context_rows = samples.context_rows
         spec = SampleSpec(self.event_shape, self.integer_valued, self.levels, self.noisy)
         spec.check(table)
         # float64, because a flow may be evaluated in float64
         x = spec.samples(table.values, real=np.float64)
         self.val = self.test = add_set_noise(x, self.noisy, seed)
-        self.val_labels = self.test_labels = labels
+        labels = self.val_labels = self.test_labels = extras.label
+        self.val_context = self.test_context = extras.context
+        self.val_weights = self.test_weights = extras.weights
         if labels is not None:
             counts = np.array(self.class_counts, np.int64)
             if np.isin(labels.numpy(), np.flatnonzero(counts == 0)).any():
@@ -97,8 +102,9 @@ class RowsToScore(ScoredRows):
     Args:
         path: a file, see `read_table`, or an IDX file, plain or gzipped.
         samples: the description of the samples that the flow was trained on.
-        key, columns, label, header, decimal, missing, na: the settings that the training file was read with, see
-            `ArrayData`. None for the last two means that no row is left out, and no further values are missing.
+        key, columns, label, header, decimal, missing, na, context, weights, signed_weights: the settings that the
+            training file was read with, see `ArrayData`. None for missing and na means that no row is left out, and no
+            further values are missing.
         asked: the names of the settings among these that the user gave for this file. These settings have priority over
             the column names in the file.
         seed: the seed of the noise on columns that `data.dequantize` names.
@@ -121,44 +127,47 @@ class RowsToScore(ScoredRows):
         seed: int = 0,
         missing: str | None = None,
         na: Sequence[str | float] | str | float | None = None,
+        context: Columns | None = None,
+        weights: str | int | None = None,
+        signed_weights: bool | None = None,
     ) -> None:
         if not isinstance(path, str | Path):
             raise ConfigError(f"data.path={path}: give the path of a file")
         file = Path(path).expanduser()
         if _is_idx(file):
-            table, label_column = _of_images(file, samples.event_shape), None
+            tables = RoleTables(_of_images(file, samples.event_shape))
         else:
             key = key if "key" in asked else _key_of(file, key)
             # the training file may have another format and another header
             header = header if "header" in asked else None
             check_format(str(file), format_of(header, decimal if "decimal" in asked else None))
             text_format = TextFormat(header, decimal, samples.columns)
-            selection = _Selection(file, samples, columns, label, asked)
+            roles = Roles(label, context, weights, bool(signed_weights))
+            selection = _Selection(file, samples, columns, roles, asked)
             absent = missing_of(missing, na)
             table = read_table(file, key, selection.choose, "data.columns", samples.event_shape, text_format, absent)
-            table, label_column = selection.divided(table)
-        if label_column is not None:
-            check_labels(label_column)
-        super().__init__(table, None if label_column is None else as_labels(label_column.values), samples, seed)
+            tables = selection.divided(table)
+        tables.check()
+        super().__init__(tables.samples, tables.extras(), samples, seed)
 
 
 class _Selection:
-    """Chooses the columns of the samples and of the labels as in training; see `RowsToScore`."""
+    """Chooses the columns of the samples and of other roles as in training; see `RowsToScore`."""
 
     def __init__(
         self,
         file: Path,
         samples: Samples,
         columns: Columns | None,
-        label: str | int | None,
+        roles: Roles,
         asked: Collection[str],
     ) -> None:
-        self.file, self.samples, self.columns, self.label, self.asked = file, samples, columns, label, asked
+        self.file, self.samples, self.columns, self.roles, self.asked = file, samples, columns, roles, asked
         self.width = math.prod(samples.event_shape)
-        self.label_position: int | None = None
+        self.others: dict[str, list[int]] = {}
 
     def choose(self, names: Sequence[str], left_out: Sequence[int]) -> list[int]:
-        """Returns the positions of the samples' columns, followed by the column of labels if there is one."""
+        """Returns the positions of the samples' columns, followed by the columns of other roles."""
         named = tuple(names) != default_names(range(len(names)))
         trained = self.samples.columns
         by_name = named and bool(trained) and "columns" not in self.asked
@@ -171,23 +180,37 @@ class _Selection:
                     f"{self.file} has {listed([names[i] for i in indices])}, but the flow was trained on "
                     f"{listed(trained)}. Some names occur twice, so choose the columns by position with data.columns"
                 )
-        self.label_position = self._label_position(names, indices, named)
-        return indices if self.label_position is None else [*indices, self.label_position]
+        self.others = {
+            "label": self._single("label", self.roles.label if self.samples.classes else None, names, named),
+            "context": self._context(names, named),
+            "weights": self._single("weights", self.roles.weights, names, named),
+        }
+        taken = [*indices]
+        for role, positions in self.others.items():
+            if twice := [i for i in positions if i in taken]:
+                raise DataError(
+                    f"{self.file}: column {names[twice[0]]!r} of data.{role} is also part of the samples or of another "
+                    f"role; give another column with data.{role}"
+                )
+            taken += positions
+        return taken
 
-    def divided(self, table: Table) -> tuple[Table, Table | None]:
-        """Splits the table into samples and labels (None if there are none)."""
-        if self.label_position is None:
-            return table, None
-        return table.only(range(self.width)), table.only([self.width])
+    def divided(self, table: Table) -> RoleTables:
+        """Divides the table by the roles of its columns."""
+        found, start = {}, self.width
+        for role, positions in self.others.items():
+            found[role] = table.only(range(start, start + len(positions))) if positions else None
+            start += len(positions)
+        return RoleTables(table.only(range(self.width)), signed=self.roles.signed, **found)
 
     def _by_position(self, names: Sequence[str], left_out: Sequence[int]) -> list[int]:
         """Returns the positions of the samples' columns as chosen in training, or of all columns in order."""
         every = [i for i in range(len(names)) if i not in left_out]
         if "columns" in self.asked:
-            indices = self._less_label(pick(self.columns, names, self.file), names)
+            indices = self._less_others(pick(self.columns, names, self.file), names)
         else:
             try:
-                indices = self._less_label(pick(self.columns, names, self.file, left_out=left_out), names)
+                indices = self._less_others(pick(self.columns, names, self.file, left_out=left_out), names)
             except ConfigError:
                 if len(every) != self.width:
                     raise
@@ -207,32 +230,50 @@ class _Selection:
             )
         return indices
 
-    def _less_label(self, indices: list[int], names: Sequence[str]) -> list[int]:
-        try:
-            label_column = [] if self.label is None else pick([self.label], names, self.file, "data.label")
-        except ConfigError:
-            # a file without labels
-            label_column = []
-        return [i for i in indices if i not in label_column]
+    def _less_others(self, indices: list[int], names: Sequence[str]) -> list[int]:
+        others: list[int] = []
+        for role in ("label", "context", "weights"):
+            wanted = getattr(self.roles, role)
+            try:
+                others += [] if wanted is None else pick(wanted, names, self.file, f"data.{role}")
+            except ConfigError:
+                # a file without labels or weights
+                continue
+        return [i for i in indices if i not in others]
 
-    def _label_position(self, names: Sequence[str], indices: Sequence[int], named: bool) -> int | None:
-        """Returns the position of the column of labels; None if the file has none or the flow does not use labels."""
-        if self.label is None or self.samples.classes is None:
-            return None
-        label: str | int = self.label
-        if "label" not in self.asked:
+    def _single(self, role: str, wanted: str | int | None, names: Sequence[str], named: bool) -> list[int]:
+        """Returns the position of the column of labels or weights; [] if the file has none or it is not needed."""
+        if wanted is None:
+            return []
+        if role not in self.asked:
             # a position refers to the training file; a file with column names may have another order
-            label = self.samples.label if named and self.samples.label else label
-            here = names.count(label) == 1 if isinstance(label, str) else len(names) > self.width
+            trained = getattr(self.samples, role)
+            wanted = trained if named and trained else wanted
+            here = names.count(wanted) == 1 if isinstance(wanted, str) else len(names) > self.width
             if not here:
-                return None
-        (label_position,) = pick([label], names, self.file, "data.label")
-        if label_position in indices:
+                return []
+        return pick([wanted], names, self.file, f"data.{role}")
+
+    def _context(self, names: Sequence[str], named: bool) -> list[int]:
+        """Returns the positions of the context columns.
+
+        Raises:
+            ConfigError: a column that the file does not have.
+            DataError: another number of columns.
+        """
+        trained = [column.name for column in self.samples.context]
+        if not trained:
+            return []
+        if "context" not in self.asked and named and all(names.count(name) == 1 for name in trained):
+            return pick(trained, names, self.file, "data.context")
+        wanted = trained if self.roles.context is None else self.roles.context
+        positions = pick(wanted, names, self.file, "data.context")
+        if len(positions) != len(trained):
             raise DataError(
-                f"{self.file}: data.label={label} is column {names[label_position]!r}, which is part of the samples; "
-                "give another column with data.label"
+                f"{self.file}: data.context names {counted(len(positions), 'column')}, but the flow was trained with "
+                f"the context {', '.join(trained)}"
             )
-        return label_position
+        return positions
 
 
 def _key_of(file: Path, key: str | None) -> str | None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowtrain.data.base import step_generator
-from flowtrain.data.in_memory import Store
+from flowtrain.data.in_memory import Extras, Store
 from flowtrain.data.tables.columns import first_of
 from flowtrain.data.tables.table_checks import check_levels, check_range, check_whole
 from flowtrain.data.tables.table_reader import Table
@@ -74,13 +74,13 @@ class Part:
 
     Attributes:
         x: samples, (n, *event_shape).
-        labels: (n,), int64, or None.
+        extras: labels, context and weights.
         rows: the row numbers of the set in the training file, (n,). If the set has a separate file, the row count and
             checksum of that file.
     """
 
     x: Tensor
-    labels: Tensor | None
+    extras: Extras
     rows: NDArray[np.int64] | tuple[int, str]
 
 
@@ -97,7 +97,10 @@ class TrainingSplit:
         whole: whether each column contains only whole numbers that noise can be added to, (d,).
         hashes: hashes of about one in `hash_step` training rows, see `row_hashes`.
         class_counts: the number of training rows of each label from 0 to the largest; empty without labels.
-        checksum: the checksum of the file, including labels.
+        checksum: the checksum of the file, including labels, context and weights.
+        context: mean and variance of each context column over the training rows, (2, k); None without context.
+        look_extras: labels, context and weights of `look`.
+        mean_weight: the mean weight of the training rows. 1 without weights.
     """
 
     store: Store
@@ -111,11 +114,9 @@ class TrainingSplit:
     hash_step: int
     class_counts: NDArray[np.int64]
     checksum: str
-
-
-def as_labels(values: NDArray[Any]) -> Tensor:
-    """Converts a column (n, 1) to labels (n,), int64."""
-    return torch.from_numpy(values.reshape(-1).astype(np.int64))
+    context: Values | None
+    look_extras: Extras
+    mean_weight: float
 
 
 # keys of the random streams

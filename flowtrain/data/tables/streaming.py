@@ -5,6 +5,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowtrain.data.base import Checksum, step_generator
+from flowtrain.data.in_memory import Extras
 from flowtrain.data.tables.columns import Columns, default_names, pick
 from flowtrain.data.tables.missing import REFUSED, Missing
-from flowtrain.data.tables.sample_spec import Part, SampleSpec, TrainingSplit, Values, as_labels
-from flowtrain.data.tables.table_checks import check_labels, row_hashes, whole_columns
+from flowtrain.data.tables.roles import Roles, RoleTables, divided
+from flowtrain.data.tables.sample_spec import Part, SampleSpec, TrainingSplit, Values
+from flowtrain.data.tables.table_checks import check_mean_weight, row_hashes, whole_columns
 from flowtrain.data.tables.table_reader import (
     Table,
     check_array,
@@ -26,7 +29,6 @@ from flowtrain.data.tables.table_reader import (
     check_finite,
     damage_refused,
     npy_header,
-    split_off_labels,
 )
 from flowtrain.utils.arguments import flag
 from flowtrain.utils.errors import ConfigError, DataError
@@ -177,8 +179,8 @@ class StreamedStore:
     Args:
         rows: the file.
         held: the row numbers that are held out, sorted.
-        columns: positions of the columns of the samples.
-        label: position of the column of labels, or None.
+        tables: the columns by role, without rows.
+        mean_weight: the mean weight of the training rows, by which weights are divided.
         to_samples: converts values (k, d) to samples.
         stream: the key of the random stream of the order.
 
@@ -191,12 +193,14 @@ class StreamedStore:
         self,
         rows: NpyRows,
         held: NDArray[np.int64],
-        columns: tuple[int, ...],
-        label: int | None,
+        tables: RoleTables,
+        mean_weight: float,
         to_samples: Callable[[NDArray[Any]], Tensor],
         *stream: int,
     ) -> None:
-        self._rows, self._held, self._label, self._to_samples = rows, held, label, to_samples
+        self._rows, self._held, self._to_samples = rows, held, to_samples
+        self._tables, self._mean_weight = tables, mean_weight
+        columns = tables.samples.indices
         self._columns = slice(None) if columns == tuple(range(rows.width)) else list(columns)
         # the number of training rows before each held-out row
         self._before = held - np.arange(len(held))
@@ -217,12 +221,13 @@ class StreamedStore:
         """Returns the first n rows of the sequence of epochs as stored in the file, (n, d)."""
         return self._batch(0, n, 0, slice(None))[:, self._columns]
 
-    def labels(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
-        """Returns the labels of these rows, (k,), or None."""
-        if self._label is None:
-            return None
-        found = as_labels(self._batch(step, batch_size, seed, share)[:, [self._label]])
-        return found.pin_memory() if self._pinned else found
+    def extras(self, step: int, batch_size: int, seed: int, share: slice) -> Extras:
+        """Returns labels, context and weights of these rows."""
+        if not self._tables.others:
+            return Extras()
+        batch = self._batch(step, batch_size, seed, share)
+        found = self._tables.map(lambda table: of_rows(batch, table)).extras().normalized(self._mean_weight)
+        return found.map(lambda one: one.pin_memory()) if self._pinned else found
 
     def to(self, device: torch.device) -> None:
         """Returns batches in pinned memory from now on if the device is a GPU. No rows are moved to the device."""
@@ -276,29 +281,34 @@ LOOK = 10_000
 HASHES = 200_000
 
 
+def of_rows(rows: NDArray[Any], like: Table, first: int = 0) -> Table:
+    """Converts rows (k, width) of a file to a table with the columns of `like`; the first row has number `first`."""
+    kept = rows if like.indices == tuple(range(rows.shape[1])) else rows[:, like.indices]
+    return replace(like, values=kept.astype(np.float64), first=first)
+
+
 class StreamedTable:
-    """A table that stays in a .npy file, with its labels if there are any; see `read_labelled` for the arguments.
+    """A table that stays in a .npy file; see `read_roles` for the arguments.
 
     Rows with missing values are never left out, because the rows are read again in each epoch. They are refused.
 
     Attributes:
         rows: the file.
+        tables: the columns by role, without rows.
         table: the columns of the samples, without rows.
-        label_column: the column of labels, without rows, or None.
         n: the number of rows.
     """
 
-    def __init__(self, path: str, columns: Columns | None, label: str | int | None, missing: Missing = REFUSED) -> None:
+    def __init__(self, path: str, columns: Columns | None, roles: Roles, missing: Missing = REFUSED) -> None:
         self.rows, self._missing = NpyRows(path), missing
         self.n = self.rows.n
         names = default_names(range(self.rows.width))
-
-        def table(wanted: Columns | None, option: str) -> Table:
-            indices = tuple(pick(wanted, names, self.rows.path, option))
-            return Table(np.empty((0, len(indices))), default_names(indices), indices, str(self.rows.path))
-
-        label_column = None if label is None else table([label], "data.label")
-        self.table, self.label_column = split_off_labels(table(columns, "data.columns"), label_column, label)
+        positions = roles.pick(names, self.rows.path)
+        chosen = pick(columns, names, self.rows.path)
+        indices = (*chosen, *(i for i in positions.all if i not in chosen))
+        table = Table(np.empty((0, len(indices))), default_names(indices), indices, str(self.rows.path))
+        self.tables = divided(table, positions, roles)
+        self.table = self.tables.samples
 
     def all(self, spec: SampleSpec, most: int, seed: int, *stream: int) -> Part:
         """Checks all rows and returns them as a held-out set. If there are more than `most`, returns a random subset.
@@ -327,13 +337,17 @@ class StreamedTable:
         """
         held = draw_rows(self.n, sum(sizes), step_generator(seed, *split_key))
         part, statistics = self._look_through(spec, held)
-        label = None if self.label_column is None else self.label_column.indices[0]
-        store = StreamedStore(self.rows, np.sort(held), self.table.indices, label, spec.samples, *order_key)
-        labels = [None] * len(sizes) if part.labels is None else list(torch.split(part.labels, sizes))
+        mean_weight = 1.0
+        if self.tables.weights is not None:
+            mean_weight = check_mean_weight(self.table.path, statistics.moments.total / statistics.moments.n)
+        order = np.sort(held)
+        store = StreamedStore(self.rows, order, self.tables, mean_weight, spec.samples, *order_key)
         rows = [r.numpy() for r in torch.split(torch.from_numpy(held), sizes)]
-        parts = [Part(*each) for each in zip(torch.split(part.x, sizes), labels, rows, strict=True)]
+        parts = [Part(*each) for each in zip(torch.split(part.x, sizes), part.extras.split(sizes), rows, strict=True)]
         # the rows are random, because the first rows of a file may not represent the others
-        look = store.values(min(store.n, LOOK, store.in_window)).astype(np.float64)
+        n_look = min(store.n, LOOK, store.in_window)
+        look = store.values(n_look).astype(np.float64)
+        of_context = statistics.of_context
         return TrainingSplit(
             store=store,
             n=store.n,
@@ -346,6 +360,9 @@ class StreamedTable:
             hash_step=statistics.hash_step,
             class_counts=statistics.class_counts,
             checksum=str(statistics.checksum),
+            context=None if of_context is None else np.stack([of_context.mean, of_context.variance]),
+            look_extras=store.extras(0, n_look, 0, slice(None)),
+            mean_weight=mean_weight,
         )
 
     def _look_through(
@@ -360,35 +377,27 @@ class StreamedTable:
             DataError: values that are not finite or do not fit `spec`, or invalid labels. The message names the row.
         """
         order = np.argsort(wanted, kind="stable")
-        found = _HeldOutRows(spec, len(wanted), self.label_column is not None)
-        statistics = StreamStatistics(len(self.table.columns), max(1, self.n // HASHES))
-        for start, (table, label_column) in self._chunks():
-            ends = np.searchsorted(wanted, (start, start + len(table.values)), sorter=order)
+        found = _HeldOutRows(spec, len(wanted), self.tables)
+        statistics = StreamStatistics(self.tables, max(1, self.n // HASHES))
+        for start, tables in self._chunks():
+            ends = np.searchsorted(wanted, (start, start + len(tables.samples.values)), sorter=order)
             places = order[slice(*ends)]
-            check_finite(table, (t for _, (t, _) in self._chunks()), self._missing.drops)
-            spec.check(table, (t for _, (t, _) in self._chunks()))
-            if label_column is not None:
-                labels_of_chunks = (m for _, (_, m) in self._chunks() if m is not None)
-                check_finite(label_column, labels_of_chunks, self._missing.drops)
-                check_labels(label_column)
+            check_finite(tables.samples, (t.samples for _, t in self._chunks()), self._missing.drops)
+            spec.check(tables.samples, (t.samples for _, t in self._chunks()))
+            for role, table in tables.others.items():
+                check_finite(table, (t.others[role] for _, t in self._chunks()), self._missing.drops)
+            tables.check()
             out = wanted[places] - start
-            labels = None if label_column is None else label_column.values
-            found.add(places, table.values[out], None if labels is None else labels[out])
-            statistics.add(spec, table.values, labels, out if training else None)
+            found.add(places, tables.samples.values[out], tables.extras(out))
+            statistics.add(spec, tables, out if training else None)
         return found.part, statistics
 
-    def _chunks(self) -> Iterator[tuple[int, tuple[Table, Table | None]]]:
-        """Yields chunks of the table and of its labels, each with the number of its first row."""
+    def _chunks(self) -> Iterator[tuple[int, RoleTables]]:
+        """Yields chunks of the table, each with the number of its first row."""
         size = max(1, CHUNK // (8 * self.rows.width))
         for start in range(0, self.n, size):
-            chunk = self.rows.read(start, min(self.n, start + size))
-            label_column = None if self.label_column is None else self._part_of(chunk, self.label_column, start)
-            yield start, (self._part_of(chunk, self.table, start), label_column)
-
-    def _part_of(self, chunk: NDArray[Any], like: Table, first: int) -> Table:
-        """Converts a chunk (k, width) of the file to a table with the columns of `like`; its first row is `first`."""
-        kept = chunk if like.indices == tuple(range(chunk.shape[1])) else chunk[:, like.indices]
-        return replace(like, values=self._missing.mark(kept.astype(np.float64)), first=first)
+            chunk = self._missing.mark(self.rows.read(start, min(self.n, start + size)).astype(np.float64))
+            yield start, self.tables.map(partial(of_rows, chunk, first=start))
 
     def in_file(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns the row numbers in the file of rows of the table, (k,)."""
@@ -399,28 +408,35 @@ class StreamStatistics:
     """Statistics of a file that is read in chunks, over its training rows and over all rows.
 
     Attributes:
-        moments, hashes, class_counts: statistics of the training rows, see `TrainingSplit`.
+        moments, of_context, hashes, class_counts: statistics of the training rows, see `TrainingSplit`.
         whole, checksum: statistics of all rows, see `TrainingSplit`.
     """
 
-    def __init__(self, d: int, hash_step: int) -> None:
+    def __init__(self, tables: RoleTables, hash_step: int) -> None:
+        d = len(tables.samples.columns)
         self.moments, self.checksum, self.hash_step = Moments(d), Checksum(), hash_step
+        self.of_context = None if tables.context is None else Moments(len(tables.context.columns))
         self.whole = np.ones(d, dtype=bool)
         self.hashes: list[NDArray[np.uint64]] = []
         self.class_counts = np.zeros(0, np.int64)
 
-    def add(self, spec: SampleSpec, values: Values, labels: Values | None, held: NDArray[np.int64] | None) -> None:
-        """Adds rows (n, d) and labels (n, 1). The rows `held` are not training rows; None means that no row is."""
-        self.checksum.add(values, labels)
+    def add(self, spec: SampleSpec, tables: RoleTables, held: NDArray[np.int64] | None) -> None:
+        """Adds rows. The rows `held` are not training rows; None means that no row is."""
+        values = tables.samples.values
+        self.checksum.add(values, tables.other_values)
         if held is None:
             return
         self.whole[self.whole] = whole_columns(values[:, self.whole])
-        train = np.delete(values, held, axis=0) if len(held) else values
-        self.moments.add(train)
+        mine = np.delete(np.arange(len(values)), held)
+        train, extras = values[mine], tables.extras(mine)
+        weights = None if extras.weights is None else extras.weights.numpy()
+        self.moments.add(train, weights)
+        if self.of_context is not None and extras.context is not None:
+            self.of_context.add(extras.context.numpy(), weights)
         if not spec.integer_valued:
             self.hashes.append(row_hashes(spec.samples(train).numpy(), self.hash_step))
-        if labels is not None:
-            counts = np.bincount(np.delete(labels, held).astype(np.int64), minlength=len(self.class_counts))
+        if extras.label is not None:
+            counts = np.bincount(extras.label.numpy(), minlength=len(self.class_counts))
             counts[: len(self.class_counts)] += self.class_counts
             self.class_counts = counts
 
@@ -428,43 +444,67 @@ class StreamStatistics:
 class _HeldOutRows:
     """A held-out set of k samples that is filled in chunks."""
 
-    def __init__(self, spec: SampleSpec, k: int, labelled: bool) -> None:
+    def __init__(self, spec: SampleSpec, k: int, tables: RoleTables) -> None:
         self.spec = spec
         like = spec.samples(np.empty((0, int(np.prod(spec.event_shape)))))
-        labels = torch.empty(k, dtype=torch.int64) if labelled else None
-        self.part = Part(like.new_empty(k, *spec.event_shape), labels, np.empty(0, np.int64))
+        extras = tables.extras().map(lambda one: one.new_empty(k, *one.shape[1:]))
+        self.part = Part(like.new_empty(k, *spec.event_shape), extras, np.empty(0, np.int64))
 
-    def add(self, places: NDArray[np.int64], values: Values, label_column: Values | None) -> None:
-        """Writes rows (m, d) and their labels to the positions `places`, (m,)."""
+    def add(self, places: NDArray[np.int64], values: Values, extras: Extras) -> None:
+        """Writes rows (m, d) and their extras to the positions `places`, (m,)."""
         at = torch.from_numpy(places)
         self.part.x[at] = self.spec.samples(values)
-        if self.part.labels is not None and label_column is not None:
-            self.part.labels[at] = as_labels(label_column)
+        for mine, given in zip(self.part.extras, extras, strict=True):
+            if mine is not None and given is not None:
+                mine[at] = given
 
 
 class Moments:
-    """Mean and variance of each column, updated in chunks.
+    """Weighted mean and variance of each column, updated in chunks.
 
     Source: Chan et al. 1983, Algorithms for computing the sample variance.
+
+    Attributes:
+        n: the number of rows.
+        total: the sum of their weights.
+        mean: (d,).
     """
 
     def __init__(self, d: int) -> None:
-        self.n, self.mean, self._squares = 0, np.zeros(d), np.zeros(d)
+        self.n, self.total, self.mean, self._squares = 0, 0.0, np.zeros(d), np.zeros(d)
+        # for weighted rows, the sum of the weighted distances to a fixed point near the mean
+        self._near, self._sum = np.zeros(d), np.zeros(d)
 
-    def add(self, values: Values) -> None:
-        """Adds rows (n, d); n may be 0."""
+    def add(self, values: Values, weights: Values | None = None) -> None:
+        """Adds rows (n, d) with weights (n,), or with weights of 1. n may be 0."""
         if not len(values):
+            return
+        if weights is not None:
+            self._add_weighted(values, weights)
             return
         n, mean = len(values), values.mean(0)
         apart = mean - self.mean
         self._squares += ((values - mean) ** 2).sum(0) + apart**2 * (self.n * n / (self.n + n))
         self.mean = self.mean + apart * (n / (self.n + n))
-        self.n += n
+        self.n, self.total = self.n + n, self.total + n
+
+    def _add_weighted(self, values: Values, weights: Values) -> None:
+        """Adds weighted rows. Sums are used instead of means, because signed weights of a chunk may have the sum 0."""
+        if self.n == 0:
+            self._near = values.mean(0)
+        self.n, self.total = self.n + len(values), self.total + float(weights.sum())
+        apart = values - self._near
+        self._sum += weights @ apart
+        self._squares += weights @ apart**2
+        self.mean = self._near + self._sum / self.total if self.total else self._near
 
     @property
     def variance(self) -> Values:
-        """The variance, dividing by n."""
-        return self._squares / max(1, self.n)
+        """The variance, dividing by the total weight."""
+        if not self.total:
+            return np.zeros_like(self._squares)
+        variance = self._squares / self.total - (self._sum / self.total) ** 2
+        return np.maximum(variance, 0.0)
 
 
 def draw_rows(n: int, k: int, generator: torch.Generator) -> NDArray[np.int64]:

@@ -206,6 +206,52 @@ def check_labels(table: Table) -> None:
         )
 
 
+def check_weights(table: Table, signed: bool) -> None:
+    """Checks the weights of the rows of a file, or of a block of a file.
+
+    Raises:
+        DataError: negative weights without `data.signed_weights`.
+    """
+    bad = table.values < 0
+    if bad.any() and not signed:
+        row = int(np.argwhere(bad)[0][0])
+        raise DataError(
+            f"{table.place(row, 0)}: the weight {table.values[row, 0]:g} is negative ({int(bad.sum()):,} of "
+            f"{counted(len(bad), 'row')}). If negative weights are meant, give data.signed_weights=true"
+        )
+
+
+def check_mean_weight(path: str, mean: float) -> float:
+    """Returns the mean weight of the training rows of a file if it is positive.
+
+    Raises:
+        DataError: the mean is not positive.
+    """
+    if mean <= 0:
+        raise DataError(
+            f"{path}: the weights of the training rows have the mean {mean:g}, but it must be positive: check the "
+            "column that data.weights names"
+        )
+    return mean
+
+
+def check_context(table: Table, mean: NDArray[np.float64], std: NDArray[np.float64]) -> None:
+    """Checks the context columns.
+
+    Args:
+        mean, std: mean and standard deviation of the training rows, (k,).
+
+    Raises:
+        DataError: a column that is constant in training.
+    """
+    constant = [name for name, m, s in zip(table.columns, mean, std, strict=True) if not s > abs(m) * 1e-14]
+    if constant:
+        raise DataError(
+            f"{table.path}: the context {listed(constant)} is constant in the training rows: leave it out of "
+            "data.context"
+        )
+
+
 def check_spread(
     table: Table,
     mean: NDArray[np.float64],

@@ -153,52 +153,6 @@ class Table:
         return f"row {self.first + row} (from 0)" if self.lines is None else f"{self.unit} {self.lines[row]}"
 
 
-def read_labelled(
-    path: str | Table,
-    key: str | None,
-    columns: Columns | None,
-    label: str | int | None,
-    text_format: TextFormat = DETECTED,
-    missing: Missing = REFUSED,
-) -> tuple[Table, Table | None]:
-    """Reads a table and splits off its column of labels, if there is one; see `read_table` for the arguments.
-
-    Args:
-        path: a file or a table in memory.
-
-    Raises:
-        ConfigError: a label that is not exactly one column, or that is the only column.
-    """
-    if label is None:
-        return read_table(path, key, columns, text_format=text_format, missing=missing), None
-    label_column: list[int] = []
-    source = path.path if isinstance(path, Table) else path
-
-    def choose(names: Sequence[str], left_out: Sequence[int]) -> list[int]:
-        label_column[:] = pick([label], names, source, "data.label")
-        indices = pick(columns, names, source, left_out=left_out)
-        return [*indices, *(i for i in label_column if i not in indices)]
-
-    table = read_table(path, key, choose, text_format=text_format, missing=missing)
-    return split_off_labels(table, table.only([table.indices.index(i) for i in label_column]), label)
-
-
-def split_off_labels(table: Table, labels: Table | None, label: str | int | None) -> tuple[Table, Table | None]:
-    """Returns a table without its column of labels, and this column.
-
-    Raises:
-        ConfigError: a label that is not exactly one column, or that is the only column.
-    """
-    if labels is None:
-        return table, None
-    if len(labels.columns) != 1:
-        raise ConfigError(f"data.label={label} names {len(labels.columns)} columns of {table.path}: name one")
-    table = table.without(labels.indices[0])
-    if not table.columns:
-        raise ConfigError(f"data.label={label} is the only column of {table.path}: there are no columns for samples")
-    return table, labels
-
-
 def read_table(
     path: str | Path | Table,
     key: str | None = None,

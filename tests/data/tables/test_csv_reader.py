@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from flowtrain.data.tables import csv_reader
 from flowtrain.data.tables.csv_reader import TextFormat
 from flowtrain.data.tables.missing import missing_of
-from flowtrain.data.tables.table_reader import read_labelled, read_table
+from flowtrain.data.tables.roles import Roles, read_roles
+from flowtrain.data.tables.table_reader import read_table
 from flowtrain.runs.compose import read_yaml
 from flowtrain.utils.errors import DataError
 
@@ -188,7 +189,7 @@ def test_one_error_counts_all_missing_values_of_the_file(tmp_path: Path, refused
     )
     assert read_table(path, columns=[0, 2]).values.shape == (4, 2)
     # missing labels count too
-    message = refused(lambda: read_labelled(str(path), None, ["a", "d"], "b"), DataError, ["'b': 2", "'d': 1"])
+    message = refused(lambda: read_roles(str(path), None, ["a", "d"], Roles("b")), DataError, ["'b': 2", "'d': 1"])
     assert "3 of 12 values" in message
 
 

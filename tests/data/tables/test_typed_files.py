@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from flowtrain.data.tables.array import ArrayData
 from flowtrain.data.tables.missing import missing_of
-from flowtrain.data.tables.table_reader import read_labelled, read_table
+from flowtrain.data.tables.roles import Roles, read_roles
+from flowtrain.data.tables.table_reader import read_table
 from flowtrain.utils.errors import ConfigError, DataError
 
 ENDINGS = (".parquet", ".feather", ".arrow", ".xlsx")
@@ -190,7 +191,8 @@ def test_options_of_text_files_are_refused_for_typed_files(tmp_path: Path, refus
 
 def test_labels_are_found_by_name(tmp_path: Path) -> None:
     path = write(tmp_path / "t.parquet", pl.DataFrame({"a": [1.5, 2.5], "kind": [True, False], "b": [3, 4]}))
-    table, labels = read_labelled(path, None, None, "kind")
+    tables = read_roles(path, None, None, Roles("kind"))
+    table, labels = tables.samples, tables.label
     assert labels is not None
     assert (table.columns, labels.values.tolist()) == (("a", "b"), [[1], [0]])
 

@@ -1,0 +1,179 @@
+"""Columns of a table with another role than the samples: class labels, context and weights."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowtrain.data.in_memory import Extras
+from flowtrain.data.tables.columns import Columns, listed, pick
+from flowtrain.data.tables.csv_reader import DETECTED, TextFormat
+from flowtrain.data.tables.missing import REFUSED, Missing
+from flowtrain.data.tables.table_checks import check_labels, check_weights
+from flowtrain.data.tables.table_reader import Table, read_table
+from flowtrain.utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The settings `data.label`, `data.context` and `data.weights`.
+
+    Attributes:
+        label: name or position of the column of class labels, or None.
+        context: names, positions or slices of the context columns, or None.
+        weights: name or position of the column of weights, or None.
+        signed: whether weights may be negative.
+    """
+
+    label: str | int | None = None
+    context: Columns | None = None
+    weights: str | int | None = None
+    signed: bool = False
+
+    def pick(self, names: Sequence[str], path: object) -> "RolePositions":
+        """Returns the positions of the columns of each role.
+
+        Raises:
+            ConfigError: a column that the table does not have or that has two roles, or several columns of labels or
+                weights.
+        """
+        found = []
+        for key, wanted, single in (
+            ("data.label", self.label, True),
+            ("data.context", self.context, False),
+            ("data.weights", self.weights, True),
+        ):
+            indices = [] if wanted is None else pick(wanted, names, path, key)
+            if single and len(indices) > 1:
+                raise ConfigError(f"{key}={wanted} names {len(indices)} columns of {path}: name one")
+            found.append(tuple(indices))
+        positions = RolePositions(*found)
+        twice = sorted({i for i in positions.all if positions.all.count(i) > 1})
+        if twice:
+            raise ConfigError(
+                f"{listed([names[i] for i in twice])} of {path} has two roles: name each column in only one of "
+                "data.label, data.context and data.weights"
+            )
+        return positions
+
+
+class RolePositions(NamedTuple):
+    """The positions of the columns of each role in a file; () for a role that is not used."""
+
+    label: tuple[int, ...]
+    context: tuple[int, ...]
+    weights: tuple[int, ...]
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        """All positions."""
+        return self.label + self.context + self.weights
+
+
+@dataclass(frozen=True)
+class RoleTables:
+    """A table that is divided by the roles of its columns.
+
+    Attributes:
+        samples: the columns of the samples.
+        label, context, weights: the columns of these roles, or None.
+        signed: whether weights may be negative.
+    """
+
+    samples: Table
+    label: Table | None = None
+    context: Table | None = None
+    weights: Table | None = None
+    signed: bool = False
+
+    @property
+    def others(self) -> dict[str, Table]:
+        """The tables that are not samples, by the name of the role."""
+        named = {"label": self.label, "context": self.context, "weights": self.weights}
+        return {name: table for name, table in named.items() if table is not None}
+
+    @property
+    def other_values(self) -> NDArray[np.float64] | None:
+        """The values of all columns that are not samples, (n, k), or None."""
+        others = [table.values for table in self.others.values()]
+        return np.column_stack(others) if others else None
+
+    def map(self, function: Callable[[Table], Table]) -> "RoleTables":
+        """Applies a function to each table."""
+        return RoleTables(
+            function(self.samples), signed=self.signed, **{k: function(t) for k, t in self.others.items()}
+        )
+
+    def check(self) -> None:
+        """Checks labels and weights.
+
+        Raises:
+            DataError: labels that are not 0, 1, 2, ..., or weights that are negative or all zero.
+        """
+        if self.label is not None:
+            check_labels(self.label)
+        if self.weights is not None:
+            check_weights(self.weights, self.signed)
+
+    def extras(self, rows: Any = slice(None)) -> Extras:
+        """Returns the values of some rows."""
+
+        def tensor(table: Table | None, dtype: type[np.generic]) -> Tensor | None:
+            return None if table is None else torch.from_numpy(table.values[rows].astype(dtype))
+
+        label, weights = tensor(self.label, np.int64), tensor(self.weights, np.float64)
+        return Extras(
+            None if label is None else label.reshape(-1),
+            tensor(self.context, np.float64),
+            None if weights is None else weights.reshape(-1),
+        )
+
+
+def read_roles(
+    path: str | Table,
+    key: str | None,
+    columns: Columns | None,
+    roles: Roles,
+    text_format: TextFormat = DETECTED,
+    missing: Missing = REFUSED,
+) -> RoleTables:
+    """Reads a table and divides its columns by role; see `read_table` for the arguments.
+
+    If `columns` names a column that has another role, it is not part of the samples.
+
+    Raises:
+        ConfigError: see `Roles.pick`; or no column is left for the samples.
+    """
+    source = path.path if isinstance(path, Table) else path
+    positions = RolePositions((), (), ())
+
+    def choose(names: Sequence[str], left_out: Sequence[int]) -> list[int]:
+        nonlocal positions
+        positions = roles.pick(names, source)
+        indices = pick(columns, names, source, left_out=left_out)
+        return [*indices, *(i for i in positions.all if i not in indices)]
+
+    table = read_table(path, key, choose, text_format=text_format, missing=missing)
+    return divided(table, positions, roles)
+
+
+def divided(table: Table, positions: RolePositions, roles: Roles) -> RoleTables:
+    """Divides a table by the roles of its columns.
+
+    Raises:
+        ConfigError: no column is left for the samples.
+    """
+
+    def only(indices: tuple[int, ...]) -> Table | None:
+        return table.only([table.indices.index(i) for i in indices]) if indices else None
+
+    samples = table.only([i for i, index in enumerate(table.indices) if index not in positions.all])
+    if not samples.columns:
+        keys = [f"data.{name}" for name, indices in zip(RolePositions._fields, positions, strict=True) if indices]
+        raise ConfigError(f"{' and '.join(keys)} name all columns of {table.path}: there are no columns for samples")
+    label, context, weights = (only(indices) for indices in positions)
+    return RoleTables(samples, label, context, weights, roles.signed)
