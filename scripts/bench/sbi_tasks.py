@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr, ndtri
 
 Array = NDArray[np.float64]
 
@@ -31,6 +32,18 @@ class Task(ABC):
     def prior(self, n: int, rng: np.random.Generator) -> Array:
         """Draws parameters, (n, d)."""
         return rng.uniform(-self.bound, self.bound, (n, self.d))
+
+    def unbounded(self, theta: Array) -> Array:
+        """Returns y = Phi^-1((theta / bound + 1) / 2), (n, d). The prior of y is a standard normal distribution."""
+        return ndtri((theta / self.bound + 1) / 2)
+
+    def bounded(self, y: Array) -> Array:
+        """Returns theta (n, d) for y = unbounded(theta)."""
+        return self.bound * (2 * ndtr(y) - 1)
+
+    def log_slope(self, theta: Array) -> Array:
+        """Returns log|det dy/dtheta|, (n,)."""
+        return -log_normal(self.unbounded(theta), 0, 1).sum(1) - self.d * np.log(2 * self.bound)
 
     @abstractmethod
     def simulate(self, theta: Array, rng: np.random.Generator) -> Array:
