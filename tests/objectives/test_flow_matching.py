@@ -19,7 +19,7 @@ from flowtrain.data.base import Samples
 from flowtrain.flow import Flow
 from flowtrain.nn.divergence import TraceRule
 from flowtrain.nn.mlp_field import MLPField
-from flowtrain.objectives.flow_matching import Ends, FlowMatching, optimal, stratified
+from flowtrain.objectives.flow_matching import CONTEXT_RADIUS, Ends, FlowMatching, optimal, stratified
 from flowtrain.ode import ode_solver, record_solves
 from flowtrain.runs.build import build_flow, build_objective
 from flowtrain.utils.errors import ConfigError
@@ -216,3 +216,30 @@ def test_conditional_image_flow_has_a_finite_matching_loss(tmp_path: Path) -> No
     assert bool(torch.isfinite(loss))
     with pytest.raises(ConfigError, match="scales=0"):
         build_objective(config, build_flow({**config, "model": {**config["model"], "scales": 1}}, samples))
+
+
+def test_optimal_coupling_pairs_only_similar_contexts() -> None:
+    """The base points of a context must be standard normal, so only rows with similar contexts exchange them."""
+    n = 400
+    context = torch.rand(n, 2)
+    x, z = 10 * context[:, :1] + 0.1 * torch.randn(n, 1), torch.randn(n, 1)
+    paired = optimal(z, x, context)
+    source = (paired == z.T).float().argmax(1)
+    assert sorted(source.tolist()) == list(range(n))
+    assert float((context - context[source]).norm(dim=1).max()) <= CONTEXT_RADIUS
+    moved = source != torch.arange(n)
+    assert float(moved.float().mean()) > 0.2
+    # the pairing without context makes the base points depend on the context
+    assert abs(float(torch.corrcoef(torch.stack([optimal(z, x)[:, 0], context[:, 0]]))[0, 1])) > 0.9
+    assert abs(float(torch.corrcoef(torch.stack([paired[:, 0], context[:, 0]]))[0, 1])) < 0.3
+    cost = ((paired - x) ** 2).sum()
+    assert float(cost) < float(((z - x) ** 2).sum())
+
+
+def test_categories_are_paired_within_each_category() -> None:
+    context = torch.nn.functional.one_hot(torch.arange(60) % 3, 3).double()
+    x, z = torch.randn(60, 2), torch.randn(60, 2)
+    paired = optimal(z, x, context)
+    for k in range(3):
+        rows = context[:, k] == 1
+        torch.testing.assert_close(paired[rows], optimal(z[rows], x[rows]))
