@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowtrain.utils.arguments import number, one_of, shape_of, whole
+from flowtrain.nn.conditioners import ACTIVATIONS, MLP
+from flowtrain.utils.arguments import number, one_of, shape_of, whole, widths
+from flowtrain.utils.circle import circular_indices, wrap
 from flowtrain.utils.em import fit_mixture
-from flowtrain.utils.errors import FlowtrainError
+from flowtrain.utils.errors import ConfigError, FlowtrainError
 from flowtrain.utils.linear_algebra import solve_lower
 from flowtrain.utils.recorded import Recorded
 
-__all__ = ["Base", "GaussianMixture", "StandardNormal", "StudentT", "UniformBox"]
+__all__ = ["Base", "ConditionalMixture", "GaussianMixture", "NormalUniform", "StandardNormal", "StudentT", "UniformBox"]
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 COVARIANCES = ("full", "diagonal")
@@ -23,6 +25,11 @@ COVARIANCES = ("full", "diagonal")
 PART = 2**22
 # EM in `initialize` stops below this gain, in nats per row. Smaller gains did not lower the validation NLL
 INITIALIZE_TOLERANCE = 1e-3
+# `ConditionalMixture` multiplies its initial scales by at most exp(CAP). Without a bound, the likelihood of repeated
+# rows is unbounded
+CAP = 6.0
+# the largest number of weights in the last layer of a `ConditionalMixture`
+MOST_WEIGHTS = 2**26
 # the largest number of terms of the continued fraction of the incomplete beta function
 MOST_TERMS = 10_000
 
@@ -35,6 +42,10 @@ class Base(Recorded, nn.Module, ABC):
 
     Args:
         event_shape: shape of one z, or a number d for vectors of length d.
+
+    Attributes:
+        circular: the indices of the columns of z that are angles in radians. A flow with such a base has the same
+            circular columns in x. () for other bases.
 
     Example:
         >>> class Laplace(Base):
@@ -51,6 +62,8 @@ class Base(Recorded, nn.Module, ABC):
         >>> Laplace((2,)).log_prob(torch.zeros(1, 2))  # -2 log 2
         tensor([-1.3863])
     """
+
+    circular: tuple[int, ...] = ()
 
     def __init__(self, event_shape: int | Sequence[int]) -> None:
         super().__init__()
@@ -108,6 +121,14 @@ class Base(Recorded, nn.Module, ABC):
     ) -> Tensor:
         """Draws n samples z (n, *event_shape) without gradients, see `rsample`."""
         return self.rsample(n, generator, temperature, like)
+
+    def given(self, context: Tensor | None) -> "Base":
+        """Returns the distribution of z for the context of a batch: labels (B,) or features (B, F).
+
+        The default returns this base, whose density does not depend on a context. The methods of a base that depends on
+        the context have one z for each row of the context: z is (B, *event_shape), and n is B.
+        """
+        return self
 
     def initialize(self, z: Tensor) -> None:
         """Sets data-dependent parameters from z (n, *event_shape), training rows mapped to the base.
@@ -325,7 +346,164 @@ class UniformBox(Base):
         return ((z - self.low) / (self.high - self.low)).clamp(0, 1).flatten(1)
 
 
-class GaussianMixture(Base):
+class NormalUniform(Base):
+    """Vectors with standard normal real columns and uniform circular columns, all independent.
+
+    log p0(z) = -(|z_real|^2 + (d - m) log 2 pi) / 2 - m log 2 pi for m circular columns. These are angles in radians.
+    Angles that differ by 2 pi are the same point, so log p0 is periodic in them. Samples lie in [-pi, pi).
+
+    A uniform distribution has no mode, so the base has no temperature.
+
+    Args:
+        event_shape: d or (d,).
+        circular: the indices of the circular columns.
+
+    Raises:
+        FlowtrainError: samples that are not vectors.
+        ConfigError: an invalid index.
+
+    Example:
+        >>> NormalUniform(2, circular=[1]).log_prob(torch.zeros(1, 2))  # -1.5 log(2 pi)
+        tensor([-2.7568])
+    """
+
+    is_circular: Tensor
+
+    def __init__(self, event_shape: int | Sequence[int], circular: Sequence[int]) -> None:
+        super().__init__(event_shape)
+        if len(self.event_shape) != 1:
+            raise FlowtrainError(f"event_shape={self.event_shape}: only vectors have circular columns, so give (d,)")
+        self.circular = circular_indices(circular, *self.event_shape)
+        is_circular = torch.tensor([i in self.circular for i in range(self.event_shape[0])], device="cpu")
+        # the argument determines it, so checkpoints do not need it
+        self.register_buffer("is_circular", is_circular, persistent=False)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        m = len(self.circular)
+        # z - z keeps NaN
+        real = torch.where(self.is_circular, z - z, z)
+        return -0.5 * (real.square().sum(1) + (z.shape[1] + m) * math.log(2 * math.pi))
+
+    def rsample(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+        like: Tensor | None = None,
+    ) -> Tensor:
+        if temperature != 1:
+            raise FlowtrainError(
+                f"temperature={temperature}: the base is uniform in circular columns and has no mode there, so only "
+                "temperature=1 is possible"
+            )
+        like = torch.zeros((), device=self.is_circular.device) if like is None else like
+        z = torch.randn(n, *self.event_shape, generator=generator, dtype=like.dtype, device=like.device)
+        u = torch.rand(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+        return torch.where(self.is_circular, wrap(2 * math.pi * u), z)
+
+    def to_uniform(self, z: Tensor) -> Tensor:
+        turned = (wrap(z) / (2 * math.pi) + 0.5).clamp(0, 1)
+        return torch.where(self.is_circular, turned, torch.special.ndtr(z))
+
+    def to_normal(self, z: Tensor) -> Tensor:
+        return torch.where(self.is_circular, super().to_normal(z), z)
+
+    def extra_repr(self) -> str:
+        return f"event_shape={self.event_shape}, circular={self.circular}"
+
+
+class _Mixture(Base):
+    """A Gaussian mixture sum_k w_k N(z; m_k, L_k L_k^T), whose parameters may differ from row to row.
+
+    Attributes:
+        logits: log w_k up to a constant, (K,) or (B, K).
+        means: m_k, (K, d) or (B, K, d).
+        log_scale: log L_k,jj, with the shape of `means`.
+        lower: the elements below the diagonal that determine the correlations, or None for a diagonal mixture.
+    """
+
+    logits: Tensor
+    means: Tensor
+    log_scale: Tensor
+    lower: Tensor | None
+
+    @abstractmethod
+    def _noise(self, z: Tensor) -> Tensor:
+        """Returns e_k = L_k^-1 (z - m_k), (B, K, d), for z (B, d)."""
+
+    @abstractmethod
+    def _draw(self, n: int, generator: torch.Generator | None, temperature: float, like: Tensor) -> Tensor:
+        """Draws z = m_k + T L_k e with k ~ w and e ~ N(0, I), (n, d), without gradients. T is the temperature."""
+
+    @abstractmethod
+    def _jacobian(self, z: Tensor) -> Tensor:
+        """Returns du/dz of u = `_conditional_cdf(z)`, (B, d, d), without gradients."""
+
+    def _log_terms(self, e: Tensor) -> Tensor:
+        """Returns the log density of z_j in component k given z_1 .. z_(j-1), (B, K, d).
+
+        This is log N(e_kj; 0, 1) - log L_k,jj, for e (B, K, d) from `_noise`.
+        """
+        return -0.5 * e.square() - HALF_LOG_2PI - self.log_scale
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self._log_joint(z.flatten(1)).logsumexp(1)
+
+    def _log_joint(self, z: Tensor) -> Tensor:
+        """Returns log w_k N(z; m_k, L_k L_k^T), (B, K), for z (B, d)."""
+        constant = self.logits.log_softmax(-1) - self.log_scale.sum(-1) - z.shape[1] * HALF_LOG_2PI
+        return constant - 0.5 * self._noise(z).square().sum(-1)
+
+    def rsample(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+        like: Tensor | None = None,
+    ) -> Tensor:
+        """Draws z = m_k + T L_k e with k ~ w and e ~ N(0, I). T is the temperature.
+
+        The draw of k has no derivative, so the gradients are implicit (Figurnov et al. 2018, Implicit
+        reparameterization gradients, eq. 7): u = `to_uniform(z)` is held fixed, so that
+        dz = -(du/dz)^-1 du/dparameters. The weights get gradients too. The cost is d backward passes, and there are no
+        second derivatives.
+
+        Raises:
+            FlowtrainError: gradients are required at a temperature other than 1.
+        """
+        z = self._draw(n, generator, temperature, self.means if like is None else like)
+        parameters = (self.logits, self.means, self.log_scale, self.lower)
+        if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
+            if temperature != 1:
+                raise FlowtrainError(
+                    f"temperature={temperature}: samples of a mixture only have gradients at temperature 1; use sample"
+                )
+            z = self._implicit(z)
+        return z.view(n, *self.event_shape)
+
+    def _implicit(self, z: Tensor) -> Tensor:
+        """Returns z (n, d) with implicit gradients, see `rsample`."""
+        jacobian, u = self._jacobian(z), self._conditional_cdf(z)
+        change: Tensor = torch.linalg.solve_triangular(jacobian.tril(), (u - u.detach()).unsqueeze(-1), upper=False)
+        return z - change.squeeze(-1).to(z.dtype)
+
+    def _conditional_cdf(self, z: Tensor) -> Tensor:
+        """Returns F(z_j | z_1 .. z_(j-1)) = sum_k q_jk Phi(e_kj), (B, d).
+
+        q_jk is the probability of component k given z_1 .. z_(j-1), proportional to w_k N(z_1 .. z_(j-1); component k).
+        """
+        e = self._noise(z)
+        terms = self._log_terms(e)
+        before = torch.nn.functional.pad(terms.cumsum(-1)[..., :-1], (1, 0))
+        q = (self.logits.log_softmax(-1).unsqueeze(-1) + before).softmax(1)
+        u: Tensor = (q * torch.special.ndtr(e)).sum(1)
+        return u
+
+    def to_uniform(self, z: Tensor) -> Tensor:
+        return self._conditional_cdf(z.flatten(1)).clamp(0, 1)
+
+
+class GaussianMixture(_Mixture):
     """A Gaussian mixture p0(z) = sum_k w_k N(z; m_k, L_k L_k^T), k = 1 .. K, with trainable w, m and L.
 
     w = softmax(logits). L_k is lower triangular, with the diagonal exp(log_scale_k). `lower` contains the elements
@@ -389,83 +567,26 @@ class GaussianMixture(Base):
         # one solve per component with B right-hand sides is ten times faster than one per component and row
         return solve_lower(self.scale_tril.to(off.dtype), off.permute(1, 2, 0)).permute(2, 0, 1)
 
-    def _log_terms(self, e: Tensor) -> Tensor:
-        """Returns the log density of z_j in component k given z_1 .. z_(j-1), (B, K, d).
-
-        This is log N(e_kj; 0, 1) - log L_k,jj, for e (B, K, d) from `_noise`.
-        """
-        return -0.5 * e.square() - HALF_LOG_2PI - self.log_scale
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        return self._log_joint(z.flatten(1)).logsumexp(1)
-
-    def _log_joint(self, z: Tensor) -> Tensor:
-        """Returns log w_k N(z; m_k, L_k L_k^T), (B, K), for z (B, d)."""
-        constant = self.logits.log_softmax(0) - self.log_scale.sum(1) - self.means.shape[1] * HALF_LOG_2PI
-        return constant - 0.5 * self._noise(z).square().sum(-1)
-
-    def rsample(
-        self,
-        n: int,
-        generator: torch.Generator | None = None,
-        temperature: float = 1.0,
-        like: Tensor | None = None,
-    ) -> Tensor:
-        """Draws z = m_k + T L_k e with k ~ w and e ~ N(0, I). T is the temperature.
-
-        The draw of k has no derivative, so the gradients are implicit (Figurnov et al. 2018, Implicit
-        reparameterization gradients, eq. 7): u = `to_uniform(z)` is held fixed, so that
-        dz = -(du/dz)^-1 du/dparameters. The weights get gradients too. The cost is d backward passes, and there are no
-        second derivatives.
-
-        Raises:
-            FlowtrainError: gradients are required at a temperature other than 1.
-        """
-        like = self.means if like is None else like
-        k = torch.multinomial(self.weights.detach(), n, replacement=True, generator=generator)
+    @torch.no_grad()
+    def _draw(self, n: int, generator: torch.Generator | None, temperature: float, like: Tensor) -> Tensor:
+        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         e = torch.randn(n, self.means.shape[1], generator=generator, dtype=like.dtype, device=like.device)
-        with torch.no_grad():
-            if self.lower is None:
-                off = self.log_scale.exp().to(e)[k] * e
-            else:
-                off = (self.scale_tril.to(e)[k] @ e.unsqueeze(-1)).squeeze(-1)
-            z = self.means.to(e)[k] + temperature * off
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            if temperature != 1:
-                raise FlowtrainError(
-                    f"temperature={temperature}: samples of a mixture only have gradients at temperature 1; use sample"
-                )
-            z = self._implicit(z)
-        return z.view(n, *self.event_shape)
+        if self.lower is None:
+            off = self.log_scale.exp().to(e)[k] * e
+        else:
+            off = (self.scale_tril.to(e)[k] @ e.unsqueeze(-1)).squeeze(-1)
+        return self.means.to(e)[k] + temperature * off
 
-    def _implicit(self, z: Tensor) -> Tensor:
-        """Returns z (n, d) with implicit gradients, see `rsample`."""
+    @torch.no_grad()
+    def _jacobian(self, z: Tensor) -> Tensor:
         k, d = self.means.shape
 
         def of_row(row: Tensor) -> Tensor:
             return self._conditional_cdf(row.unsqueeze(0))[0]
 
         rows = max(1, PART // (k * d * d))
-        with torch.no_grad():
-            jacobian = torch.func.vmap(torch.func.jacrev(of_row), chunk_size=rows)(z)
-        u = self._conditional_cdf(z)
-        change: Tensor = torch.linalg.solve_triangular(jacobian.tril(), (u - u.detach()).unsqueeze(-1), upper=False)
-        return z - change.squeeze(-1).to(z.dtype)
-
-    def _conditional_cdf(self, z: Tensor) -> Tensor:
-        """Returns F(z_j | z_1 .. z_(j-1)) = sum_k q_jk Phi(e_kj), (B, d).
-
-        q_jk is the probability of component k given z_1 .. z_(j-1), proportional to w_k N(z_1 .. z_(j-1); component k).
-        """
-        e = self._noise(z)
-        terms = self._log_terms(e)
-        before = torch.nn.functional.pad(terms.cumsum(-1)[..., :-1], (1, 0))
-        q = (self.logits.log_softmax(0).unsqueeze(-1) + before).softmax(1)
-        u: Tensor = (q * torch.special.ndtr(e)).sum(1)
-        return u
-
-    def to_uniform(self, z: Tensor) -> Tensor:
-        return self._conditional_cdf(z.flatten(1)).clamp(0, 1)
+        found: Tensor = torch.func.vmap(torch.func.jacrev(of_row), chunk_size=rows)(z)
+        return found
 
     def initialize(self, z: Tensor) -> None:
         """Fits the mixture to z. The result depends on the seed of torch, but not on the order of the rows.
@@ -535,3 +656,177 @@ class GaussianMixture(Base):
     def extra_repr(self) -> str:
         covariance = "diagonal" if self.lower is None else "full"
         return f"event_shape={self.event_shape}, components={len(self.logits)}, covariance={covariance}"
+
+
+class ConditionalMixture(Base):
+    """A mixture density network (Bishop 1994, Mixture density networks): a Gaussian mixture that depends on a context.
+
+    p0(z | c) = sum_k w_k N(z; m_k, L_k L_k^T), k = 1 .. K. The parameters of the mixture are the parameters of this
+    base, which do not depend on c, plus the outputs of a multilayer perceptron of c. L_k is given by
+
+        (I - R_k) (z - m_k) = D_k e,    L_k = (I - R_k)^-1 D_k,    D_k = diag(exp(s_k)),
+
+    with strictly lower triangular R_k and e ~ N(0, I) (Pourahmadi 1999, Joint mean-covariance models). For any R_k and
+    s_k this is a covariance, and the density needs no triangular solve. A network output y adds 6 tanh(y / 6) to s_k.
+
+    The outputs of a new network are zero. `initialize` fits the mixture of all rows, without the context, by EM. The
+    density is computed by `given(context)`.
+
+    Args:
+        event_shape: shape of one z.
+        components: the number K of components.
+        classes: the size of the context: the number of classes, or of features.
+        covariance: full | diagonal. A diagonal mixture has no R.
+        prior: the strength of the prior in EM, see `GaussianMixture`.
+        hidden: widths of the hidden layers of the network.
+        activation: relu | tanh | swish.
+
+    Raises:
+        ConfigError: a setting out of range, or a network with more than 2^26 weights in its last layer.
+
+    Example:
+        >>> base = ConditionalMixture(2, components=3, classes=4)
+        >>> base.given(torch.tensor([0, 3])).log_prob(torch.zeros(2, 2)).shape
+        torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        components: int,
+        classes: int,
+        covariance: str = "full",
+        prior: float = 0.0,
+        hidden: Sequence[int] = (64, 64),
+        activation: str = "swish",
+    ) -> None:
+        super().__init__(event_shape)
+        self.prior, self.covariance = number("prior", prior, inclusive=True), covariance
+        k, d = whole("components", components), math.prod(self.event_shape)
+        full = one_of("covariance", covariance, COVARIANCES) == "full"
+        # of each component: logit, mean, log scale, R
+        self.sizes = [1, d, d, d * (d - 1) // 2 if full else 0]
+        layers = widths("hidden", hidden)
+        if sum(self.sizes) * k * layers[-1] > MOST_WEIGHTS:
+            raise ConfigError(
+                f"a mixture of {k} components over {d} columns with {covariance} covariances that depend on a context "
+                f"needs a network with {sum(self.sizes) * k * layers[-1]:,} weights in its last layer: use "
+                "covariance=diagonal, or fewer components"
+            )
+        self.logits = nn.Parameter(torch.zeros(k))
+        self.means = nn.Parameter(torch.randn(k, d))
+        self.log_scale = nn.Parameter(torch.zeros(k, d))
+        self.lower = nn.Parameter(torch.zeros(k, self.sizes[3])) if full else None
+        self.net = MLP(0, layers, k * sum(self.sizes), one_of("activation", activation, ACTIVATIONS), classes)
+
+    def given(self, context: Tensor | None) -> "Base":
+        """Returns the mixture of each row of a context.
+
+        Raises:
+            FlowtrainError: no context.
+        """
+        if context is None:
+            raise FlowtrainError("the density of this base depends on a context: call base.given(context)")
+        y = self.net(self.means.new_empty(context.shape[0], 0), context).unflatten(1, (len(self.means), -1))
+        logits, means, scale, lower = y.split(self.sizes, 2)
+        return MixtureOfRows(
+            self.event_shape,
+            self.logits + logits.squeeze(2),
+            self.means + means,
+            self.log_scale + CAP * torch.tanh(scale / CAP),
+            None if self.lower is None else self.lower + lower,
+        )
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self.given(None).log_prob(z)
+
+    def rsample(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+        like: Tensor | None = None,
+    ) -> Tensor:
+        return self.given(None).rsample(n, generator, temperature, like)
+
+    def to_uniform(self, z: Tensor) -> Tensor:
+        return self.given(None).to_uniform(z)
+
+    @torch.no_grad()
+    def initialize(self, z: Tensor) -> None:
+        fitted = GaussianMixture(self.event_shape, len(self.logits), self.covariance, self.prior).to(z)
+        fitted.initialize(z)
+        self.logits.copy_(fitted.logits)
+        self.means.copy_(fitted.means)
+        self.log_scale.copy_(fitted.log_scale)
+        if self.lower is not None:
+            # R = I - D L^-1
+            factor = fitted.scale_tril.double()
+            inverse = solve_lower(factor, torch.eye(factor.shape[1]).to(factor).expand(factor.shape))
+            scaled = factor.diagonal(dim1=1, dim2=2).unsqueeze(2) * inverse
+            self.lower.copy_(-scaled[:, *_below_diagonal(scaled)])
+
+    def extra_repr(self) -> str:
+        return f"event_shape={self.event_shape}, components={len(self.logits)}, covariance={self.covariance}"
+
+
+class MixtureOfRows(_Mixture):
+    """The Gaussian mixtures of a `ConditionalMixture` for the rows of a context.
+
+    Args:
+        event_shape: shape of one z.
+        logits: (B, K).
+        means, log_scale: m and s, (B, K, d).
+        lower: the elements of R below the diagonal, row by row, (B, K, d (d - 1) / 2), or None.
+    """
+
+    def __init__(
+        self, event_shape: tuple[int, ...], logits: Tensor, means: Tensor, log_scale: Tensor, lower: Tensor | None
+    ) -> None:
+        super().__init__(event_shape)
+        self.logits, self.means, self.log_scale, self.lower = logits, means, log_scale, lower
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """The Cholesky factors L, (B, K, d, d)."""
+        return _factor(self.log_scale, self.lower)
+
+    def _noise(self, z: Tensor) -> Tensor:
+        off = z.unsqueeze(1) - self.means
+        if self.lower is not None:
+            rows, columns = _below_diagonal(off)
+            off = off - torch.zeros_like(off).index_add(2, rows, self.lower * off[:, :, columns])
+        return off * (-self.log_scale).exp()
+
+    @torch.no_grad()
+    def _draw(self, n: int, generator: torch.Generator | None, temperature: float, like: Tensor) -> Tensor:
+        k = torch.multinomial(self.logits.softmax(1), 1, generator=generator).squeeze(1)
+        rows = torch.arange(n, device=k.device)
+        e = torch.randn(n, self.means.shape[2], generator=generator, dtype=like.dtype, device=like.device)
+        factor = _factor(self.log_scale[rows, k], None if self.lower is None else self.lower[rows, k]).to(e)
+        return self.means[rows, k].to(e) + temperature * (factor @ e.unsqueeze(-1)).squeeze(-1)
+
+    def _jacobian(self, z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            u = self._conditional_cdf(z)
+            # a row of u depends only on the same row of z
+            rows = [torch.autograd.grad(u_j.sum(), z, retain_graph=True)[0] for u_j in u.unbind(1)]
+        return torch.stack(rows, 1)
+
+
+def _below_diagonal(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the rows and the columns of the elements below the diagonal, row by row, for d = like.shape[-1]."""
+    d = like.shape[-1]
+    rows, columns = torch.tril_indices(d, d, -1, device=like.device)
+    return rows, columns
+
+
+def _factor(log_scale: Tensor, lower: Tensor | None) -> Tensor:
+    """Returns L = (I - R)^-1 D, (..., d, d), for log_scale (..., d) and the elements of R below the diagonal."""
+    scale = torch.diag_embed(log_scale.exp())
+    if lower is None:
+        return scale
+    unit = torch.diag_embed(torch.ones_like(log_scale))
+    unit[..., *_below_diagonal(log_scale)] = -lower
+    return solve_lower(unit, scale)

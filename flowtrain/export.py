@@ -200,7 +200,8 @@ def _rows_of(flow: Flow, x: Any, context: Context, source: str) -> _Rows:
                 "x has no rows of finite numbers: the export needs such rows to compare the programs with the flow"
             )
         x, found = flow.dequantized(x[kept]), None if found is None else found[kept]
-        return _Rows(x, found, flow.base.sample(len(kept), like=flow.like), source)
+        base = flow.base.given(flow.features(found))
+        return _Rows(x, found, base.sample(len(kept), like=flow.like), source)
 
 
 # --- fixed steps
@@ -342,8 +343,9 @@ class _LogProb(nn.Module):
         self.flow = flow
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        z, log_det, _ = self.flow.bijection.pass_inverse(x, self.flow.features(context))
-        return self.flow.base_log_prob(z) + log_det.to(z.dtype)
+        features = self.flow.features(context)
+        z, log_det, _ = self.flow.bijection.pass_inverse(x, features)
+        return self.flow.base_log_prob(z, features) + log_det.to(z.dtype)
 
 
 class _Inverse(nn.Module):

@@ -194,7 +194,8 @@ class Density(Recorded, nn.Module):
     @property
     def like(self) -> Tensor:
         """A tensor with the dtype and the device of the flow."""
-        return next(chain(self.parameters(), self.buffers()), torch.zeros(()))
+        values = (v for v in chain(self.parameters(), self.buffers()) if v.is_floating_point())
+        return next(values, torch.zeros(()))
 
     @property
     def data_like(self) -> Tensor:
@@ -727,11 +728,11 @@ class Flow(Density):
             given = self.features(self.context_of(context, x))
             z, log_det, integrals = self.bijection.pass_inverse(x, given, options)
             # for float64 samples, log_det is float64 too
-            return DensityPass(self.base_log_prob(z) + log_det.to(z.dtype), z, integrals)
+            return DensityPass(self.base_log_prob(z, given) + log_det.to(z.dtype), z, integrals)
 
-    def base_log_prob(self, z: Tensor) -> Tensor:
-        """Returns log p0(z) in nats, (B,)."""
-        return self.base.log_prob(z)
+    def base_log_prob(self, z: Tensor, features: Tensor | None = None) -> Tensor:
+        """Returns log p0(z) in nats, (B,), for the `features` of a conditional flow, see `Base.given`."""
+        return self.base.given(features).log_prob(z)
 
     @overload
     def forward(self, z: Tensor, context: Context = None, *, label: Label = None) -> Tensor: ...
@@ -775,7 +776,7 @@ class Flow(Density):
         self, n: int, temperature: float, chunk: int | None, context: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
         # all base points are drawn at once, so that they do not depend on the chunks
-        z = self.base.rsample(n, generator, temperature, self.like)
+        z = self.base.given(self.features(context)).rsample(n, generator, temperature, self.like)
         size = chunk or rows_at_a_time(self.event_shape)
         parts = repeat(None) if context is None else torch.split(context, size)
         x = []

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -12,7 +13,17 @@ from scipy import integrate, stats
 from sklearn.mixture import GaussianMixture as SklearnMixture
 from torch import Tensor, nn
 
-from flowtrain.bases import Base, GaussianMixture, StandardNormal, StudentT, UniformBox, incomplete_beta
+from flowtrain.bases import (
+    Base,
+    ConditionalMixture,
+    GaussianMixture,
+    MixtureOfRows,
+    NormalUniform,
+    StandardNormal,
+    StudentT,
+    UniformBox,
+    incomplete_beta,
+)
 from flowtrain.utils.errors import ConfigError, FlowtrainError
 
 
@@ -35,14 +46,34 @@ BASES: dict[str, Callable[..., Base]] = {
     "normal": lambda shape=(3,): StandardNormal(shape),
     "student": student,
     "box": box,
+    "circular": lambda shape=(3,): NormalUniform(shape, [0, 2]),
     "full": mixture,
     "diagonal": lambda shape=(3,): mixture(shape, "diagonal"),
 }
 
 
+class OfColumns(D.Distribution):
+    """Independent columns with one distribution each."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, columns: list[D.Distribution]) -> None:
+        super().__init__(event_shape=torch.Size([len(columns)]), validate_args=False)
+        self.columns = columns
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return sum(c.log_prob(value[:, i]) for i, c in enumerate(self.columns))  # type: ignore[return-value]
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return torch.stack([c.sample(sample_shape) for c in self.columns], -1)
+
+
 def closed_form(base: Base) -> D.Distribution:
     """Returns torch's distribution that equals the base, over flattened z."""
     d = math.prod(base.event_shape)
+    if isinstance(base, NormalUniform):
+        real, angle = D.Normal(torch.tensor(0.0), torch.tensor(1.0)), D.Uniform(-math.pi, math.pi)
+        return OfColumns([angle if i in base.circular else real for i in range(d)])
     if isinstance(base, StudentT):
         return D.Independent(D.StudentT(base.df.flatten()), 1)
     if isinstance(base, UniformBox):
@@ -60,6 +91,8 @@ def make(request: pytest.FixtureRequest) -> Callable[..., Base]:
 
 @pytest.mark.parametrize("shape", [(3,), (2, 1, 2)])
 def test_log_prob_equals_the_closed_form(make: Callable[..., Base], shape: tuple[int, ...]) -> None:
+    if make is BASES["circular"] and len(shape) > 1:
+        pytest.skip("only vectors have circular columns")
     base = make(shape)
     z = base.sample(50)
     assert z.shape == (50, *shape)
@@ -155,7 +188,7 @@ def test_bases_can_be_built_on_the_meta_device() -> None:
     """Loading a checkpoint builds bases on the meta device, to compare the shapes of weights."""
 
     def shapes() -> list[dict[str, torch.Size]]:
-        bases = [StudentT((2,), 3.0), UniformBox([0.0, 0.0], [1.0, 1.0]), GaussianMixture(2, 3)]
+        bases = [StudentT((2,), 3.0), UniformBox([0.0, 0.0], [1.0, 1.0]), GaussianMixture(2, 3), NormalUniform(2, [1])]
         return [{name: value.shape for name, value in base.state_dict().items()} for base in bases]
 
     expected = shapes()
@@ -186,6 +219,20 @@ def test_uniform_box_density_is_zero_outside() -> None:
     assert log_p[:2].tolist() == pytest.approx([-math.log(4)] * 2)
     assert log_p[2:4].tolist() == [-math.inf] * 2
     assert log_p[4].isnan()
+
+
+def test_density_is_periodic_in_circular_columns_and_there_is_no_temperature() -> None:
+    base = NormalUniform(3, [0, 2])
+    z = base.sample(5)
+    turns = 2 * math.pi * torch.tensor([1.0, 0.0, -2.0])
+    torch.testing.assert_close(base.log_prob(z + turns), base.log_prob(z))
+    torch.testing.assert_close(base.to_uniform(z + turns), base.to_uniform(z))
+    assert base.log_prob(torch.tensor([[torch.nan, 0.0, 0.0]])).isnan().all()
+    with pytest.raises(FlowtrainError, match="temperature"):
+        base.sample(2, temperature=0.5)
+    for shape, circular in (((1, 2), [0]), ((2,), [2])):
+        with pytest.raises(FlowtrainError):
+            NormalUniform(shape, circular)
 
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal"])
@@ -338,3 +385,89 @@ def test_log_prob_gradients_match_finite_differences() -> None:
 def test_invalid_arguments_are_refused(make: Callable[[], Base], message: str) -> None:
     with pytest.raises((FlowtrainError, ConfigError), match=message):
         make()
+
+
+def conditional(shape: tuple[int, ...] = (3,), covariance: str = "full") -> ConditionalMixture:
+    """Returns a mixture density network of 2 features with random weights."""
+    base = ConditionalMixture(shape, 3, 2, covariance, hidden=[5])
+    for p in base.parameters():
+        nn.init.normal_(p, std=0.7)
+    return base
+
+
+def rows_of(base: MixtureOfRows) -> D.Distribution:
+    parts = D.MultivariateNormal(base.means, scale_tril=base.scale_tril)
+    return D.MixtureSameFamily(D.Categorical(logits=base.logits), parts)
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 1, 2)])
+def test_conditional_mixture_equals_the_closed_form_of_each_row(covariance: str, shape: tuple[int, ...]) -> None:
+    base, c = conditional(shape, covariance), torch.randn(20, 2)
+    rows = base.given(c)
+    assert isinstance(rows, MixtureOfRows)
+    z = rows.sample(20)
+    assert z.shape == (20, *shape)
+    torch.testing.assert_close(rows.log_prob(z), rows_of(rows).log_prob(z.flatten(1)))
+    # the density of a row depends only on the context of this row
+    torch.testing.assert_close(base.given(c[3:5]).log_prob(z[3:5]), rows.log_prob(z)[3:5])
+    with pytest.raises(FlowtrainError):
+        base.log_prob(z)
+
+
+def test_conditional_mixture_accepts_labels() -> None:
+    base, labels = conditional(), torch.tensor([1, 0, 1])
+    torch.testing.assert_close(
+        base.given(labels).log_prob(torch.zeros(3, 3)), base.given(torch.eye(2)[labels]).log_prob(torch.zeros(3, 3))
+    )
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+def test_conditional_samples_and_transforms_match_the_density(covariance: str) -> None:
+    base, n = conditional((2,), covariance), 4000
+    c = torch.randn(1, 2).expand(n, 2)
+    rows = base.given(c)
+    ours, theirs = rows.sample(n), rows_of(base.given(c[:1])).sample((n,)).squeeze(1)
+    for direction in torch.cat([torch.eye(2), torch.randn(2, 2)]):
+        assert stats.ks_2samp((ours @ direction).numpy(), (theirs @ direction).numpy()).pvalue > 1e-4
+    # contexts that differ from row to row
+    rows = base.given(torch.randn(n, 2))
+    u = rows.to_uniform(rows.sample(n)).detach()
+    for j in range(2):
+        assert stats.kstest(u[:, j].numpy(), "uniform").pvalue > 1e-4
+    assert abs(float(torch.corrcoef(rows.to_normal(rows.sample(n)).detach().T)[0, 1])) < 5 / n**0.5
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+def test_implicit_gradients_of_conditional_samples_keep_the_transform(covariance: str) -> None:
+    """u(z; parameters) is constant along dz, by finite differences of the transform."""
+    base, c = conditional((2,), covariance), torch.randn(3, 2)
+    weight = base.net[0].weight
+    z = base.given(c).rsample(3)
+    slope = torch.zeros_like(z)
+    for i, j in itertools.product(range(3), range(2)):
+        slope[i, j] = torch.autograd.grad(z[i, j], weight, retain_graph=True)[0][0, 0]
+    h = 1e-5
+    u = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            weight[0, 0] += sign * h
+            u.append(base.given(c).to_uniform(z + sign * h * slope))
+            weight[0, 0] -= sign * h
+    assert slope.abs().max() > 1e-4
+    torch.testing.assert_close(u[0], u[1], rtol=0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+def test_conditional_mixture_starts_at_the_mixture_of_all_rows(covariance: str) -> None:
+    z = torch.cat([torch.randn(200, 3) @ torch.randn(3, 3), 5 + 0.3 * torch.randn(100, 3)])
+    base, plain = ConditionalMixture(3, 2, 4, covariance), GaussianMixture(3, 2, covariance)
+    base.initialize(z)
+    plain.initialize(z)
+    found = base.given(torch.randint(4, (300,))).log_prob(z)
+    torch.testing.assert_close(found, plain.log_prob(z), rtol=1e-6, atol=1e-6)
+
+
+def test_too_large_networks_are_refused() -> None:
+    with pytest.raises(ConfigError, match="diagonal"), torch.device("meta"):
+        ConditionalMixture(784, 16, 10)

@@ -25,6 +25,7 @@ from flowtrain.bijections.scale import Standardize
 from flowtrain.flow import Flow
 from flowtrain.models.ffjord import ffjord
 from flowtrain.models.glow import glow
+from flowtrain.models.mixture import mixture
 from flowtrain.models.realnvp import realnvp
 from flowtrain.nn.divergence import TraceRule
 from flowtrain.ode import ode_solver
@@ -148,11 +149,14 @@ def test_programs_agree_without_importing_flowtrain(name: str, ending: str, tmp_
 
 
 @pytest.mark.parametrize("ending", SLOW_ONNX)
-def test_label_is_a_second_program_input(ending: str, tmp_path: Path) -> None:
-    flow = randomized(realnvp((2,), layers=1, hidden=[8], conditional=True, classes=3))
+@pytest.mark.parametrize("model", [realnvp, mixture])
+def test_label_is_a_second_program_input(model: Callable[..., Flow], ending: str, tmp_path: Path) -> None:
+    small = {"components": 2} if model is mixture else {"layers": 1}
+    flow = randomized(model((2,), hidden=[8], conditional=True, classes=3, **small))
+    perturbed(flow.base)
     found, label = exported_programs(flow, tmp_path, ending=ending), torch.arange(ROWS) % 3
     with torch.no_grad():
-        x, z = flow.sample(ROWS, label=label), flow.base.sample(ROWS, like=flow.like)
+        x, z = flow.sample(ROWS, label=label), flow.base.given(label).sample(ROWS, like=flow.like)
         for name, given, wanted in (("log_prob", x, flow.log_prob), ("inverse", x, flow.inverse), ("sample", z, flow)):
             torch.testing.assert_close(found[name](given, label), wanted(given, label), rtol=1e-5, atol=1e-4)
             assert not torch.allclose(found[name](given, 2 - label), wanted(given, label), atol=1e-2)

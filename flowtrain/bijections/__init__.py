@@ -2,11 +2,14 @@
 
 from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.base import Bijection, Chain, Pass
+from flowtrain.bijections.circular import CircularSpline, RealThenCircular, WrapAngles
+from flowtrain.bijections.columns import OnColumns
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.coupling import AffineCoupling, CheckerboardCoupling, Coupling, HalfCoupling, IndexCoupling
 from flowtrain.bijections.elementwise import Elementwise, ScaleShift
 from flowtrain.bijections.linear import (
     Affine,
+    ContextShift,
     FromGaussian,
     GaussianStart,
     InvertibleLinear,
@@ -28,6 +31,8 @@ __all__ = [
     "Bijection",
     "Chain",
     "CheckerboardCoupling",
+    "CircularSpline",
+    "ContextShift",
     "Continuous",
     "Coupling",
     "Elementwise",
@@ -38,13 +43,16 @@ __all__ = [
     "IndexCoupling",
     "InvertibleLinear",
     "Logit",
+    "OnColumns",
     "Pass",
     "Permutation",
     "Preconditioned",
+    "RealThenCircular",
     "Regularizer",
     "ScaleShift",
     "Spline",
     "Squeeze",
     "Standardize",
+    "WrapAngles",
     "Wrapped",
 ]

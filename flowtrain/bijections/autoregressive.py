@@ -1,10 +1,11 @@
 """Masked autoregressive maps: the map of each element depends on the elements before it (Papamakarios et al. 2017)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
-from flowtrain.bijections.coupling import bounded, conditioned
+from flowtrain.bijections.coupling import conditioned, conditioner_inputs
 from flowtrain.bijections.elementwise import Elementwise, ScaleShift
 from flowtrain.nn.conditioners import zero
 from flowtrain.nn.residual_mlp import MaskedLinear
@@ -27,6 +28,8 @@ class Autoregressive(Bijection):
         cap: bound on the log-scale of the default f.
         input_bound: B. None: no bound and no W.
         transform: f. None: `ScaleShift(cap)`.
+        n_circular: the number of elements at the end of the vectors that are angles in radians, see `Coupling`. The
+            groups of the conditioner's inputs are then those of the real elements, and twice those of the angles.
 
     Example:
         >>> from flowtrain.nn.residual_mlp import MaskedMLP
@@ -44,24 +47,38 @@ class Autoregressive(Bijection):
         cap: float = 2.0,
         input_bound: float | None = None,
         transform: Elementwise | None = None,
+        n_circular: int = 0,
     ) -> None:
         super().__init__()
         self.conditioner = conditioner
-        self.input_bound = input_bound
+        self.input_bound, self.n_circular = input_bound, n_circular
         self.transform = ScaleShift(cap) if transform is None else transform
         self.passes = int(groups.max()) + 1
         self.register_buffer("groups", groups)
-        if input_bound is not None:
-            self.linear = zero(MaskedLinear(groups, groups - 1, bias=False))
+        real = groups[: len(groups) - n_circular]
+        # torch warns about layers without inputs
+        bounded = input_bound is not None and len(real)
+        self.linear = zero(MaskedLinear(real, real - 1, bias=False)) if bounded else None
 
     groups: Tensor
+    linear: nn.Module | None
 
     def theta(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Returns the parameters of f. Under autocast the output of the conditioner is converted to the dtype of x."""
-        return conditioned(self.conditioner, bounded(x, self.input_bound), context).to(x.dtype)
+        inputs = conditioner_inputs(x, self.input_bound, self.n_circular)
+        return conditioned(self.conditioner, inputs, context).to(x.dtype)
+
+    def linear_term(self, x: Tensor) -> Tensor | None:
+        """Returns W x with zeros for angles, or None if there is no W."""
+        if self.linear is None:
+            return None
+        m = self.n_circular
+        found: Tensor = self.linear(x[:, : x.shape[1] - m] if m else x)
+        return F.pad(found, (0, m)) if m else found
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y = x if self.input_bound is None else x - self.linear(x).to(x.dtype)
+        term = self.linear_term(x)
+        y = x if term is None else x - term.to(x.dtype)
         z, log_slope = self.transform.to_base(y, self.theta(x, context))
         return z, log_slope.sum(1)
 
@@ -69,8 +86,8 @@ class Autoregressive(Bijection):
         x, log_slope = torch.zeros_like(z), torch.zeros_like(z)
         for group in range(self.passes):
             y, log_slopes = self.transform.to_data(z, self.theta(x, context))
-            if self.input_bound is not None:
-                y = y + self.linear(x).to(x.dtype)
+            if (term := self.linear_term(x)) is not None:
+                y = y + term.to(x.dtype)
             # only the elements of this group are final
             now = self.groups == group
             x, log_slope = torch.where(now, y, x), torch.where(now, log_slopes, log_slope)

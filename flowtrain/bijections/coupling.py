@@ -3,6 +3,7 @@
 from abc import abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
@@ -29,6 +30,9 @@ class Coupling(Bijection):
         input_bound: B. None: the conditioner receives z_a, and there is no W.
         sizes: the numbers of elements of a and b. They are needed for W.
         transform: f. None: `ScaleShift(cap)`.
+        n_circular: for vectors, the numbers of elements at the end of a and of b that are angles in radians. The
+            conditioner receives the real elements of a, then the cosines and then the sines of its angles. W maps real
+            elements to real elements only. `transform` must map the angles, see `RealThenCircular`.
     """
 
     def __init__(
@@ -38,14 +42,20 @@ class Coupling(Bijection):
         input_bound: float | None = None,
         sizes: tuple[int, int] | None = None,
         transform: Elementwise | None = None,
+        n_circular: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__()
         self.conditioner = conditioner
-        self.input_bound = input_bound
+        self.input_bound, self.n_circular = input_bound, n_circular
         self.transform = ScaleShift(cap) if transform is None else transform
+        self.linear = None
         if input_bound is not None:
             assert sizes is not None
-            self.linear = zero(nn.Linear(*sizes, bias=False))
+            n_in, n_out = sizes[0] - n_circular[0], sizes[1] - n_circular[1]
+            # torch warns about layers without inputs or outputs
+            self.linear = zero(nn.Linear(n_in, n_out, bias=False)) if n_in and n_out else None
+
+    linear: nn.Module | None
 
     @abstractmethod
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +67,16 @@ class Coupling(Bijection):
 
     def theta(self, a: Tensor, context: Tensor | None) -> Tensor:
         """Returns the parameters of f. Under autocast the output of the conditioner is converted to the dtype of a."""
-        return conditioned(self.conditioner, bounded(a, self.input_bound), context).to(a.dtype)
+        inputs = conditioner_inputs(a, self.input_bound, self.n_circular[0])
+        return conditioned(self.conditioner, inputs, context).to(a.dtype)
+
+    def linear_term(self, a: Tensor) -> Tensor | None:
+        """Returns W z_a with zeros for angles, or None if there is no W."""
+        if self.linear is None:
+            return None
+        kept, changed = self.n_circular
+        found: Tensor = self.linear(a[:, : a.shape[1] - kept] if kept else a)
+        return F.pad(found, (0, changed)) if changed else found
 
     def of_b(self, log_slope: Tensor) -> Tensor:
         """Returns the log-slopes with zeros for elements that do not belong to b."""
@@ -66,14 +85,14 @@ class Coupling(Bijection):
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a, b = self.split(z)
         b, log_slope = self.transform.to_data(b, self.theta(a, context))
-        if self.input_bound is not None:
-            b = b + self.linear(a).to(b.dtype)
+        if (term := self.linear_term(a)) is not None:
+            b = b + term.to(b.dtype)
         return self.join(z, a, b), self.of_b(log_slope).flatten(1).sum(1)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a, b = self.split(x)
-        if self.input_bound is not None:
-            b = b - self.linear(a).to(b.dtype)
+        if (term := self.linear_term(a)) is not None:
+            b = b - term.to(b.dtype)
         b, log_slope = self.transform.to_base(b, self.theta(a, context))
         return self.join(x, a, b), self.of_b(log_slope).flatten(1).sum(1)
 
@@ -85,6 +104,19 @@ AffineCoupling = Coupling
 def bounded(x: Tensor, bound: float | None) -> Tensor:
     """Returns bound * tanh(x / bound), or x if the bound is None."""
     return x if bound is None else bound * torch.tanh(x / bound)
+
+
+def conditioner_inputs(x: Tensor, bound: float | None, n_circular: int) -> Tensor:
+    """Returns the inputs of a conditioner: bounded real elements, and cosine and sine of angles.
+
+    Args:
+        x: (B, n, ...). For vectors, the last n_circular elements are angles in radians.
+        bound: see `bounded`.
+    """
+    if not n_circular:
+        return bounded(x, bound)
+    real, angle = x[:, :-n_circular], x[:, -n_circular:]
+    return torch.cat([bounded(real, bound), angle.cos(), angle.sin()], 1)
 
 
 def conditioned(conditioner: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
@@ -100,6 +132,7 @@ class IndexCoupling(Coupling):
     Args:
         mask: bool (d,). It is stored as two buffers of indices.
         conditioner, cap, input_bound, transform: as in `Coupling`.
+        n_circular: the number of elements at the end of the vectors that are angles in radians.
     """
 
     def __init__(
@@ -109,8 +142,11 @@ class IndexCoupling(Coupling):
         cap: float = 2.0,
         input_bound: float | None = None,
         transform: Elementwise | None = None,
+        n_circular: int = 0,
     ) -> None:
-        super().__init__(conditioner, cap, input_bound, (int(mask.sum()), int((~mask).sum())), transform)
+        ends = mask[len(mask) - n_circular :]
+        sizes, of_angles = [(int(part.sum()), int((~part).sum())) for part in (mask, ends)]
+        super().__init__(conditioner, cap, input_bound, sizes, transform, of_angles)
         self.register_buffer("kept", mask.nonzero().squeeze(1))
         self.register_buffer("changed", (~mask).nonzero().squeeze(1))
 

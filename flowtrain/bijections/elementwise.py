@@ -19,6 +19,13 @@ class Elementwise(Recorded, nn.Module, ABC):
 
     size: int
 
+    def owners(self, n: int) -> Tensor:
+        """Returns the element that each number in theta belongs to, for n elements, int64 on the CPU.
+
+        The length of the result is the number of outputs of a conditioner.
+        """
+        return torch.arange(n, device="cpu").repeat(self.size)
+
     @abstractmethod
     def to_data(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (x, log dx/dz), each (B, n, ...), for z (B, n, ...) and theta (B, size * n, ...)."""

@@ -1,13 +1,15 @@
 """Linear maps, permutations, and the Gaussian at which a flow is initialized."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, Chain, check_sample, elements_per_channel, varies
+from flowtrain.bijections.columns import OnColumns
+from flowtrain.nn.conditioners import embedded, with_context
 from flowtrain.utils.errors import DataError, FlowtrainError
 from flowtrain.utils.linear_algebra import solve_lower
 from flowtrain.utils.precision import full_precision
@@ -143,6 +145,52 @@ class Affine(Bijection):
         return self.map_inverse(x, context)
 
 
+class ContextShift(Bijection):
+    """The translation x = z + A c by a linear function of the context, log|det dx/dz| = 0. Images are flattened.
+
+    c is a one-hot label, or a vector of features. `initialize` sets A by least squares of the data on the context, with
+    an intercept that is not part of the map. The latents are then the residuals of the regression plus the intercept.
+
+    Args:
+        d: the number of elements of a sample.
+        classes: the size of the context: the number of classes, or of features.
+
+    Attributes:
+        embedding: the transpose of A, (classes, d), initially zero.
+
+    Example:
+        >>> shift, x = ContextShift(1, classes=2), torch.tensor([[1.0], [3.0], [8.0]])
+        >>> shift.initialize(x, torch.tensor([0, 0, 1])).round(decimals=4).flatten().tolist()  # class means 2 and 8
+        [4.0, 6.0, 5.0]
+    """
+
+    def __init__(self, d: int, classes: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.zeros(classes, d))
+
+    def shift(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Returns A c with the shape of x."""
+        assert context is not None
+        return embedded(context, self.embedding).view_as(x)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z + self.shift(z, context), z.new_zeros(z.shape[0])
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x - self.shift(x, context), x.new_zeros(x.shape[0])
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        check_sample(x)
+        flat = x.flatten(1).double()
+        c = with_context(flat[:, :0], context, len(self.embedding))
+        c = c - c.mean(0)
+        # the pseudo-inverse is needed, because one-hot columns sum to 1 and features may be constant
+        inverse = torch.linalg.pinv(c.T @ c / len(x), hermitian=True)
+        self.embedding.copy_(inverse @ (c.T @ (flat - flat.mean(0))) / len(x))
+        return self.map_inverse(x, context)
+
+
 # the smallest eigenvalue of a covariance, relative to the largest one. float32 cannot resolve smaller eigenvalues
 LEAST_EIGENVALUE = 1e-8
 
@@ -270,22 +318,46 @@ class GaussianStart(Bijection):
             return (x - self.mean) @ self.inverse_factor.T, -self.log_volume.expand(x.shape[0])
 
 
+def _start(d: int, circular: Sequence[int]) -> Bijection:
+    """Returns a `GaussianStart` of the columns that are not circular."""
+    if not circular:
+        return GaussianStart(d)
+    real = [i for i in range(d) if i not in set(circular)]
+    return OnColumns(GaussianStart(len(real)), real)
+
+
+def _real_columns(start: Bijection, x: Tensor) -> Tensor:
+    """Returns the columns of x (B, d) to which a bijection from `_start` applies."""
+    return x[:, start.columns] if isinstance(start, OnColumns) else x
+
+
+def _fit(start: Bijection, mean: Tensor, covariance: Tensor) -> None:
+    """Sets the Gaussian of a bijection from `_start`."""
+    start = start.inner if isinstance(start, OnColumns) else start
+    assert isinstance(start, GaussianStart)
+    start.fit(mean, covariance)
+
+
 class Preconditioned(Chain):
     """A model of vectors (B, d) for whitened data. The data are whitened with their shrunk covariance.
 
     If the model is initially the identity, the flow starts at the Gaussian of the data. All directions of the whitened
     data have the same scale, which makes an ODE easier to learn. Couplings perform better on columns that are not
     whitened, see `FromGaussian`.
+
+    Args:
+        model: maps the base to the whitened data.
+        d: length of the vectors.
+        circular: the indices of circular columns, which are not whitened.
     """
 
-    def __init__(self, model: Bijection, d: int) -> None:
-        super().__init__([model, GaussianStart(d)])
+    def __init__(self, model: Bijection, d: int, circular: Sequence[int] = ()) -> None:
+        super().__init__([model, _start(d, circular)])
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         model, start = self
-        assert isinstance(start, GaussianStart)
-        start.fit(*shrunk_covariance(x))
+        _fit(start, *shrunk_covariance(_real_columns(start, x)))
         return model.initialize(start.map_inverse(x), context)
 
 
@@ -294,7 +366,8 @@ class FromGaussian(Chain):
 
     `initialize` sets this Gaussian such that the flow starts at N(m, C), with the mean and the shrunk covariance of the
     data x (see `shrunk_covariance`). The model must initially be affine, as all models of flowtrain are. The inverse
-    z = J (x - m) + o of the model then maps N(m, C) to the Gaussian N(o, J C J^T).
+    z = J (x - m) + o of the model then maps N(m, C) to the Gaussian N(o, J C J^T). If the model ends with a
+    `ContextShift`, x are the data moved to the context of the first row, so that C is the covariance given the context.
 
     Args:
         model: maps this base to the data.
@@ -302,30 +375,43 @@ class FromGaussian(Chain):
         diagonal: sets the correlations in C to zero, so that the columns are not mixed. This is better for a base that
             is fitted to the data. For example, the NLL of a mixture of diagonal Gaussians on pendigits is higher by
             12 nats if the columns are whitened.
+        circular: the indices of circular columns, to which the Gaussian does not apply. The base keeps their
+            distribution.
     """
 
-    def __init__(self, model: Bijection, d: int, diagonal: bool = False) -> None:
-        super().__init__([GaussianStart(d), model])
+    def __init__(self, model: Bijection, d: int, diagonal: bool = False, circular: Sequence[int] = ()) -> None:
+        super().__init__([_start(d, circular), model])
         self.diagonal = diagonal
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         start, model = self
-        assert isinstance(start, GaussianStart)
         model.initialize(x, context)
-        mean, covariance = shrunk_covariance(x)
+
+        def first_context(n: int) -> Tensor | None:
+            return None if context is None else context[:1].expand(n, *context.shape[1:])
+
+        parts = list(model) if isinstance(model, Chain) else []
+        if parts and isinstance(parts[-1], ContextShift):
+            rows = parts[-1].map_forward(parts[-1].map_inverse(x, context), first_context(len(x)))
+        else:
+            rows = x
+        mean, covariance = shrunk_covariance(_real_columns(start, rows))
         if self.diagonal:
             covariance = covariance.diagonal().diag()
         std = covariance.diagonal().sqrt()
         steps = torch.cat([torch.zeros_like(std).unsqueeze(0), std.diag()])
-        contexts = None if context is None else context[:1].expand(len(steps), *context.shape[1:])
         was_training = model.training
         # evaluation mode: batch norm uses its running statistics, and dropout is off
         model.eval()
-        moved = model.map_inverse((mean + steps).to(x), contexts).double()
+        points = (mean + steps).to(x)
+        if isinstance(start, OnColumns):
+            # the model initially maps real columns independently of the angles
+            points = x.new_zeros(len(points), x.shape[1]).index_copy(1, start.columns, points)
+        moved = _real_columns(start, model.map_inverse(points, first_context(len(steps)))).double()
         model.train(was_training)
         jacobian = (moved[1:] - moved[0]).T / std
-        start.fit(moved[0], jacobian @ covariance @ jacobian.T)
+        _fit(start, moved[0], jacobian @ covariance @ jacobian.T)
         return self.map_inverse(x, context)
 
 

@@ -119,6 +119,8 @@ class Standardize(Bijection):
     Args:
         event_shape: shape of a sample.
         offset: whether to add an offset.
+        circular: for vectors, the indices of circular columns. `fit` leaves them unchanged, with the mean 0 and the
+            standard deviation 1.
 
     Example:
         >>> standardize = Standardize((2,))
@@ -128,9 +130,9 @@ class Standardize(Bijection):
         (tensor([[1., 0.]]), -2.0794)
     """
 
-    def __init__(self, event_shape: int | Sequence[int], offset: bool = False) -> None:
+    def __init__(self, event_shape: int | Sequence[int], offset: bool = False, circular: Sequence[int] = ()) -> None:
         super().__init__()
-        event_shape = shape_of(event_shape)
+        event_shape, self.circular = shape_of(event_shape), list(circular)
         self.register_buffer("mean", torch.zeros(event_shape))
         self.register_buffer("std", torch.ones(event_shape))
         self.register_buffer("offset", torch.zeros(event_shape) if offset else None)
@@ -145,6 +147,12 @@ class Standardize(Bijection):
         Raises:
             DataError: a standard deviation that is zero or not finite, or a mean that is not finite.
         """
+        if self.circular:
+            mean, std = mean.clone(), std.clone()
+            mean[self.circular], std[self.circular] = 0, 1
+            if offset is not None:
+                offset = offset.clone()
+                offset[self.circular] = 0
         if not bool(torch.isfinite(mean).all()):
             raise DataError("the mean of the training data is NaN or infinite: remove the rows with such values")
         if not bool(((std > 0) & torch.isfinite(std)).all()):

@@ -55,6 +55,8 @@ class Spline(Elementwise):
             )
         self.bins, self.bound, self.least_slope = bins, bound, least_slope
         self.size = 3 * bins - 1
+        # the numbers that `first_axis` arranges
+        self.n_numbers = self.size
         # 1 / c. The slope of a chord is a ratio of two softmax outputs, so c is half as large for widths and heights
         self.clip_slope = -1 / math.log(least_slope)
         self.clip_size = 2 * self.clip_slope
@@ -91,14 +93,25 @@ class Spline(Elementwise):
         return (x.T, log_slope.T) if z.dim() == 2 else (x, log_slope)
 
     def first_axis(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns y and theta (3 K - 1, *y.shape).
+        """Returns y and theta (n_numbers, *y.shape).
 
         Torch is several times faster if the numbers of theta are along the first axis. For vectors x (B, n), y is
         (n, B). If theta is stored in column-major order, as by `ResidualMLP`, no copy is needed.
         """
         if x.dim() == 2:
-            return x.T, theta.T.reshape(self.size, *x.T.shape).contiguous()
-        return x, theta.reshape(x.shape[0], self.size, *x.shape[1:]).movedim(1, 0).contiguous()
+            return x.T, theta.T.reshape(self.n_numbers, *x.T.shape).contiguous()
+        return x, theta.reshape(x.shape[0], self.n_numbers, *x.shape[1:]).movedim(1, 0).contiguous()
+
+    def at_knots(self, inner: Tensor) -> Tensor:
+        """Returns a number for each knot, (K + 1, ...), from the last numbers in theta, which give the slopes.
+
+        The slope at a knot is the exponential of this number, so that a zero gives the slope 1.
+        """
+        return F.pad(inner, ((0, 0) * (inner.dim() - 1) + (1, 1)))
+
+    def from_knots(self, gradient: Tensor) -> Tensor:
+        """Returns the gradient of the argument of `at_knots` for the gradient of its result. It may overwrite it."""
+        return gradient[1:-1]
 
     def evaluated(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Computes (z, log dz/dx) by differentiable operations of torch. theta is (3 K - 1, *x.shape)."""
@@ -123,7 +136,7 @@ class Spline(Elementwise):
         # (2 axes, 2 ends, ...)
         sums = F.pad(sums, (*padding, 1, 0)).gather(1, ends.expand(2, *ends.shape))
         corners = sums * (2 * self.bound) - self.bound
-        raw = F.pad(theta[2 * k :], (*padding, 1, 1)).gather(0, ends)
+        raw = self.at_knots(theta[2 * k :]).gather(0, ends)
         kept_slope = 1 / (1 + self.clip_slope * raw.abs())
         left, right = slopes = (raw * kept_slope).exp()
         x, z = corners[:, 0]
@@ -244,7 +257,7 @@ class _ToBase(torch.autograd.Function):
         # the shares before the bin determine its corner, and its own share determines its size
         moved = torch.stack([-g_x, gz, g_width, g_height]).mul_(2 * spline.bound)
         slope = torch.stack([g_left, g_right]).mul_(end_slopes).mul_(kept_slope.square())
-        return grad_x, _gradient_of_theta(theta, ends, sums, moved[:2], moved[2:], slope, *whole), None
+        return grad_x, _gradient_of_theta(spline, theta, ends, sums, moved[:2], moved[2:], slope, *whole), None
 
     @staticmethod
     def by_autograd(ctx: Any, grad_z: Tensor, grad_log: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -260,11 +273,20 @@ class _ToBase(torch.autograd.Function):
 
 
 def _gradient_of_theta(
-    theta: Tensor, ends: Tensor, sums: Tensor, before: Tensor, own: Tensor, slope: Tensor, share: Tensor, kept: Tensor
+    spline: Spline,
+    theta: Tensor,
+    ends: Tensor,
+    sums: Tensor,
+    before: Tensor,
+    own: Tensor,
+    slope: Tensor,
+    share: Tensor,
+    kept: Tensor,
 ) -> Tensor:
-    """Returns the gradient of theta, (3 K - 1, ...).
+    """Returns the gradient of theta, (n_numbers, ...).
 
     Args:
+        spline: the spline.
         before, own, slope: gradients of the shares before the bin, of the bin's own shares, and of the numbers in theta
             that give its slopes, each (2, ...).
         theta, ends, sums, share, kept: as in `_Bin`.
@@ -280,5 +302,5 @@ def _gradient_of_theta(
     found = torch.empty_like(theta)
     torch.mul(parts.mul_(share).flatten(0, 1), kept.square(), out=found[: 2 * k])
     inner = theta.new_zeros(k + 1, *theta.shape[1:]).scatter_(0, ends, slope)
-    found[2 * k :] = inner[1:-1]
+    found[2 * k :] = spline.from_knots(inner)
     return found

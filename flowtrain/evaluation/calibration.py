@@ -16,7 +16,7 @@ RADIUS, DENSITY = "radius", "density"
 
 
 @torch.no_grad()
-def calibration(z: Tensor, base: Base) -> tuple[Calibration, dict[str, Tensor]]:
+def calibration(z: Tensor, base: Base, context: Tensor | None = None) -> tuple[Calibration, dict[str, Tensor]]:
     """Tests whether latents z (n, *event) of the data are draws from the base.
 
     If the data are draws from the model, d + 1 probability integral transforms are uniform on [0, 1] (Rosenblatt 1952,
@@ -28,15 +28,21 @@ def calibration(z: Tensor, base: Base) -> tuple[Calibration, dict[str, Tensor]]:
     Each transform is tested separately. The radius |y| also shows dependence between dimensions. Latents with NaN are
     left out. If all rows have NaN, the statistic is NaN.
 
+    Args:
+        z: the latents.
+        base: the base of the flow.
+        context: the labels or features of the rows, see `Base.given`.
+
     Returns:
         (result of the test, transforms for the figure by name, (n,) each).
     """
     z = z.double()
-    z = z[~z.isnan().flatten(1).any(1)]
+    kept = ~z.isnan().flatten(1).any(1)
+    z = z[kept]
     n, d = z.flatten(1).shape
     if n == 0:
         return Calibration(0, math.nan, RADIUS, math.nan, math.nan), {RADIUS: z.new_empty(0)}
-    base = copy.deepcopy(base).to(z)
+    base = copy.deepcopy(base).to(z).given(None if context is None else context.to(z.device)[kept])
     u = base.to_uniform(z)
     radius = torch.special.gammainc(torch.tensor(d / 2, dtype=z.dtype), base.to_normal(z).square().sum(1) / 2)
     distances = torch.cat([ks_distance(u), ks_distance(radius.unsqueeze(1))])

@@ -25,6 +25,7 @@ from flowtrain.evaluation.log_likelihood import (
     Scores,
     estimates_trace,
     held_out,
+    latent_rows,
     log_probs,
     nfe_of_pass,
     score_rows,
@@ -293,7 +294,8 @@ def _evaluate(
             all_checks += checks(flow, subset, parts, log_p[ordinary], (truth["kl"], truth["kl_stderr"]))
     with phase("calibration"):
         if isinstance(flow, Flow):
-            calibrated, pit = calibration(scores.z, flow.base)
+            of_latents = None if context is None else flow.features(context[latent_rows(len(x))].to(flow.like.device))
+            calibrated, pit = calibration(scores.z, flow.base, of_latents)
         else:
             calibrated, pit = calibration_by_density(flow, log_p, context, options, thorough)
     by_samples = None

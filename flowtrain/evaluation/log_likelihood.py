@@ -16,6 +16,9 @@ from flowtrain.utils.errors import DataError, NonFiniteError, SolverError
 from flowtrain.utils.process import seeded
 from flowtrain.utils.status import status
 
+# the approximate number of rows whose latents `score_rows` returns
+LATENTS = 10_000
+
 
 class Scores(NamedTuple):
     """The result of `score_rows`, on the CPU. log p is in nats and float64.
@@ -29,6 +32,11 @@ class Scores(NamedTuple):
     log_p: Tensor
     z: Tensor
     members: Tensor
+
+
+def latent_rows(n: int, latents: int = LATENTS) -> slice:
+    """Returns the rows, of n, whose latents `score_rows` returns."""
+    return slice(None, None, math.ceil(n / max(1, latents)))
 
 
 def held_out(flow: Density, data: Dataset, split: str) -> tuple[Tensor, Tensor | None]:
@@ -75,7 +83,7 @@ def score_rows(
     batch_size: int | None = None,
     draws: int = 1,
     seed: int = 0,
-    latents: int = 10_000,
+    latents: int = LATENTS,
     unsolved: int = 0,
 ) -> Scores:
     """Computes log p(x) in nats for all rows of x, and latents of some rows.
@@ -101,7 +109,7 @@ def score_rows(
     size = batch_size or rows_at_a_time(flow.event_shape)
     contexts = repeat(None) if context is None else torch.split(context, size)
     found: list[Scores] = []
-    every, at = math.ceil(len(x) / max(1, latents)), 0
+    every, at = latent_rows(len(x), latents).step, 0
     failed: list[SolverError] = []
     with seeded(seed, device), status("scoring", total=len(x), unit="row") as progress:
         for part, y in zip(torch.split(x, size), contexts, strict=False):

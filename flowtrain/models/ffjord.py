@@ -10,7 +10,9 @@ Example:
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flowtrain.bases import NormalUniform
 from flowtrain.bijections.base import Bijection, Chain
+from flowtrain.bijections.circular import WrapAngles
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.squeeze import FactorOut, Squeeze
@@ -19,9 +21,11 @@ from flowtrain.models.multiscale import Size, from_data, halved, labelled, of_im
 from flowtrain.nn.conv_field import ConvField
 from flowtrain.nn.divergence import TraceRule
 from flowtrain.nn.mlp_field import MLPField
+from flowtrain.nn.periodic_field import PeriodicField
 from flowtrain.nn.velocity_field import Field
 from flowtrain.ode import Solver, ode_solver
 from flowtrain.utils.arguments import flag, shape_of, whole
+from flowtrain.utils.circle import circular_indices
 from flowtrain.utils.errors import ConfigError
 
 
@@ -44,6 +48,7 @@ def ffjord(
     eval_trace: str = "auto",
     noise: str = "rademacher",
     noise_samples: int = 1,
+    circular: Sequence[int] = (),
 ) -> Flow:
     """FFJORD (Grathwohl et al. 2019): continuous flows with MLP fields for vectors or convolutional fields for images.
 
@@ -66,12 +71,15 @@ def ffjord(
         conditional: whether the flow is p(x | label). The label is then an input of the fields.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
         trace, eval_trace, noise, noise_samples: exact or estimated divergence, see `flowtrain.nn.TraceRule`.
+        circular: for vectors, the indices of columns that are angles in radians. The fields are periodic in them, see
+            `PeriodicField`. Their base is uniform on [-pi, pi), and samples are wrapped to [-pi, pi).
 
     Returns:
         An untrained flow in training mode. `flowtrain.train` trains it.
 
     Raises:
-        ConfigError: `solver` is not a Solver, `conditional` without `classes`, or a setting out of range.
+        ConfigError: `solver` is not a Solver, `conditional` without `classes`, circular columns of images, or a setting
+            out of range.
     """
     event_shape = shape_of(event_shape)
     if not isinstance(solver, Solver | None):
@@ -89,10 +97,18 @@ def ffjord(
         classes=labelled("ffjord", flag("model.conditional", conditional), classes),
     )
     if of_images("ffjord", event_shape, least=1):
+        if circular:
+            raise ConfigError(f"model.circular={circular}: only vectors have circular columns, and these are images")
         return over_images(event_shape, made.scale, scales, made.actnorm, made.classes)
     d = event_shape[0]
-    stack = (made.flow(MLPField(d, hidden, field, activation, made.classes, init_scale)) for _ in range(flows))
-    return Flow(event_shape, Chain(stack), made.classes)
+    settings = hidden, field, activation, made.classes, init_scale
+    if not circular:
+        return Flow(event_shape, Chain(made.flow(MLPField(d, *settings)) for _ in range(flows)), made.classes)
+    angles = circular_indices(circular, d, "model.circular")
+    stack = (made.flow(PeriodicField(d, angles, *settings)) for _ in range(flows))
+    # an ODE moves angles on the real line, so they are wrapped at both ends
+    parts = [WrapAngles(d, angles), *stack, WrapAngles(d, angles)]
+    return Flow(NormalUniform(d, angles), Chain(parts), made.classes)
 
 
 @dataclass(frozen=True)

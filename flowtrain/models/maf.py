@@ -14,14 +14,16 @@ import torch
 
 from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.circular import CircularSpline, by_kind
 from flowtrain.bijections.elementwise import ScaleShift
-from flowtrain.bijections.scale import ActNorm
+from flowtrain.bijections.linear import Permutation
 from flowtrain.flow import Flow
-from flowtrain.models.multiscale import from_data, labelled
-from flowtrain.models.nsf import MIXINGS, columns, mixed, spline
+from flowtrain.models.multiscale import labelled
+from flowtrain.models.nsf import MIXINGS, assembled, columns, mixed, mixed_real, spline
 from flowtrain.nn.conditioners import ACTIVATIONS
 from flowtrain.nn.residual_mlp import MaskedMLP
 from flowtrain.utils.arguments import flag, number, one_of, share, whole, widths
+from flowtrain.utils.circle import circular_indices
 
 TRANSFORMS = ("affine", "spline")
 
@@ -42,6 +44,7 @@ def maf(
     dropout: float = 0.0,
     conditional: bool = False,
     classes: int | None = None,
+    circular: Sequence[int] = (),
 ) -> Flow:
     """Masked autoregressive flow of vectors (d,), with affine maps or splines.
 
@@ -66,11 +69,17 @@ def maf(
         dropout: the dropout probability in the conditioners.
         conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
+        circular: the indices of columns that are angles in radians. Their map is a `CircularSpline` with `bins` bins
+            for both values of `transform`, and the conditioners receive their cosines and sines. Their base is uniform
+            on [-pi, pi). The layers order the real columns before the circular columns, and every second layer
+            reverses this order. `permutation` and `linear` permute the circular columns among themselves, and mix the
+            real columns among themselves.
 
     Raises:
         ConfigError: samples that are not vectors, `conditional` without `classes`, or a setting out of range.
     """
     d = columns("maf", event_shape)
+    angles = circular_indices(circular, d, "model.circular")
     activation = one_of("model.activation", activation, ACTIVATIONS)
     given = labelled("maf", flag("model.conditional", conditional), classes)
     residual, drop = widths("model.hidden", hidden), share("model.dropout", dropout)
@@ -80,10 +89,25 @@ def maf(
     one_of("model.mixing", mixing, MIXINGS)
     in_group = ceil(d / min(d, whole("model.passes", d if passes is None else passes)))
     groups = torch.arange(d, device="cpu") // in_group
+    m = len(angles)
     parts: list[Bijection] = []
     for i in range(whole("model.layers", layers)):
-        order = groups.flip(0) if mixing == "alternate" and i % 2 == 1 else groups
+        order = groups.flip(0) if (mixing == "alternate" or m) and i % 2 == 1 else groups
         chosen = ScaleShift(largest) if transform == "affine" else spline(bins, bound)
-        net = MaskedMLP(order, residual, order.repeat(chosen.size), activation, given, drop)
-        parts += [*mixed(mixing, d), Autoregressive(order, net, input_bound=limit, transform=chosen)]
-    return Flow((d,), from_data([ActNorm(d), *parts]), given)
+        f = by_kind(d - m, m, chosen, CircularSpline(bins))
+        inputs = torch.cat([order, order[d - m :]])
+        net = MaskedMLP(inputs, residual, order[f.owners(d)], activation, given, drop)
+        parts += [*mixed_real(mixing, d - m), *permuted(mixing, d - m, m)] if m else mixed(mixing, d)
+        parts.append(Autoregressive(order, net, input_bound=limit, transform=f, n_circular=m))
+    return assembled(d, angles, parts, given)
+
+
+def permuted(mixing: str, n: int, m: int) -> list[Bijection]:
+    """Returns a random permutation of n real columns and m circular columns, each kind among itself, if there is one.
+
+    With the mixing `linear`, only the circular columns are permuted, and with `alternate`, none.
+    """
+    if mixing == "alternate" or max(m, n if mixing == "permutation" else 0) < 2:
+        return []
+    of_real = torch.randperm(n) if mixing == "permutation" else torch.arange(n)
+    return [Permutation(torch.cat([of_real, n + torch.randperm(m)]))]

@@ -10,10 +10,14 @@ Example:
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from flowtrain.bases import NormalUniform
 from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.base import Bijection
-from flowtrain.bijections.coupling import HalfCoupling
+from flowtrain.bijections.circular import CircularSpline, WrapAngles, by_kind
+from flowtrain.bijections.columns import OnColumns
+from flowtrain.bijections.coupling import HalfCoupling, IndexCoupling
 from flowtrain.bijections.linear import InvertibleLinear, Permutation
 from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.spline import Spline
@@ -22,6 +26,7 @@ from flowtrain.models.multiscale import from_data, labelled
 from flowtrain.nn.conditioners import ACTIVATIONS
 from flowtrain.nn.residual_mlp import MaskedMLP, ResidualMLP
 from flowtrain.utils.arguments import flag, number, one_of, shape_of, share, whole, widths
+from flowtrain.utils.circle import circular_indices
 from flowtrain.utils.errors import ConfigError
 
 MIXINGS = ("linear", "permutation", "alternate")
@@ -40,6 +45,7 @@ def nsf(
     dropout: float = 0.0,
     conditional: bool = False,
     classes: int | None = None,
+    circular: Sequence[int] = (),
 ) -> Flow:
     """Neural spline flow of vectors (d,): a stack of spline couplings.
 
@@ -60,31 +66,48 @@ def nsf(
         dropout: the dropout probability in the conditioners.
         conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
+        circular: the indices of columns that are angles in radians. Each coupling has circular splines for them, see
+            `CircularSpline`, and its conditioner receives their cosines and sines. Their base is uniform on [-pi, pi).
+            Of two couplings, the second one transforms the columns that the first one keeps. These halves are random
+            unless `mixing` is `alternate`. The invertible matrices mix the other columns only.
 
     Raises:
         ConfigError: samples that are not vectors, `conditional` without `classes`, or a setting out of range.
     """
     d = columns("nsf", event_shape)
+    angles = circular_indices(circular, d, "model.circular")
     activation = one_of("model.activation", activation, ACTIVATIONS)
     given = labelled("nsf", flag("model.conditional", conditional), classes)
     residual, drop = widths("model.hidden", hidden), share("model.dropout", dropout)
     limit = None if input_bound is None else number("model.input_bound", input_bound)
     one_of("model.mixing", mixing, MIXINGS)
+    m = len(angles)
     half = (d + 1) // 2
+    mask = torch.ones(d, dtype=torch.bool, device="cpu")
     parts: list[Bijection] = []
     for i in range(whole("model.layers", layers)):
         transform = spline(bins, bound)
-        parts += mixed(mixing, d)
         if d == 1:
+            alone = by_kind(d - m, m, transform, CircularSpline(bins))
             groups = torch.zeros(1, dtype=torch.int64, device="cpu")
-            alone = MaskedMLP(groups, residual, groups.repeat(transform.size), activation, given, drop)
-            parts.append(Autoregressive(groups, alone, input_bound=limit, transform=transform))
-            continue
-        swap = mixing == "alternate" and i % 2 == 1
-        kept = d - half if swap else half
-        net = ResidualMLP(kept, residual, transform.size * (d - kept), activation, given, drop)
-        parts.append(HalfCoupling(d, swap, net, input_bound=limit, transform=transform))
-    return Flow((d,), from_data([ActNorm(d), *parts]), given)
+            masked = MaskedMLP(groups.repeat(1 + m), residual, groups.repeat(alone.size), activation, given, drop)
+            parts.append(Autoregressive(groups, masked, input_bound=limit, transform=alone, n_circular=m))
+        elif m:
+            # the complement, so that two couplings transform all columns
+            mask = ~mask if i % 2 == 1 else kept_half(d - m, m, mixing)
+            kept, changed = int(mask.sum()), int((~mask).sum())
+            kept_angles, changed_angles = int(mask[d - m :].sum()), int((~mask)[d - m :].sum())
+            f = by_kind(changed - changed_angles, changed_angles, transform, CircularSpline(bins))
+            net = ResidualMLP(kept + kept_angles, residual, len(f.owners(changed)), activation, given, drop)
+            parts += mixed_real(mixing, d - m)
+            parts.append(IndexCoupling(mask, net, input_bound=limit, transform=f, n_circular=m))
+        else:
+            parts += mixed(mixing, d)
+            swap = mixing == "alternate" and i % 2 == 1
+            kept = d - half if swap else half
+            net = ResidualMLP(kept, residual, transform.size * (d - kept), activation, given, drop)
+            parts.append(HalfCoupling(d, swap, net, input_bound=limit, transform=transform))
+    return assembled(d, angles, parts, given)
 
 
 def mixed(mixing: str, d: int) -> list[Bijection]:
@@ -93,6 +116,45 @@ def mixed(mixing: str, d: int) -> list[Bijection]:
         return []
     # a rotation would mix columns that are better modelled separately, such as columns of rounded values
     return [InvertibleLinear(d, "permutation") if mixing == "linear" else Permutation(torch.randperm(d))]
+
+
+def mixed_real(mixing: str, n: int) -> list[Bijection]:
+    """Returns the invertible matrix that mixes the first n columns, which are real, if `mixing` is `linear`."""
+    if mixing != "linear" or n < 2:
+        return []
+    return [OnColumns(InvertibleLinear(n, "permutation"), list(range(n)))]
+
+
+def kept_half(n: int, m: int, mixing: str) -> Tensor:
+    """Returns the mask, bool (n + m,), of the kept half of n real and m circular columns. Each kind is halved."""
+    fixed = mixing == "alternate"
+    mask = torch.zeros(n + m, dtype=torch.bool, device="cpu")
+    for start, size, kept in ((0, n, (n + 1) // 2), (n, m, m // 2)):
+        order = torch.arange(size, device="cpu") if fixed else torch.randperm(size, device="cpu")
+        mask[start + order[:kept]] = True
+    return mask
+
+
+def assembled(d: int, angles: Sequence[int], layers: Sequence[Bijection], given: int | None) -> Flow:
+    """Builds the flow from its layers, listed from data to base.
+
+    If there are circular columns, the layers receive the real columns first and the circular columns last.
+
+    Args:
+        d: the number of columns.
+        angles: the indices of the circular columns.
+        layers: the layers.
+        given: the number of classes, or None.
+    """
+    if not angles:
+        return Flow((d,), from_data([ActNorm(d), *layers]), given)
+    real = [i for i in range(d) if i not in angles]
+    order = torch.tensor([*real, *angles], device="cpu")
+    norm = [OnColumns(ActNorm(len(real)), list(range(len(real))))] if real else []
+    inside = [*norm, *layers]
+    if order.tolist() != list(range(d)):
+        inside = [Permutation(order.argsort()), *inside, Permutation(order)]
+    return Flow(NormalUniform(d, angles), from_data([WrapAngles(d, angles), *inside]), given)
 
 
 def columns(name: str, event_shape: int | Sequence[int]) -> int:

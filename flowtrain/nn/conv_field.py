@@ -257,7 +257,8 @@ class ConvField(LayeredField[TimedConv2d]):
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, shift = self.checked(x), self.with_pixel_bias(shift)
-        if not self.can_use_kernels(t, x, tangents):
+        # the kernels treat tangents as constants
+        if tangents.requires_grad or not self.can_use_kernels(t, x):
             v, je = self.jvp_rows(t, x, tangents, shift)
             return v.contiguous(), je.contiguous()
         nodes, batch = x.shape[:-4], x.shape[-4:]

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
@@ -35,12 +36,19 @@ class MLPTape:
         weights, biases: for each layer (M, n_out, n_in) and (M, n_out), without an autograd graph.
         activation: the activation between the layers.
         keep: whether `vjp` will be called.
+        shift: a bias of the first layer for each row, (B, n), without an autograd graph. None: no such bias.
     """
 
     def __init__(
-        self, times: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: Activation, keep: bool
+        self,
+        times: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        activation: Activation,
+        keep: bool,
+        shift: Tensor | None = None,
     ) -> None:
-        self.times, self.activation, self.keep = times, activation, keep
+        self.times, self.activation, self.keep, self.shift = times, activation, keep, shift
         self.weights = [w.unbind() for w in weights]
         self.transposed = [w.mT.unbind() for w in weights]
         self.biases = [b.unbind() for b in biases]
@@ -57,6 +65,8 @@ class MLPTape:
         gain = self.activation.gain(x.device)
         for layer in range(last):
             a = torch.addmm(self.biases[layer][i], x, self.transposed[layer][i], beta=gain, alpha=gain)
+            if layer == 0 and self.shift is not None:
+                a.add_(self.shift, alpha=gain)
             x, needed = self.activation.replace(a)
             inputs.append(x)
             kept.append(needed)
@@ -88,20 +98,26 @@ class MLPTape:
 
 
 def jvp(
-    activation: Activation, x: Tensor, tangents: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+    activation: Activation,
+    x: Tensor,
+    tangents: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes (v, J e) of an MLP at M nodes.
 
     Args:
         activation: the activation between the layers.
         x: (M, B, d).
-        tangents: e, (k, 1 or M, 1 or B, d). They are treated as constants.
+        tangents: e, (k, 1 or M, 1 or B, d).
         weights, biases: for each layer (M, n_out, n_in) and (M, n_out).
+        shift: a bias of the first layer for each row, (B, n). None: no such bias.
 
     Returns:
         v (M, B, d') and J e (k, M, B, d').
     """
-    v, je = _JVP.apply(activation, len(weights), x, tangents, *weights, *biases)  # type: ignore[no-untyped-call]
+    v, je = _JVP.apply(activation, len(weights), x, tangents, shift, *weights, *biases)  # type: ignore[no-untyped-call]
     return v, je
 
 
@@ -113,7 +129,13 @@ class _JVP(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, activation: Activation, n_layers: int, x: Tensor, tangents: Tensor, *layers: Tensor
+        ctx: Any,
+        activation: Activation,
+        n_layers: int,
+        x: Tensor,
+        tangents: Tensor,
+        shift: Tensor | None,
+        *layers: Tensor,
     ) -> tuple[Tensor, Tensor]:
         weights, biases = layers[:n_layers], layers[n_layers:]
         k = len(tangents)
@@ -123,11 +145,11 @@ class _JVP(torch.autograd.Function):
         kept: list[Tensor] = []
         for b in _blocks(x, k, weights):
             saved, v[b], probe_jvps = _jvp_block(
-                activation, x[b], e[b], [w[b] for w in weights], [c[b] for c in biases]
+                activation, x[b], e[b], [w[b] for w in weights], [c[b] for c in biases], shift
             )
             je[:, b] = probe_jvps.transpose(0, 1)
             kept += [tensor for layer in saved for tensor in layer.tensors()]
-        ctx.activation, ctx.n_layers = activation, n_layers
+        ctx.activation, ctx.n_layers, ctx.tangent_shape = activation, n_layers, tangents.shape
         # every tensor is kept by save_for_backward, because torch.utils.checkpoint frees only these
         ctx.save_for_backward(x, e, *layers, *kept)
         return v, je
@@ -141,6 +163,9 @@ class _JVP(torch.autograd.Function):
         at_x = torch.empty_like(x)
         at_weights = [torch.empty_like(w) for w in weights]
         at_biases = [torch.empty_like(c) for c in biases]
+        # these are the 4th and the 5th argument of forward
+        at_e = torch.empty_like(e) if ctx.needs_input_grad[3] else None
+        at_shift = x.new_zeros(x.shape[1], weights[0].shape[1]) if ctx.needs_input_grad[4] else None
         for i, b in enumerate(_blocks(x, e.shape[1], weights)):
             at_x[b] = _vjp_block(
                 ctx.activation,
@@ -152,8 +177,11 @@ class _JVP(torch.autograd.Function):
                 at_je[:, b].transpose(0, 1),
                 [w[b] for w in at_weights],
                 [c[b] for c in at_biases],
+                at_shift,
+                None if at_e is None else at_e[b],
             )
-        return None, None, at_x, None, *at_weights, *at_biases
+        at_tangents = None if at_e is None else at_e.transpose(0, 1).sum_to_size(ctx.tangent_shape)
+        return None, None, at_x, at_tangents, at_shift, *at_weights, *at_biases
 
 
 def _blocks(x: Tensor, k: int, weights: Sequence[Tensor]) -> list[slice]:
@@ -165,7 +193,12 @@ def _blocks(x: Tensor, k: int, weights: Sequence[Tensor]) -> list[slice]:
 
 
 def _jvp_block(
-    activation: Activation, x: Tensor, e: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+    activation: Activation,
+    x: Tensor,
+    e: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    shift: Tensor | None,
 ) -> tuple[list[Hidden], Tensor, Tensor]:
     """Returns the hidden layers, v (m, B, d') and J e (m, k, 1 or B, d') of one block."""
     gain = activation.gain(x.device)
@@ -173,6 +206,9 @@ def _jvp_block(
     h, t = x, e
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         a = torch.baddbmm(bias.unsqueeze(1), h, weight.mT, beta=gain, alpha=gain)
+        if shift is not None:
+            a.add_(shift, alpha=gain)
+            shift = None
         hidden.append(activate(activation, a, _product(t, weight.mT), tangent_dim=1))
         h, t = hidden[-1].h, hidden[-1].t
     return hidden, torch.baddbmm(biases[-1].unsqueeze(1), h, weights[-1].mT), _product(t, weights[-1].mT)
@@ -188,6 +224,8 @@ def _vjp_block(
     at_u: Tensor,
     at_weights: Sequence[Tensor],
     at_biases: Sequence[Tensor],
+    at_shift: Tensor | None,
+    at_e: Tensor | None,
 ) -> Tensor:
     """Differentiates one block.
 
@@ -195,6 +233,8 @@ def _vjp_block(
         at_a: cotangent of v, (m, B, d').
         at_u: cotangent of J e, (m, k, B, d').
         at_weights, at_biases: the cotangents of weights and biases are written into these tensors.
+        at_shift: the cotangent of the shift is added to this tensor, (B, n). None: it is not needed.
+        at_e: the cotangent of e is written into this tensor. None: it is not needed.
 
     Returns:
         The cotangent of x.
@@ -207,6 +247,10 @@ def _vjp_block(
     if e.shape[2] == 1:
         at_u = at_u.sum(2, keepdim=True)
     _weight_gradient(at_a, at_u, x, e, at_weights[0], at_biases[0])
+    if at_shift is not None:
+        at_shift += at_a.sum(0)
+    if at_e is not None:
+        at_e.copy_(_product(at_u, weights[0]))
     return torch.bmm(at_a, weights[0])
 
 
@@ -310,6 +354,7 @@ class MLPField(LayeredField[TimedLinear]):
         classes: the size of the context for `given`, see `MLP`. None: no context.
         init_scale: scale of the initial weights of the first layer, see `spread_units`. None: torch's default,
             U(-1, 1) / sqrt(d).
+        n_in: the number of inputs of the first layer, for subclasses that compute other inputs from x. None: d.
 
     Raises:
         ConfigError: an unknown layer or activation, no hidden layer, or a scale that is not positive.
@@ -323,34 +368,35 @@ class MLPField(LayeredField[TimedLinear]):
         activation: str = "tanh",
         classes: int | None = None,
         init_scale: float | None = 1.0,
+        n_in: int | None = None,
     ) -> None:
         kind = LAYERS[one_of("model.field", layer, LAYERS)]
-        sizes = [d, *widths("model.hidden", hidden), d]
+        sizes = [d if n_in is None else n_in, *widths("model.hidden", hidden), d]
         layers = [kind(a, b) for a, b in pairwise(sizes)]
         super().__init__(layers, activation, sizes[1], classes)
         if init_scale is not None:
             spread_units(layers[0].linear, number("model.init_scale", init_scale))
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        # the hand-written kernels support one bias per node, but not one per row
-        if shift is not None or not self.can_use_kernels(t, x, tangents):
+        if not self.can_use_kernels(t, x):
             return self.jvp_rows(t, x, tangents, shift)
-        nodes, (rows, d) = x.shape[:-2], x.shape[-2:]
+        nodes, (rows, n_in) = x.shape[:-2], x.shape[-2:]
         weights, biases = self.at(t.expand(*nodes, 1).reshape(-1))
         shared = tangents.shape[1:-2].numel() == 1
         e = tangents if shared else tangents.expand(-1, *nodes, -1, -1)
         e = e.reshape(len(tangents), -1, *tangents.shape[-2:])
-        v, je = jvp(self.activation, x.reshape(-1, rows, d), e, weights, biases)
-        return v.view(x.shape), je.view(len(tangents), *x.shape)
+        v, je = jvp(self.activation, x.reshape(-1, rows, n_in), e, weights, biases, shift)
+        shape = *nodes, rows, v.shape[-1]
+        return v.view(shape), je.view(len(tangents), *shape)
 
     def at(self, times: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the weights and biases of all layers at the times (M,), see `TimedLinear.at`."""
         weights, biases = zip(*(layer.at(times) for layer in self.layers), strict=True)
         return list(weights), list(biases)
 
-    def recorder(self) -> "MLPRecorder | None":
+    def recorder(self, shift: Tensor | None = None) -> "MLPRecorder | None":
         # a subclass may compute another function
-        return MLPRecorder(self) if type(self) is MLPField else None
+        return MLPRecorder(self, shift) if type(self) is MLPField else None
 
 
 @torch.no_grad()
@@ -370,20 +416,28 @@ def spread_units(layer: nn.Linear, scale: float) -> None:
 
 
 class MLPRecorder:
-    """Makes tapes of an MLP field; see `flowtrain.ode.tape.Recorder`."""
+    """Makes tapes of an MLP field; see `flowtrain.ode.tape.Recorder`.
 
-    def __init__(self, field: MLPField) -> None:
-        self.field = field
-        self.names, self.parameters = map(list, zip(*field.named_parameters(), strict=True))
+    Args:
+        field: the field.
+        shift: the term of the context, (B, n), see `LayeredField.forward`. It is the last of `parameters`, and autograd
+            passes its gradient on to the embedding and the context. None: no context.
+    """
 
-    names: list[str]
+    def __init__(self, field: MLPField, shift: Tensor | None = None) -> None:
+        self.field, self.shift = field, shift
+        # these are the parameters at the time of recording. The field may have other parameters later
+        self.recorded: dict[str, Tensor] = dict(field.named_parameters())
+        self.parameters = [*self.recorded.values(), *([] if shift is None else [shift])]
+
     parameters: list[Tensor]
 
     def record(self, times: Tensor, keep: bool) -> MLPTape:
         """Returns a tape for stages at `times` (s,), with the current weights."""
         with torch.no_grad():
             weights, biases = self.field.at(times)
-        return MLPTape(times, weights, biases, self.field.activation, keep)
+        shift = None if self.shift is None else self.shift.detach()
+        return MLPTape(times, weights, biases, self.field.activation, keep, shift)
 
     def gradients(self, tapes: Sequence[MLPTape]) -> list[Tensor | None]:
         """Returns the gradient of each parameter, or None.
@@ -391,20 +445,27 @@ class MLPRecorder:
         The tapes give the gradients of the weights and biases at each time. One backward pass through
         `MLPField.at` for all times turns them into gradients of the parameters.
         """
+        found = self._field_gradients(tapes)
+        if self.shift is None:
+            return found
+        if not self.shift.requires_grad:
+            return [*found, None]
+        return [*found, reduce(torch.add, [at_a[0] for tape in tapes for at_a in tape.cotangents.values()])]
+
+    def _field_gradients(self, tapes: Sequence[MLPTape]) -> list[Tensor | None]:
         parts = [tape.weight_gradients() for tape in tapes]
         cotangents = [torch.cat(part) for kind in zip(*parts, strict=True) for part in zip(*kind, strict=True)]
-        # these are the parameters at the time of recording. The field may have other parameters now
-        recorded = {f"field.{name}": p for name, p in zip(self.names, self.parameters, strict=True)}
         with torch.enable_grad():
             times = torch.cat([tape.times for tape in tapes])
-            weights, biases = torch.func.functional_call(_At(self.field), recorded, (times,))
+            parameters = {f"field.{name}": p for name, p in self.recorded.items()}
+            weights, biases = torch.func.functional_call(_At(self.field), parameters, (times,))
         pairs = [(y, c) for y, c in zip([*weights, *biases], cotangents, strict=True) if y.requires_grad]
         if not pairs:
-            return [None] * len(self.parameters)
+            return [None] * len(self.recorded)
         outputs, at_outputs = zip(*pairs, strict=True)
-        trained = [p for p in self.parameters if p.requires_grad]
+        trained = [p for p in self.recorded.values() if p.requires_grad]
         found = iter(torch.autograd.grad(outputs, trained, at_outputs, allow_unused=True))
-        return [next(found) if p.requires_grad else None for p in self.parameters]
+        return [next(found) if p.requires_grad else None for p in self.recorded.values()]
 
 
 class _At(nn.Module):

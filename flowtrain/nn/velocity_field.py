@@ -285,6 +285,10 @@ class LayeredField(Field, Generic[Layer]):
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns (v, J e), see `Field.jvp`. `shift` is the same as in `forward`."""
 
+    def recorder(self, shift: Tensor | None = None) -> Any:
+        """Returns the recorder of v(t, x) with this `shift`, see `Field.recorder`."""
+        return None
+
     def given(self, context: Tensor) -> "Given":
         """Returns the field v(t, x | context) for labels (B,) or features (B, K).
 
@@ -295,11 +299,11 @@ class LayeredField(Field, Generic[Layer]):
             raise ConfigError(f"{type(self).__name__} was built without classes: build it with classes=K for a context")
         return Given(self, as_event(embedded(context, self.embedding), self.event_dims))
 
-    def can_use_kernels(self, t: Tensor, x: Tensor, tangents: Tensor) -> bool:
+    def can_use_kernels(self, t: Tensor, x: Tensor) -> bool:
         """Whether the hand-written kernels can be used. They need the same time for all rows."""
         one_time = x.dim() > self.event_dims and x.numel() > 0 and (t.dim() == 0 or t.shape[-1] == 1)
         transformed = torch.compiler.is_compiling() or transforms_active()
-        return one_time and not tangents.requires_grad and not transformed
+        return one_time and not transformed
 
     def jvp_rows(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Computes `jvp` by ordinary operations, which allow a different time for each row."""
@@ -330,6 +334,9 @@ class Given(Field):
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
         return self.field.jvp(t, x, tangents, self.shift)
+
+    def recorder(self) -> Any:
+        return self.field.recorder(self.shift)
 
 
 def as_event(v: Tensor, event_dims: int) -> Tensor:

@@ -3,7 +3,7 @@
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,24 +16,28 @@ from flowtrain.objectives.base import Objective, weighted_mean
 from flowtrain.objectives.likelihood import Likelihood
 from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.utils.arguments import number, one_of, whole
+from flowtrain.utils.circle import wrap
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.process import seeded
 
 log = logging.getLogger("flowtrain")
 
 
-Coupling = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# of z, x, the features of the context and the indices of the circular columns
+Coupling = Callable[[Tensor, Tensor, Tensor | None, Sequence[int]], Tensor]
 # the largest distance of the features of two contexts whose points may be paired. Real features have a deviation of 1
 CONTEXT_RADIUS = 0.1
 
 
-def independent(z: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+def independent(z: Tensor, x: Tensor, context: Tensor | None = None, circular: Sequence[int] = ()) -> Tensor:
     """Returns z (B, *event) unchanged, so base points and samples are paired at random."""
     return z
 
 
-def optimal(z: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+def optimal(z: Tensor, x: Tensor, context: Tensor | None = None, circular: Sequence[int] = ()) -> Tensor:
     """Reorders z to minimize sum_i |z_i - x_i|^2 over the allowed pairings of the batch, exactly.
+
+    Differences of circular columns are wrapped to [-pi, pi).
 
     This is minibatch optimal transport (Pooladian et al. 2023, Multisample flow matching, eq. 9; Tong et al. 2024,
     Improving and generalizing flow-based generative models with minibatch optimal transport, section 3.2). The pairing
@@ -56,6 +60,10 @@ def optimal(z: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
     """
     # the sums of |z|^2 and |x|^2 are the same for every pairing
     cost = -(x.flatten(1) @ z.flatten(1).T)
+    for i in circular:
+        at_x, at_z = x[:, i, None], z[:, i]
+        # in place of -x z, half the squared wrapped difference
+        cost += at_x * at_z + 0.5 * wrap(at_x - at_z).square()
     if context is not None:
         # every z may keep its place, so an allowed pairing exists
         forbidden = torch.cdist(context, context) > CONTEXT_RADIUS
@@ -141,6 +149,9 @@ def stratified(n: int, like: Tensor) -> Tensor:
 class Ends:
     """The continuous bijection of a flow, with the maps from the base and from the data to its two ends.
 
+    Attributes:
+        circular: the indices of the circular columns of both ends.
+
     Raises:
         ConfigError: a flow that is not a chain with exactly one continuous bijection.
     """
@@ -154,6 +165,7 @@ class Ends:
                 "use model=ffjord model.flows=1, for images also model.scales=0, or use objective=likelihood"
             )
         self.ode_block = found[0]
+        self.circular = list(flow.base.circular)
         at = parts.index(self.ode_block)
         self.before, self.after = parts[:at], parts[at + 1 :]
 
@@ -172,9 +184,21 @@ class Ends:
             x = part.map_inverse(x, context)
         return x
 
+    def nearest(self, x0: Tensor, x1: Tensor) -> Tensor:
+        """Returns x1 with circular columns moved by whole turns, so that the lines from x0 to x1 are the shortest."""
+        if not self.circular:
+            return x1
+        at = x0[:, self.circular]
+        moved = x1.clone()
+        moved[:, self.circular] = at + wrap(x1[:, self.circular] - at)
+        return moved
+
 
 class FlowMatching(Matching):
     """Flow matching: the loss of `Matching` for lines from base points to the samples of a batch.
+
+    In circular columns the lines are the shortest ones on the circle (Chen and Lipman 2023, Flow matching on general
+    geometries, section 3.2).
 
     Args:
         flow: the flow that is trained.
@@ -195,14 +219,20 @@ class FlowMatching(Matching):
         context = self.flow.features(self.flow.context_of(context, x))
         x1 = self.ends.from_data(x, context)
         x0 = self.ends.from_base(self.flow.base.sample(len(x1), like=x1), context)
+        x0 = self._coupled(x0, x1, context)
+        return x0, self.ends.nearest(x0, x1), context
+
+    def _coupled(self, x0: Tensor, x1: Tensor, context: Tensor | None) -> Tensor:
+        """Returns x0 in the order of its partners x1."""
+        circular = self.ends.circular
         if self.coupling is COUPLINGS["independent"]:
-            return x0, x1, context
+            return x0
         if context is None or context.is_floating_point():
-            return self.coupling(x0, x1, context), x1, context
+            return self.coupling(x0, x1, context, circular)
         for y in self.flow.seen:
             rows = context == y
-            x0[rows] = self.coupling(x0[rows], x1[rows], None)
-        return x0, x1, context
+            x0[rows] = self.coupling(x0[rows], x1[rows], None, circular)
+        return x0
 
 
 class Rectified(Matching):
@@ -211,6 +241,9 @@ class Rectified(Matching):
     The ends are x0 and x1 = x0 + int_0^1 v(t, x_t) dt. Each round makes the paths straighter, so that a solve needs
     fewer steps. The distribution at t = 1 does not change (Liu et al. 2023, Flow straight and fast, section 2.2 and
     theorem 3.5). The training data are not used, so the trained flow also learns the errors of the teacher.
+
+    Circular columns of x1 are not wrapped. So a line makes the same number of turns as its path, and x1 - x0 is a
+    continuous function of x0.
 
     Args:
         flow: the flow that is trained.
@@ -242,10 +275,11 @@ class Rectified(Matching):
     ) -> None:
         super().__init__(flow, regularizer)
         whole("objective.pairs", pairs)
-        if type(flow.base) is not type(teacher.base):
+        own, taught = flow.base, teacher.base
+        if type(own) is not type(taught) or own.circular != taught.circular:
             raise ConfigError(
-                f"the teacher has the base {type(teacher.base).__name__} and the flow has the base "
-                f"{type(flow.base).__name__}: use the same base for both"
+                f"the teacher has the base {type(taught).__name__}({taught.extra_repr()}) and the flow has the base "
+                f"{type(own).__name__}({own.extra_repr()}): use the same base for both"
             )
         begun = time.perf_counter()
         with seeded(seed, teacher.like.device):

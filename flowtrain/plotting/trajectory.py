@@ -176,7 +176,7 @@ class Trajectory:
             y, log_det = step.whole.inverse(y, label)
             total = total + log_det
         z, log_det = self.base.inverse(y, label)
-        return total + log_det + self.flow.base_log_prob(z)
+        return total + log_det + self.flow.base_log_prob(z, label)
 
     def velocity(self, x: Tensor, moment: Moment, label: Tensor | None = None) -> Tensor | None:
         """Returns dx/dt at x (B, *event) in data units, at a moment of a continuous flow; None for other steps."""

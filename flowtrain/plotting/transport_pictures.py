@@ -95,7 +95,7 @@ def animate(
         label = flow.seen[0] if label is None and flow.classes is not None else label
         transport = _Transport(flow, data, FRAMES, label)
         with status("moving samples"):
-            states = transport.states(draw_latents(flow, n or DOTS, temperature))
+            states = transport.states(draw_latents(flow, n or DOTS, temperature, label))
         check_samples(states[-1])
         animate_flow_2d(
             paths,
@@ -193,7 +193,7 @@ def _draw_transport(transport: _Transport, path: Path, title: str, options: Plot
 
 def _draw_paths(transport: _Transport, path: Path, title: str, options: PlotOptions) -> None:
     particles = PARTICLES if transport.trajectory.is_continuous else min(STEP_PARTICLES, PARTICLES)
-    states = transport.states(draw_latents(transport.flow, particles))
+    states = transport.states(draw_latents(transport.flow, particles, label=transport.label))
     labels = transport.flow.labels(transport.label, states[0])
     along = [transport.trajectory.log_density(x, m, labels) for x, m in zip(states, transport.shown, strict=True)]
     draw_paths(

@@ -93,6 +93,7 @@ _VECTORS: dict[str, Groups] = {
     # lower the validation NLL by at most 0.1 nats (Wilt), and 200 steps of a mixture by less than 0.02
     "affine": {"trainer": {"steps": 100, "lr": 0.001, "val_every": 50, "patience": 2}},
     "mixture": {"trainer": {"steps": 20, "lr": 1e-4, "val_every": 20, "patience": 2}},
+    "conditional mixture": {"trainer": {"steps": 3000, "lr": 0.001, "val_every": 50, "patience": 10}},
     "ffjord": {
         "model": {"field": "time_embedding", "positional_bias": False},
         "trainer": {"steps": 600, "lr_decay": "cosine", "ema": 0.99, "clip_norm": 5.0, "patience": 3},
@@ -114,6 +115,7 @@ _UNBOUNDED: dict[str, Any] = {"positional_bias": True, "cap": 2.0, "dropout": 0.
 _IMAGES: dict[str, Groups] = {
     "affine": {"trainer": {"steps": 500, "batch_size": 512, "lr": 0.001, "val_every": 100, "patience": 5}},
     "mixture": {"trainer": {"steps": 200, "batch_size": 512, "lr": 1e-4, "val_every": 50, "patience": 2}},
+    "conditional mixture": {"trainer": {"steps": 1000, "batch_size": 512, "lr": 0.001, "val_every": 50, "patience": 5}},
     "realnvp": {
         "model": {"layers": 2, "hidden": [32], "mixing": "alternate", **_UNBOUNDED},
         "trainer": _IMAGE_TRAINER,
@@ -128,16 +130,22 @@ _IMAGES: dict[str, Groups] = {
 _BATCH = 512
 
 
-def resolve_auto(config: Mapping[str, Any], rows: int | None, event_shape: tuple[int, ...]) -> dict[str, Any]:
+def resolve_auto(
+    config: Mapping[str, Any], rows: int | None, event_shape: tuple[int, ...], context: bool = False
+) -> dict[str, Any]:
     """Returns the config with each `auto` in `model` and `trainer` replaced by its value.
 
     Args:
         rows: the number of training rows; None for endless data.
+        context: whether the data have context columns.
 
     Raises:
         ConfigError: `auto` for a key that has no automatic value.
     """
-    values = _values(str(config["model"].get("name")), rows, event_shape)
+    name = str(config["model"].get("name"))
+    # EM fits a mixture, but not the network of a conditional mixture
+    conditional = context or config["model"].get("conditional")
+    values = _values("conditional mixture" if name == "mixture" and conditional else name, rows, event_shape)
     groups = {group: dict(config[group]) for group in ("model", "trainer")}
     for group, keys in groups.items():
         for key, value in keys.items():

@@ -10,7 +10,7 @@ from typing import Any, cast, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from flowtrain.bases import GaussianMixture
+from flowtrain.bases import ConditionalMixture, GaussianMixture
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.linear import FromGaussian, Preconditioned
 from flowtrain.bijections.logit import Logit
@@ -30,7 +30,7 @@ from flowtrain.utils.errors import ConfigError, first_line
 Config = Mapping[str, Any]
 
 # arguments that are passed in addition to the keys of a group; messages do not list them
-GIVEN = ("event_shape", "solver", "classes")
+GIVEN = ("event_shape", "solver", "classes", "circular")
 # attributes of a flow that describe its samples
 OF_SAMPLES = ("integer_valued", "levels", "centered", "noisy", "class_counts")
 # keys that are not arguments, as in hydra.utils.instantiate
@@ -160,15 +160,17 @@ def is_description(model: Config) -> bool:
 
 def _prepared(flow: Flow, samples: Samples) -> Bijection:
     """Returns the bijection of a model, extended by the preprocessing of the samples; see `build_flow`."""
-    bijection = flow.bijection
-    if samples.gaussian_start:
-        d = math.prod(samples.event_shape)
+    bijection, circular = flow.bijection, flow.base.circular
+    d = math.prod(samples.event_shape)
+    # circular columns already have a scale, and no Gaussian
+    if samples.gaussian_start and len(circular) < d:
         if flow.ode_blocks:
-            bijection = Preconditioned(bijection, d)
+            bijection = Preconditioned(bijection, d, circular)
         else:
-            bijection = FromGaussian(bijection, d, diagonal=isinstance(flow.base, GaussianMixture))
+            diagonal = isinstance(flow.base, GaussianMixture | ConditionalMixture)
+            bijection = FromGaussian(bijection, d, diagonal, circular)
     if samples.standardized or samples.centered:
-        bijection = Chain([bijection, Standardize(samples.event_shape, samples.centered)])
+        bijection = Chain([bijection, Standardize(samples.event_shape, samples.centered, circular)])
     if samples.levels is not None:
         bijection = Chain([bijection, Logit(samples.levels, samples.alpha)])
     return bijection

@@ -33,6 +33,8 @@ BESIDE: dict[str, tuple[float, ...]] = {"full": (0.1, 1.0), "diagonal": (0.5, 2.
 MOST_ROWS, MOST_VAL = 10_000, 5_000
 # smallest number of training rows for each component
 LEAST_ROWS = 10
+# a conditional mixture has this number of components by default, and full covariances up to this number of columns
+CONDITIONAL_COMPONENTS, MOST_COLUMNS = 8, 32
 # seconds after which no further mixture is tried
 SECONDS = 60.0
 
@@ -56,7 +58,8 @@ def resolve_components(config: Mapping[str, Any], data: Dataset, seconds: float 
     """Returns the config with each `auto` of a mixture's `components`, `covariance` and `prior` replaced by its value.
 
     The mixture with these values has the lowest validation NLL among the mixtures that `choose_mixture` fits. The rows
-    are standardised, which changes every NLL by the same amount.
+    are standardised, which changes every NLL by the same amount. These fits ignore a context, so a conditional mixture
+    gets fixed values instead.
 
     Args:
         seconds: the time after which no further mixture is tried.
@@ -68,6 +71,10 @@ def resolve_components(config: Mapping[str, Any], data: Dataset, seconds: float 
     asked = [key for key in FROM_DATA if model.get(key) == AUTO]
     if not asked:
         return dict(config)
+    if data.context or model.get("conditional"):
+        full = math.prod(data.event_shape) <= MOST_COLUMNS
+        fixed = Choice(CONDITIONAL_COMPONENTS, "full" if full else "diagonal", 0.0)
+        return {**config, "model": {**model, **{key: asdict(fixed)[key] for key in asked}}}
     train, val = data.train_rows(MOST_ROWS), data.val[:MOST_VAL]
     if train is None:
         raise ConfigError(f"model.{asked[0]}=auto is only possible for a finite training set: give a value")

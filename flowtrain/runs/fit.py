@@ -167,7 +167,7 @@ def fit(
     if source.labelled:
         if "conditional" not in composed.config["model"]:
             raise ConfigError(
-                f"label: model={chosen['model']} cannot be conditional: choose realnvp, nsf, maf, glow or ffjord"
+                f"label: model={chosen['model']} cannot be conditional: choose a model of flowtrain, such as nsf or maf"
             )
         composed.config["model"]["conditional"] = True
     ended = _run(composed, source, run_dir, progress, begun, Parts(data=source.data))

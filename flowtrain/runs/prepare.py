@@ -79,7 +79,9 @@ def prepare(
     options = PlotOptions.of(config)
     options.positions(data.event_shape, data.columns)
     config = resolve_objective(config, data)
-    config = resolve_components(auto_settings.resolve_auto(config, data.n_train, data.event_shape), data)
+    config = resolve_components(
+        auto_settings.resolve_auto(config, data.n_train, data.event_shape, bool(data.context)), data
+    )
     settings = build.build_settings(config)
     if saved is not None:
         check_same("resume", load.samples_of(saved), data.samples)

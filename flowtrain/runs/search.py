@@ -451,7 +451,7 @@ class Search:
         }
         if own["model"].get("conditional"):
             config["model"]["conditional"] = True
-        config = auto_settings.resolve_auto(config, self.data.n_train, self.data.event_shape)
+        config = auto_settings.resolve_auto(config, self.data.n_train, self.data.event_shape, bool(self.data.context))
         if self.max_steps is not None:
             config["trainer"]["steps"] = self.max_steps
         elif candidate.model not in CHEAP and self._is_bounded_by_time():
@@ -747,24 +747,19 @@ def _models(config: Mapping[str, Any], data: Dataset) -> list[str]:
     """Returns the names of the models of a search. Cheap models come first.
 
     Raises:
-        ConfigError: an unknown model, or model.conditional=true with a model that cannot be conditional.
+        ConfigError: an unknown model.
         DataError: model.conditional=true without labels.
     """
     given = config["model"].get("candidates")
-    conditional = bool(config["model"].get("conditional"))
     names = [name for name in options("model", [config_dir()]) if name != AUTO]
-    if conditional and data.classes is None:
+    if config["model"].get("conditional") and data.classes is None:
         raise DataError("model.conditional=true needs labels: give data.label")
-    unconditional = [name for name in names if "conditional" not in values_of("model", name, [config_dir()])["model"]]
     if given is None:
-        found = [*CHEAP, *recommended(data.n_train, data.event_shape)]
-        return [name for name in found if not (conditional and name in unconditional)]
+        return [*CHEAP, *recommended(data.n_train, data.event_shape)]
     listed = [given] if isinstance(given, str) else given
     if not isinstance(listed, list) or not listed:
         raise ConfigError(f"model.candidates={given}: give a list of models, as in [nsf,maf]")
     for name in listed:
         if name not in names:
             raise ConfigError(f"model.candidates: {name} is unknown; {choose(name, names, 'the models are')}")
-        if conditional and name in unconditional:
-            raise ConfigError(f"model.candidates: {name} cannot be conditional: leave it out")
     return sorted(dict.fromkeys(listed), key=lambda name: name not in CHEAP)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from flowtrain.bases import Base, GaussianMixture, StandardNormal, StudentT, UniformBox
+from flowtrain.bases import Base, ConditionalMixture, GaussianMixture, StandardNormal, StudentT, UniformBox
 from flowtrain.evaluation.calibration import calibration, density_calibration, ks_distance, ks_p_value
 
 
@@ -54,6 +54,17 @@ def test_samples_of_every_base_pass_and_shifted_samples_fail(base: Base) -> None
     z[:, 1] += 0.3
     found, _ = calibration(z, base)
     assert (found.worst, found.p_value < 1e-6) == ("z2", True)
+
+
+def test_base_with_context_is_calibrated_with_the_context_of_each_row() -> None:
+    base, labels = ConditionalMixture(2, 2, classes=2, hidden=[4]), torch.arange(4000) % 2
+    for p in base.parameters():
+        torch.nn.init.normal_(p)
+    z = base.given(labels).sample(4000)
+    # rows without latents are excluded together with their labels
+    z[:101] = torch.nan
+    assert calibration(z, base, labels)[0].p_value > 1e-3
+    assert calibration(z, base, 1 - labels)[0].p_value < 1e-6
 
 
 def test_latents_outside_a_box_are_clamped_to_its_edges() -> None:

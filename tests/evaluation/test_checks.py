@@ -96,7 +96,7 @@ class HalfFolded(Bijection):
 class WrongBase(Flow):
     """A flow that omits the constant of the normal density."""
 
-    def base_log_prob(self, z: Tensor) -> Tensor:
+    def base_log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         return -0.5 * z.flatten(1).square().sum(1)
 
 

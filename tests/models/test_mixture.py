@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributions as D
 from helpers import Run
 from sklearn.mixture import GaussianMixture as Reference
+from torch import Tensor
 
 from flowtrain.models.mixture import mixture
 from flowtrain.runs.components import COMPONENT_COUNTS, Choice, choose_mixture
@@ -128,3 +130,58 @@ def test_invalid_mixture_settings_are_refused() -> None:
         fit("moons", model="mixture", progress=False, overrides={"model.covariance": "auto"})
     with pytest.raises(ConfigError):
         fit(clustered(100, 2), model="mixture", progress=False, overrides={"model.components": "many"})
+
+
+def two_regressions(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns x (n, 1) on one of two lines, chosen with a probability that depends on c (n, 1), and log p(x | c)."""
+    generator = torch.Generator().manual_seed(seed)
+    c = torch.randn(n, 1, generator=generator)
+    share = torch.sigmoid(c)
+    parts = D.Normal(torch.cat([1.5 * c + 1, -c - 1], 1), torch.tensor([0.3, 0.5]))
+    which = (torch.rand(n, 1, generator=generator) > share).long()
+    x = (parts.mean + parts.stddev * torch.randn(n, 2, generator=generator)).gather(1, which)
+    weights = D.Categorical(torch.cat([share, 1 - share], 1))
+    return x, c, D.MixtureSameFamily(weights, parts).log_prob(x.squeeze(1))
+
+
+def test_conditional_mixture_learns_a_mixture_of_regressions() -> None:
+    flow = mixture(1, components=4, conditional=True, classes=1)
+    (x, c, _), (x_val, c_val, expected) = two_regressions(5000, 0), two_regressions(10000, 1)
+    flow.base.initialize(flow.bijection.initialize(x, c))
+
+    def log_prob(x: Tensor, c: Tensor) -> Tensor:
+        z, log_det = flow.bijection.inverse(x, c)
+        return flow.base_log_prob(z, c) + log_det
+
+    before = (expected - log_prob(x_val, c_val)).mean().item()
+    optimizer = torch.optim.Adam(flow.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 700)
+    for _ in range(700):
+        rows = torch.randint(len(x), (512,))
+        loss = -log_prob(x[rows], c[rows]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    assert before > 0.3
+    assert (expected - log_prob(x_val, c_val)).mean().item() < 0.02
+
+
+def test_conditional_mixture_by_the_commands(run: Run, tmp_path: Path, without_figures: None) -> None:
+    """Each class has two clusters. The density checks pass, and the samples have the means of the classes."""
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, 2000)
+    x = 0.5 * rng.normal(size=(2000, 2)) + np.where(rng.random((2000, 1)) < 0.5, 3, -3) + 10 * label[:, None]
+    np.savetxt(tmp_path / "x.csv", np.column_stack([x, label]), delimiter=",", header="a,b,y", comments="")
+    arguments = ["model=mixture", "data=array", f"data.path={tmp_path}/x.csv", "data.label=y", "trainer.steps=300"]
+    code, _, err = run("flowtrain", *arguments, "model.conditional=true", f"hydra.run.dir={tmp_path}/r")
+    assert code == 0, err
+    result = json.loads((tmp_path / "r/result.json").read_text())
+    # log 2 for the cluster, and two Gaussian columns with the standard deviation 0.5
+    assert result["nll"] == pytest.approx(np.log(2) + 2 * (0.5 * np.log(2 * np.pi) + 0.5 + np.log(0.5)), abs=0.12)
+    assert all(check["passed"] is not False for check in result["checks"].values())
+    assert result["calibration"]["p_value"] > 1e-4
+    assert run("floweval", f"ckpt={tmp_path}/r")[0] == 0
+    assert run("flowsample", f"ckpt={tmp_path}/r", "n=500", "label=1", f"out={tmp_path}/s.npy")[0] == 0
+    assert abs(np.load(tmp_path / "s.npy").mean() - 10) < 1
+    assert run("flowtrain", f"resume={tmp_path}/r", "trainer.steps=310")[0] == 0

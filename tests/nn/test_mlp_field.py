@@ -7,9 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowtrain.nn.divergence import Probes, divergence
-from flowtrain.nn.mlp_field import LAYERS, MLPField
+from flowtrain.bijections.continuous import Continuous
+from flowtrain.bijections.regularizers import PATHS
+from flowtrain.nn import mlp_field
+from flowtrain.nn.divergence import Probes, TraceRule, divergence
+from flowtrain.nn.mlp_field import LAYERS, MLPField, MLPRecorder
 from flowtrain.nn.velocity_field import ACTIVATIONS, field_jvp
+from flowtrain.ode import SolveOptions, ode_solver
 from flowtrain.utils.errors import ConfigError
 
 
@@ -109,3 +113,63 @@ def test_untrained_field_does_not_depend_on_x() -> None:
 def test_invalid_mlp_field_options_are_refused(arguments: tuple[int, list[int], str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         MLPField(*arguments)
+
+
+class ByAutograd(MLPField):
+    """The same field with a context, without kernels and tapes."""
+
+    def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.jvp_rows(t, x, tangents, shift)
+
+
+def with_and_without_kernels(layer: str, activation: str = "tanh") -> tuple[MLPField, MLPField]:
+    """Returns two fields with context and equal random weights."""
+    fields = [kind(3, [5, 4], layer, activation, classes=2, init_scale=None) for kind in (MLPField, ByAutograd)]
+    for p, q in zip(*(field.parameters() for field in fields), strict=True):
+        nn.init.normal_(p, std=0.5)
+        q.data.copy_(p)
+    return fields[0], fields[1]
+
+
+@pytest.mark.parametrize(("layer", "activation"), list(itertools.product(LAYERS, ACTIVATIONS)))
+def test_kernel_with_context_equals_autograd(layer: str, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the limit is low, so that each node is a block
+    monkeypatch.setattr(mlp_field, "BLOCK", 1)
+    features, x, t = torch.randn(4, 2, requires_grad=True), torch.randn(2, 4, 3, requires_grad=True), torch.rand(2, 1)
+    found = []
+    for field in with_and_without_kernels(layer, activation):
+        v, je = field_jvp(
+            field.given(features), t, x, torch.randn(2, 1, 4, 3, generator=torch.Generator().manual_seed(0))
+        )
+        loss = (v.square() + je.square().sum(0)).sum((0, 2)) @ torch.arange(1.0, 5.0)
+        found.append([v, je, *torch.autograd.grad(loss, [x, features, *field.parameters()])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("gradient", ["direct", "replay"])
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+@pytest.mark.parametrize("context", ["labels", "features", "features with a gradient"])
+def test_solve_with_context_has_the_gradients_of_autograd(gradient: str, trace: str, context: str) -> None:
+    x = torch.randn(6, 3)
+    given = torch.randint(2, (6,)) if context == "labels" else torch.randn(6, 2)
+    given.requires_grad_(context == "features with a gradient")
+    found = []
+    for field in with_and_without_kernels("concatsquash"):
+        assert isinstance(field.given(given).recorder(), MLPRecorder) is not isinstance(field, ByAutograd)
+        flow = Continuous(field, ode_solver("dopri5", gradient, rtol=1e-4), TraceRule(trace))
+        torch.manual_seed(1)
+        z, log_det, (paths,) = flow.pass_inverse(x, given, SolveOptions(integrals=PATHS))
+        loss = z.square().sum(1) @ torch.arange(1.0, 7.0) - log_det.sum() + 0.1 * paths.sum()
+        inputs = [*field.parameters(), *([given] if given.requires_grad else [])]
+        found.append([z, log_det, paths, *torch.autograd.grad(loss, inputs)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_field_with_context_may_have_one_time_per_row() -> None:
+    field, by_autograd = with_and_without_kernels("concat")
+    t, x, labels = torch.rand(4), torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    e = torch.randn(1, 4, 3)
+    for a, b in zip(field.given(labels).jvp(t, x, e), by_autograd.given(labels).jvp(t, x, e), strict=True):
+        torch.testing.assert_close(a, b)

@@ -102,8 +102,22 @@ BUILDERS: dict[str, Callable[[], Flow]] = {
     "StudentT": lambda: Flow(bases.StudentT(3, df=torch.tensor([2.0, 3.0, 4.0])), ActNorm(3)),
     "trainable StudentT": lambda: Flow(bases.StudentT((3,), trainable=True), ActNorm(3)),
     "UniformBox": lambda: Flow(bases.UniformBox([-90.0, -90.0], torch.tensor([90.0, 95.0])), ActNorm(2)),
+    "NormalUniform": lambda: Flow(bases.NormalUniform(2, [0]), bijections.WrapAngles(2, [0])),
+    "OnColumns": lambda: flow_of(bijections.OnColumns(ActNorm(2), [0, 2])),
+    "PeriodicField": lambda: flow_of(Continuous(parts.PeriodicField(3, [1], [4]))),
+    "CircularSpline": lambda: flow_of(
+        bijections.IndexCoupling(
+            torch.tensor([True, False, False]),
+            net(1, 2 + 14),
+            transform=bijections.RealThenCircular(1, bijections.ScaleShift(), bijections.CircularSpline(4)),
+            n_circular=1,
+        )
+    ),
+    "Preconditioned, circular": lambda: flow_of(bijections.Preconditioned(ode_block(), 3, circular=[1])),
     "GaussianMixture": lambda: Flow(bases.GaussianMixture(2, 3), ActNorm(2)),
     "diagonal": lambda: Flow(bases.GaussianMixture((2,), components=3, covariance="diagonal"), ActNorm(2)),
+    "ConditionalMixture": lambda: models.mixture(3, components=2, hidden=[4], conditional=True, classes=3),
+    "ContextShift": lambda: models.affine(3, conditional=True, classes=3),
     "StandardNormal": lambda: Flow(base=bases.StandardNormal([2]), bijection=ActNorm(2), noisy=(1,)),
     "event_shape keyword": lambda: Flow(event_shape=(2,), bijection=ActNorm(2)),
     "conditional": lambda: models.ffjord(2, hidden=[4], conditional=True, classes=3),
