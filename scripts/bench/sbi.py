@@ -13,8 +13,8 @@ its box. The settings in RECIPES were chosen by the NLL of new simulations, with
 observations of the benchmark were not used for this.
 
 C2ST compares 10,000 samples with the reference posterior, see `sbi_tasks.c2st`. NLL is the mean of
--log p(theta | x) over 5,000 new simulations, in nats. Each run appends a line to the results file. Runs that are in the
-file are not repeated. Needs scikit-learn and the files of the benchmark in ../shared/data/sbibm or FLOWTRAIN_DATA/sbibm.
+-log p(theta | x) over 5,000 new simulations, in nats. Each run appends a line to the results file. Runs in the file are
+not repeated. Needs scikit-learn and the files of the benchmark, in ../shared/data/sbibm or FLOWTRAIN_DATA/sbibm.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from common import machine, progress, table, use_threads
 
 OBSERVATIONS = (1, 2, 3)
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="TASK")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--observations", nargs="*", type=int, default=list(OBSERVATIONS))
+    parser.add_argument("--simulated", action="store_true", help="simulates observations instead of the benchmark's")
     parser.add_argument("--simulations", type=int, default=10_000)
     parser.add_argument("--members", type=int, default=5, help="the number of flows in the mixture")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings that replace the recipe's")
@@ -75,7 +77,7 @@ def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Fits the posterior of a task and returns its NLL, its C2ST for each observation, and seconds."""
     import numpy as np
     import torch
-    from sbi_tasks import TASKS, c2st, observation
+    from sbi_tasks import TASKS, c2st, observation, simulated
 
     import flowtrain
     from flowtrain.models.ensemble import Ensemble
@@ -84,21 +86,20 @@ def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     theta = task.prior(args.simulations, rng)
     x = task.simulate(theta, rng)
     begun = time.perf_counter()
-    settings = {**RECIPES[name], **dict(pair.split("=", 1) for pair in args.set)}
+    settings = {**RECIPES[name], **{k: yaml.safe_load(v) for k, v in (pair.split("=", 1) for pair in args.set)}}
     members = []
     for member in range(args.members):
-        overrides = {**settings, "data.seed": member}
+        overrides = {**settings, "data.seed": member, "data.test_fraction": 0.0002}
         model = str(overrides.pop("model"))
-        members.append(
-            flowtrain.fit(
-                task.unbounded(theta),
-                context=x,
-                model=model,
-                seed=100 * seed + member,
-                progress=False,
-                overrides=overrides,
-            )
-        )
+        import tempfile
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/t.csv"
+            names = [f"x{i}" for i in range(x.shape[1])]
+            np.savetxt(path, np.c_[task.unbounded(theta), x], delimiter=",", header=",".join([*(f"y{i}" for i in range(task.d)), *names]), comments="")
+            members.append(flowtrain.fit(path, model=model, seed=100 * seed + member, progress=False, overrides={**overrides, "data.context": names}))
+            r = members[-1].record
+            v = [(m["step"], round(m["nll"], 3)) for m in r.metrics if m["split"] == "val"]
+            progress(f"{v[::3]} best {r.step} {r.seconds:.0f} s { {k: len(v) for k, v in r.held_out.items()} }")
     flow = Ensemble(members)
     seconds = time.perf_counter() - begun
     # the same new simulations for all seeds
@@ -108,7 +109,7 @@ def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     log_p = flow.log_prob(task.unbounded(theta), context=x) + task.log_slope(theta)
     found: dict[str, Any] = {"nll": -float(log_p.mean()), "seconds": seconds, "c2st": {}}
     for number in args.observations:
-        given = observation(name, number)
+        given = simulated(task, number) if args.simulated else observation(name, number)
         torch.manual_seed(seed)
         samples = task.bounded(flow.sample(SAMPLES, context=given.x).double().cpu().numpy())
         found["c2st"][str(number)] = c2st(given.reference, samples)

@@ -219,6 +219,14 @@ def observation(task: str, number: int, data: Path = DATA) -> Observation:
     return Observation(x, theta, read(folder / "reference_posterior_samples.csv.bz2"))
 
 
+def simulated(task: Task, seed: int, n: int = 10_000) -> Observation:
+    """Simulates an observation, with n samples of its exact posterior."""
+    rng = np.random.default_rng(10**7 + seed)
+    theta = task.prior(1, rng)
+    x = task.simulate(theta, rng)[0]
+    return Observation(x, theta[0], task.posterior(x, n, rng))
+
+
 def read(path: Path) -> Array:
     """Reads a CSV file with one header line, also compressed by bzip2, as (rows, columns)."""
     return np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
