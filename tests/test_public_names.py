@@ -118,7 +118,7 @@ def test_python_defaults_equal_config_defaults(group: str, name: str) -> None:
         assert (list(default) if isinstance(default, tuple) else default) == config[key], key
     # the configs contain every parameter that users can set
     of_models = ("event_shape", "solver", "classes", "circular")
-    given = ("self", *of_models, "flow", "regularizer", "teacher", "seed", "steps", "tableau")
+    given = ("self", *of_models, "flow", "regularizer", "teacher", "contexts", "seed", "steps", "tableau")
     rest = [k for k, p in known.items() if p.default is not p.empty and k not in (*keys, *given)]
     assert not rest
 

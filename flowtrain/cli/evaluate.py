@@ -7,34 +7,35 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from flowtrain.cli.arguments import split_own
 from flowtrain.cli.config_files import compose_defaults, options
 from flowtrain.cli.error_messages import run_command
-from flowtrain.cli.load_run import LoadedRun, load_run, set_name
+from flowtrain.cli.load_run import LoadedRun, load_run, same_data, set_name
 from flowtrain.cli.output_files import check_outputs, paths_of, run_dir_of, written_as
 from flowtrain.cli.overrides import keys_of
 from flowtrain.cli.provenance import provenance
+from flowtrain.cli.score_files import for_each_row, write_scores
 from flowtrain.cli.usage import DEVICE_TEXT, RUN_TEXT, TRUST_TEXT, WEIGHTS_TEXT, Usage
 from flowtrain.data.base import FILE, Dataset, Samples, changes
-from flowtrain.data.tables.rows_to_score import RowsToScore, ScoredRows
-from flowtrain.evaluation import NAMES, check_fits, evaluate
+from flowtrain.data.tables.output import NAMED, check_can_write
+from flowtrain.data.tables.rows_to_score import RowsToScore
+from flowtrain.evaluation import NAMES, Evaluation, check_fits, evaluate
 from flowtrain.evaluation.baselines import MOST_SECONDS
+from flowtrain.evaluation.evaluate import row_spread
 from flowtrain.evaluation.report import write_report
 from flowtrain.evaluation.sbc import SAMPLES
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.plotting import pictures
+from flowtrain.plotting.density_grid import check_has_grid, density_grid
 from flowtrain.plotting.options import DEFAULT, FORMATS, PlotOptions
 from flowtrain.runs.console import data_name, messages, title_of
 from flowtrain.runs.finish import draw_figures
 from flowtrain.runs.search import metrics_of, validations_of
 from flowtrain.utils.arguments import flag, one_of, whole
 from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
-from flowtrain.utils.files import write_json, write_npy
+from flowtrain.utils.files import write_json, write_npy, write_npz
 from flowtrain.utils.process import own_settings
 from flowtrain.utils.status import status
 
@@ -47,7 +48,7 @@ USAGE = Usage(
     examples=[
         ("floweval outputs/first", "the test set of the run"),
         ("floweval outputs/first report=true", "the same, with report.md and report.html"),
-        ("floweval outputs/first data.path=new.csv scores=new.npy", "log p(x) of every row of a new file"),
+        ("floweval outputs/first data.path=new.csv scores=s.csv", "log p(x) of every row of a new file"),
         ("floweval outputs/first ood=fashion_mnist", "how well log p(x) separates other data"),
         ("floweval outputs/first solver.rtol=1e-7", "a tighter ODE solve"),
         ("floweval outputs/multirun/grid", "a sweep (name=grid), as an ensemble"),
@@ -57,12 +58,20 @@ USAGE = Usage(
         "weights": WEIGHTS_TEXT,
         "split": "test (default), val, or all (every row of data.path). The rows keep their order. The default is all "
         "if data.path is given",
-        "scores": "A .npy file for log p(x) of every row, in nats, in the order of the rows. It is -inf if the "
-        "density is zero. It is NaN if it cannot be computed, or if the row has a missing value and data.missing=drop. "
-        "For an ensemble, FILE_members.npy contains log p(x) of each member, (rows, members)",
+        "scores": "A .csv, .parquet or .npy file for log p(x) of every row, in nats. The rows keep their order. "
+        "log p is -inf if the density is zero. It is NaN, or an empty cell, if it cannot be computed, or if the row "
+        "has a missing value and data.missing=drop. Tables have the columns row (the row number in the file, from 0) "
+        "and log_prob, and first the ids that data.id=COLUMN names. For an ensemble, the column spread is the standard "
+        "deviation of log p(x) between members, and FILE_members.npy beside a .npy file contains log p(x) of each "
+        "member, (rows, members). .parquet needs polars (pip install 'flowtrain[tables]')",
+        "grid": "A .npz file for log p on a grid, for samples of one or two columns. It contains the axes x and y, "
+        "log_prob, with the first index along x, and columns, the names of the axes. The axes reach from the 0.5% to "
+        "the 99.5% quantile of the evaluated rows, and 12% further. For whole numbers, it is the density with noise",
+        "grid_points": "Number of grid points of each axis (default: 200)",
+        "label": "The class of the grid, for a conditional model. Default: the mean density over the classes",
         "ood": "A second data set, to be distinguished by log p(x): a file, or the name of data. A name stands for its "
-        "test set. The AUROC is added to the table, and plots/ood.png is drawn. With scores, FILE_ood.npy is written. "
-        "The entropy H of the typicality score is the NLL of the validation set of the run. "
+        "test set. The AUROC is added to the table, and plots/ood.png is drawn. With scores=s.csv, s_ood.csv is "
+        "written. The entropy H of the typicality score is the NLL of the validation set of the run. "
         "If that set is missing, H is the NLL of the scored rows",
         "baselines": "true: also fits a Gaussian mixture and a kernel density estimate, for tables. They are fitted "
         "to the training rows of the run, in up to 20 s, and scored on the same rows. The mixture needs scikit-learn "
@@ -99,6 +108,9 @@ OWN: dict[str, Any] = {
     "split": None,
     "out": None,
     "scores": None,
+    "grid": None,
+    "grid_points": 200,
+    "label": None,
     "ood": None,
     "baselines": False,
     "sbc": False,
@@ -115,7 +127,7 @@ OWN: dict[str, Any] = {
 }
 
 # the keys of data=array that control how a file is read
-READ = ("key", "columns", "label", "header", "decimal", "missing", "na", "context", "weights", "signed_weights")
+READ = ("key", "columns", "label", "id", "id", "header", "decimal", "missing", "na")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -132,22 +144,21 @@ def _command() -> int:
     dtype, wants_report = DTYPES[one_of("dtype", own["dtype"], DTYPES)], flag("report", own["report"])
     wants_baselines, wants_plots = flag("baselines", own["baselines"]), flag("plots", own["plots"])
     sbc = sbc_samples(flag("sbc", own["sbc"]), own["sbc_samples"])
-    scores = written_as("scores", own["scores"], ".npy")
+    scores = written_as("scores", own["scores"], ".npy", *NAMED)
+    grid, points = written_as("grid", own["grid"], ".npz"), whole("grid_points", own["grid_points"], least=2)
+    label = None if own["label"] is None else whole("label", own["label"], least=0)
+    if label is not None and grid is None:
+        raise ConfigError("label: only used with grid=FILE.npz; leave this option out")
     out = Path(str(own["out"])).expanduser() if own["out"] else None
     loaded_run = load_run(own, overrides)
     split = str(own["split"] or default_split(overrides))
     options = loaded_run.plot_options
-    outputs = OutputPaths(loaded_run.run_dir, out, scores, set_name(loaded_run, split, overrides), options)
+    outputs = OutputPaths(loaded_run.run_dir, out, scores, set_name(loaded_run, split, overrides), options, grid)
     inputs = [*loaded_run.files, own["ood"], *paths_of(loaded_run.config["data"])]
     outputs.check(own["ood"] is not None, bool(sbc), wants_report, isinstance(loaded_run.flow, Ensemble), inputs)
-    with status("reading the data"):
-        data = data_of(loaded_run, split, overrides)
-        other = None if own["ood"] is None else other_set(str(own["ood"]), loaded_run)
-        trained_on = data if loaded_run.config["data"] == loaded_run.own_data and split != "all" else None
-        if trained_on is None and wants_baselines:
-            trained_on = training_data(loaded_run, [FILE, "val"])
-        elif trained_on is None and other is not None:
-            trained_on = own_data_of(loaded_run)
+    if grid is not None:
+        check_has_grid(loaded_run.flow, grid, label)
+    data, other, trained_on = read_sets(loaded_run, own["ood"], split, overrides, wants_baselines)
     result = evaluate(
         loaded_run.flow.to(dtype),
         data,
@@ -163,16 +174,15 @@ def _command() -> int:
     )
 
     write_json(outputs.json, result.to_dict())
-    written = [outputs.json]
-    if scores is not None:
-        write_npy(scores, for_each_row(data, result.scores))
-        written.append(scores)
-        if result.member_scores is not None:
-            write_npy(outputs.member_scores, for_each_row(data, result.member_scores))
-            written.append(outputs.member_scores)
-        if result.sets is not None and other is not None:
-            write_npy(outputs.other_scores, for_each_row(other[1], result.sets[1]))
-            written.append(outputs.other_scores)
+    written = [outputs.json, *write_all_scores(outputs, result, data, split, None if other is None else other[1])]
+    if grid is not None:
+        columns = loaded_run.samples.columns
+        with status("computing the grid"):
+            arrays = density_grid(
+                loaded_run.flow, data.split(split), points, columns, label, batch_size=batch_size, seed=seed
+            )
+        write_npz(grid, arrays)
+        written.append(grid)
     config, title = loaded_run.config, title_of(loaded_run.config)
     if wants_plots:
         shown, rows = data_shown(data, split), curves_of(loaded_run)
@@ -206,9 +216,48 @@ def sbc_samples(wanted: bool, samples: Any) -> int:
     return (SAMPLES if samples is None else whole("sbc_samples", samples)) if wanted else 0
 
 
-def for_each_row(data: Dataset, values: Tensor) -> NDArray[np.float64]:
-    """Values of the scored rows, (k, ...), as values of all rows of a file; see `ScoredRows.for_each_row`."""
-    return data.for_each_row(values.numpy()) if isinstance(data, ScoredRows) else values.numpy()
+def write_all_scores(
+    outputs: "OutputPaths", result: Evaluation, data: Dataset, split: str, other: Dataset | None
+) -> list[Path]:
+    """Writes the scores of the set, of the members of an ensemble, and of a second set. Returns the files."""
+    path = outputs.scores
+    if path is None:
+        return []
+    written, members = [path], result.member_scores
+    spread = None if members is None else row_spread(members, [member.weight for member in result.members or ()])
+    write_scores(path, data, split, result.scores, spread)
+    if members is not None and path.suffix not in NAMED:
+        write_npy(outputs.member_scores, for_each_row(data, members))
+        written.append(outputs.member_scores)
+    if result.sets is not None and other is not None:
+        write_scores(outputs.other_scores, other, "test", result.sets[1])
+        written.append(outputs.other_scores)
+    return written
+
+
+def read_sets(
+    loaded_run: LoadedRun, ood: Any, split: str, overrides: Sequence[str], wants_baselines: bool
+) -> tuple[Dataset, tuple[str, Dataset] | None, Dataset | None]:
+    """Returns the data to evaluate, the second set with its name, and the data that the flow was trained on.
+
+    The last is None if the evaluation does not need it, or if it cannot be read and is not necessary.
+
+    Args:
+        ood: the option of the command.
+
+    Raises:
+        FlowtrainError: data that cannot be read, do not fit the flow, or have changed.
+    """
+    with status("reading the data"):
+        data = data_of(loaded_run, split, overrides)
+        other = None if ood is None else other_set(str(ood), loaded_run)
+        is_own = same_data(loaded_run.config["data"], loaded_run.own_data)
+        if is_own and split != "all":
+            return data, other, data
+        if wants_baselines:
+            advice = ". Restore the data, or leave out baselines=true"
+            return data, other, training_data(loaded_run, [FILE, "val"], advice)
+        return data, other, None if other is None else own_data_of(loaded_run)
 
 
 def data_shown(data: Dataset, split: str) -> Dataset:
@@ -225,7 +274,7 @@ def curves_of(loaded_run: LoadedRun) -> list[dict[str, Any]]:
 
     Returns no rows if the data are not the data of the run, because the curves do not show these data.
     """
-    if loaded_run.config["data"] != loaded_run.own_data:
+    if not same_data(loaded_run.config["data"], loaded_run.own_data):
         return []
     if loaded_run.members:
         return validations_of({run_dir_of(path).name: run_dir_of(path) for path in loaded_run.members})
@@ -238,13 +287,20 @@ class OutputPaths:
     Args:
         name: the name of the evaluated set, see `set_name`.
         options: the options of figures, which give their formats.
+        grid: the file of the grid.
     """
 
     def __init__(
-        self, run_dir: Path, out: Path | None, scores: Path | None, name: str, options: PlotOptions = DEFAULT
+        self,
+        run_dir: Path,
+        out: Path | None,
+        scores: Path | None,
+        name: str,
+        options: PlotOptions = DEFAULT,
+        grid: Path | None = None,
     ) -> None:
         self.run_dir, self.out, self.scores, self.suffix = run_dir, out, scores, name and f"-{name}"
-        self.options = options
+        self.options, self.grid = options, grid
         self.json = out or run_dir / f"eval{self.suffix}.json"
         # callers replace .json by .md or .html. Without .json, they would replace the part of a name after a dot
         self.report = out or run_dir / f"report{self.suffix}.json"
@@ -253,11 +309,11 @@ class OutputPaths:
     def other_scores(self) -> Path:
         """The file of log p of the second set, beside the scores."""
         assert self.scores is not None
-        return self.scores.with_name(f"{self.scores.stem}_ood.npy")
+        return self.scores.with_name(f"{self.scores.stem}_ood{self.scores.suffix}")
 
     @property
     def member_scores(self) -> Path:
-        """The file of log p of the members of an ensemble, beside the scores."""
+        """The file of log p of the members of an ensemble, beside a .npy file of scores."""
         assert self.scores is not None
         return self.scores.with_name(f"{self.scores.stem}_members.npy")
 
@@ -267,7 +323,10 @@ class OutputPaths:
         paths += self.options.files(self.figure("ood")) if ood else []
         paths += self.options.files(self.figure("sbc")) if sbc else []
         paths += [] if self.scores is None else [self.scores, *([self.other_scores] if ood else [])]
-        paths += [self.member_scores] if ensemble and self.scores is not None else []
+        if self.scores is not None:
+            paths += [] if self.scores.suffix in NAMED else [self.member_scores] * ensemble
+            check_can_write(self.scores)
+        paths += [] if self.grid is None else [self.grid]
         paths += [self.report.with_suffix(ending) for ending in (".md", ".html")] if report else []
         check_outputs(paths, inputs)
 
@@ -296,11 +355,12 @@ def own_data_of(loaded_run: LoadedRun) -> Dataset | None:
         return None
 
 
-def training_data(loaded_run: LoadedRun, sets: Collection[str]) -> Dataset:
+def training_data(loaded_run: LoadedRun, sets: Collection[str], advice: str = "") -> Dataset:
     """Returns the data that the flow was trained on.
 
     Args:
         sets: the sets that must be unchanged: "file", which has the training rows, "val" or "test".
+        advice: the end of the message if they have changed.
 
     Raises:
         DataError: the data are missing, have changed, or do not fit the flow.
@@ -308,7 +368,7 @@ def training_data(loaded_run: LoadedRun, sets: Collection[str]) -> Dataset:
     data = loaded_run.build(loaded_run.own_data)
     check_fits(loaded_run.flow, data)
     if change := changes(loaded_run.samples.record, data.record, sets):
-        raise DataError(f"since the run was trained, {change}")
+        raise DataError(f"since the run was trained, {change}{advice}")
     return data
 
 

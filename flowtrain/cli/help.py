@@ -55,7 +55,7 @@ EXAMPLES: list[Row] = [
 ]
 # the keys of the overview. Each has a value, which is shown if the composed config lacks the key, and a meaning
 KEYS: dict[str, Row] = {
-    "data.path": ("FILE", "your table: .csv, .npy or .npz"),
+    "data.path": ("FILE", "your table: .csv, .npy, .parquet"),
     "data.columns": ("[NAME,NAME]", "columns to keep; null: all"),
     "name": ("NAME", "the run is outputs/NAME; null: date and time"),
     "seed": ("0", "seed of weights, batches and trace noise"),

@@ -34,7 +34,7 @@ class LoadedRun(NamedTuple):
     For an ensemble, `path` is a directory, and the config and the samples are from the first member.
 
     Attributes:
-        changed: whether there are overrides that can change the numbers. Overrides of `plots` cannot.
+        changed: whether there are overrides that can change the numbers. Overrides of `plots` and `data.id` cannot.
         own_data: the config of the data that the flow was trained on.
         members: the files of an ensemble.
         tag: for runs that are given as a list, the part of the names of output files that identifies them; else empty.
@@ -114,8 +114,18 @@ class LoadedRun(NamedTuple):
                 f"{self.path} was saved from Python and does not say what data it was trained on: give data.path=FILE, "
                 "or data by name such as data=moons"
             )
-        with without_warnings() if data == self.own_data else nullcontext():
+        with without_warnings() if same_data(data, self.own_data) else nullcontext():
             return build_data({**self.config, "data": data})
+
+
+def same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two configs of data give the same sets. The column of ids makes no difference."""
+    return without_id(one) == without_id(other)
+
+
+def without_id(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config of data without its column of ids."""
+    return {key: value for key, value in data.items() if key != "id"}
 
 
 def known_test_nll(path: Path, step: int) -> str:
@@ -200,7 +210,8 @@ def _load_one(path: Path, own: Mapping[str, Any], overrides: Sequence[str], trus
     choose_threads(config.get("threads"), flow.event_shape)
     keep_freed_memory()
     own_data = absolute_paths({"data": saved["config"]["data"]})["data"]
-    samples, changed = samples_of(saved), any(not key.startswith("plots.") for key in keys_of(overrides))
+    changed = any(not key.startswith("plots.") and key != "data.id" for key in keys_of(overrides))
+    samples = samples_of(saved)
     return LoadedRun(path, flow, saved["step"], samples, config, changed, own_data)
 
 
@@ -219,7 +230,7 @@ def _set_name(loaded_run: LoadedRun, split: str, overrides: Sequence[str]) -> st
     if split == "all":
         return stem_of(data["path"]) if "data.path" in keys_of(overrides) and data.get("path") else "all"
     before = loaded_run.own_data
-    changed = {key: value for key, value in data.items() if key not in before or before[key] != value}
+    changed = {key: value for key, value in without_id(data).items() if key not in before or before[key] != value}
     if not changed:
         words = []
     elif "path" in changed or "_target_" in changed:

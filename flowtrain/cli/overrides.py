@@ -11,11 +11,13 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from flowtrain.cli.config_files import add_working_directory_to_path, compose_defaults, options, plain
 from flowtrain.cli.error_messages import keys_of_choice, unknown_key
 from flowtrain.cli.output_files import exists, is_path
+from flowtrain.data.tables.table_reader import takes_key
 from flowtrain.plotting.options import DEFAULTS as PLOTS
 from flowtrain.runs.build import is_description, with_whole_numbers
 from flowtrain.runs.compose import default_choices
@@ -31,13 +33,13 @@ log = logging.getLogger("flowtrain")
 
 # keys whose values are files to read, and files or directories to write. For keys of the data see `is_path`
 READ_PATHS = ("resume", "from", "ckpt", "ood")
-WRITTEN_PATHS = ("out", "scores", "hydra.run.dir", "hydra.sweep.dir")
+WRITTEN_PATHS = ("out", "scores", "grid", "hydra.run.dir", "hydra.sweep.dir")
 # the directory of runs, in the working directory
 OUTPUTS = "outputs"
 # the longest name of a directory, in bytes, on common file systems
 LONGEST_NAME = 255
 # keys whose values are the names of columns or arrays in a file
-QUOTED_NAMES = ("data.label", "data.key")
+QUOTED_NAMES = ("data.label", "data.id", "data.key")
 
 
 def rename_old_keys(arguments: Sequence[str]) -> list[str]:
@@ -419,7 +421,7 @@ def overridden(
             continue
         # a key with + may be new, but its group must exist
         needed = key if not override.is_add() or "." not in key else key.partition(".")[0]
-        if OmegaConf.select(config, needed, default=overridden) is overridden:
+        if not _has_key(config, needed):
             raise ConfigError(unknown_key(key, {**dict.fromkeys(own), **plain(config)}))
         OmegaConf.update(config, key, override.value(), force_add=override.is_add())
         if key in SAME_SETTING and SAME_SETTING[key] not in [other.key_or_group for other in parsed]:
@@ -432,10 +434,18 @@ def overridden(
     return with_whole_numbers(found, groups & {*config_groups()})
 
 
+def _has_key(config: DictConfig, key: str) -> bool:
+    try:
+        return OmegaConf.select(config, key, default=_has_key) is not _has_key
+    except OmegaConfBaseException:
+        # a part of the key names an entry of a list
+        return False
+
+
 def without_unused_key(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the data config, with `key` set to null if `path` does not name an .npz file."""
-    is_archive = str(data.get("path")).lower().endswith(".npz")
-    return {**data, "key": None} if data.get("key") is not None and not is_archive else dict(data)
+    """Returns the data config, with `key` set to null if `path` names a file with a single table."""
+    unused = data.get("key") is not None and not takes_key(Path(str(data.get("path"))))
+    return {**data, "key": None} if unused else dict(data)
 
 
 # the keys of a saved model that may be changed, and the keys of its data that may not be changed

@@ -15,6 +15,7 @@ from flowtrain.cli.load_run import LoadedRun, load_run, set_name
 from flowtrain.cli.output_files import check_outputs, paths_of, written_as
 from flowtrain.cli.usage import DEVICE_TEXT, RUN_TEXT, TRUST_TEXT, WEIGHTS_TEXT, Usage
 from flowtrain.data.base import Dataset, changes
+from flowtrain.data.tables.output import NAMED, check_can_write, named_columns, write_columns
 from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
 from flowtrain.evaluation.log_likelihood import check_samples
 from flowtrain.evaluation.sample_quality import quality
@@ -124,7 +125,7 @@ USAGE = Usage(
     arguments=["RUN [KEY=VALUE ...]"],
     examples=[
         ("flowsample outputs/first n=10000", "samples.npy in the run directory"),
-        ("flowsample outputs/first n=10000 seed=1 out=x.npy", "other samples, in x.npy"),
+        ("flowsample outputs/first n=10000 seed=1 out=x.csv", "other samples, in x.csv with names of columns"),
         ("flowsample outputs/digits label=7", "samples of one class of a conditional model"),
         ("flowsample outputs/first animate=true", "animation.gif: from the base to the data"),
         ("flowsample outputs/first quality=[1,2,4,8]", "distance to test data by solver steps"),
@@ -138,9 +139,11 @@ USAGE = Usage(
         "seed": "Seed of the base noise (default: 0)",
         "temperature": "Factor of the base noise (default: 1). 1 samples the density",
         "label": "The class, for a conditional model. Default: classes are drawn by their frequency in training",
-        "out": "The .npy file, in the units of the data (default: samples.npy in the run directory). Pixels and "
-        "counts are whole numbers. Samples of one or two columns and images are also drawn beside the data, samples of "
-        "more columns with plots.columns=[0,2:5]",
+        "out": "The .npy, .csv or .parquet file (default: samples.npy in the run directory). Samples have the units of "
+        "the data. Pixels and counts are whole numbers. .csv and .parquet have the column names of the training file, "
+        "and for a conditional model its column of labels. .parquet needs polars (pip install 'flowtrain[tables]'). "
+        "Samples of one or two columns and images are also drawn beside the data, samples of more columns with "
+        "plots.columns=[0,2:5]",
         "log_scale": "true: the picture shows the logarithm of the densities, and so their tails",
         "animate": "true: draws an animation from the base to the data, for two columns or images. It takes the place "
         "of the samples, and is written to animation.gif in the run directory, and to animation.mp4 if ffmpeg is "
@@ -194,7 +197,7 @@ def _command() -> int:
     label = None if own["label"] is None else whole("label", own["label"], least=0)
     if animate:
         return write_animation(own, overrides, n, seed, temperature, label)
-    given = written_as("out", own["out"], ".npy")
+    given = written_as("out", own["out"], ".npy", *NAMED)
     return write_samples(load_run(own, overrides), given, n, seed, temperature, label, log_scale)
 
 
@@ -207,7 +210,7 @@ def write_samples(
     label: int | None,
     log_scale: bool,
 ) -> int:
-    """Writes samples to a .npy file and draws a picture of them. Returns the exit code.
+    """Writes samples to a .npy, .csv or .parquet file and draws a picture of them. Returns the exit code.
 
     Raises:
         ConfigError: a path that cannot be written to.
@@ -220,6 +223,8 @@ def write_samples(
     out = given or loaded_run.run_dir / f"samples{tag}.npy"
     options, picture = loaded_run.plot_options, out.with_suffix(".png")
     check_outputs([out, *options.files(picture)], [*loaded_run.files, *paths_of(loaded_run.config["data"])])
+    check_can_write(out)
+    check_can_write(out)
     # a wrong label is refused before data are read
     if label is not None:
         flow.check_label(label)
@@ -235,7 +240,12 @@ def write_samples(
     labels = label if flow.classes is None or label is not None else flow.drawn_labels(n)
     samples = flow.sample(n, temperature, label=labels).cpu()
     check_samples(samples)
-    write_npy(out, flow.quantized(samples).numpy())
+    found = flow.quantized(samples)
+    if out.suffix in NAMED:
+        drawn = None if labels is None else torch.as_tensor(labels).expand(n)
+        write_columns(out, named_columns(found, loaded_run.samples, drawn))
+    else:
+        write_npy(out, found.numpy())
     rows = rows_of_checks(flow.event_shape)
     few = labels[:rows] if isinstance(labels, Tensor) else labels
     with status("round trip"):

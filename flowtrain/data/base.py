@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -106,6 +106,23 @@ def step_generator(seed: int, *stream: int) -> torch.Generator:
 STEP_STREAM = 0x73_74_65_70
 # default of the logit: a small alpha spreads out the background of images, which makes it easier to fit
 ALPHA = 1e-5
+
+
+class Ids(NamedTuple):
+    """The column of ids of a file, `data.id`.
+
+    Attributes:
+        name: the name of the column.
+        values: (n,): int64 if all ids are whole numbers, float64 if they are other numbers, else text (dtype object),
+            with None for a missing id.
+    """
+
+    name: str
+    values: NDArray[Any]
+
+    def of(self, rows: NDArray[np.int64]) -> "Ids":
+        """Returns the ids of some rows."""
+        return self._replace(values=self.values[rows])
 
 
 @dataclass(frozen=True)
@@ -287,6 +304,17 @@ class Dataset(ABC):
         if name not in ("val", "test"):
             raise ConfigError(f"split={name}: there is no such split; {choose(name, ('val', 'test'))}")
         return self.val if name == "val" else self.test
+
+    def row_numbers(self, name: str) -> NDArray[np.int64]:
+        """Returns the row number of each sample of the held-out set `name` in the file of this set, from 0, (n,).
+
+        For data without a file, it is the position in the set.
+        """
+        return self.held_rows.get(name, np.arange(len(self.split(name))))
+
+    def ids(self, name: str) -> Ids | None:
+        """Returns the ids of the rows `row_numbers(name)`; None if the data have no column of ids."""
+        return None
 
     def split_labels(self, name: str) -> Tensor | None:
         """Returns the labels of the held-out set `name`, (n,), or None."""

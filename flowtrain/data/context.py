@@ -34,8 +34,9 @@ class ContextColumn:
 
     Example:
         >>> column = ContextColumn("colour", "categorical", categories=("blue", "red"))
-        >>> features([column, ContextColumn("mass", mean=2.0, std=0.5)], torch.tensor([[1.0, 3.0]]), torch.float32)
-        tensor([[0., 1., 2.]])
+        >>> mass = ContextColumn("mass", mean=2.0, std=0.5)
+        >>> features([column, mass], torch.tensor([[1.0, 3.0]]), torch.float32).tolist()
+        [[0.0, 1.0, 2.0]]
     """
 
     name: str
@@ -111,9 +112,8 @@ def context_values(columns: Sequence[ContextColumn], given: Any, n: int, checked
 
     Example:
         >>> columns = [ContextColumn("mass"), ContextColumn("colour", "categorical", categories=("blue", "red"))]
-        >>> context_values(columns, {"mass": 1.5, "colour": ["red", "blue"]}, 2)
-        tensor([[1.5000, 1.0000],
-                [1.5000, 0.0000]], dtype=torch.float64)
+        >>> context_values(columns, {"mass": 1.5, "colour": ["red", "blue"]}, 2).tolist()
+        [[1.5, 1.0], [1.5, 0.0]]
     """
     if isinstance(given, Tensor):
         values = given

@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
@@ -419,13 +419,25 @@ def score_members(
 
 
 def spread(ensemble: Ensemble, log_p: Tensor) -> float | None:
-    """Returns the weighted standard deviation of log p (n, M) between members, averaged over rows; see `Evaluation`."""
-    log_p = log_p[log_p.isfinite().all(1)]
-    if not len(log_p) or log_p.shape[1] < 2:
-        return None
-    w = log_p.new_tensor(ensemble.log_weights).exp()
+    """Returns `row_spread` averaged over rows, for log p (n, M) of the members with a positive weight."""
+    each = row_spread(log_p, [weight for weight in ensemble.weights if weight > 0])
+    each = each[each.isfinite()]
+    return float(each.mean()) if len(each) and log_p.shape[1] > 1 else None
+
+
+def row_spread(log_p: Tensor, weights: Sequence[float]) -> Tensor:
+    """Returns the weighted standard deviation of log p between the members of an ensemble for each row, (n,).
+
+    It is NaN if log p of a member with a positive weight is not finite.
+
+    Args:
+        log_p: log p of the members, (n, M).
+        weights: the M weights, which sum to 1.
+    """
+    active = [i for i, weight in enumerate(weights) if weight > 0]
+    log_p, w = log_p[:, active], log_p.new_tensor([weights[i] for i in active])
     mean = (log_p * w).sum(1, keepdim=True)
-    return float(((log_p - mean).square() * w).sum(1).sqrt().mean())
+    return ((log_p - mean).square() * w).sum(1).sqrt()
 
 
 def calibration_by_density(

@@ -74,7 +74,8 @@ def _data(data: dict[str, Any]) -> dict[str, Any]:
     if data.get("_target_") != "flowtrain.data.tables.array.ArrayData":
         return data
     # older versions initialized flows over tables at a standard normal, and refused missing values
-    data = {"gaussian_start": False, "missing": "refuse", "na": None, **data}
+    roles = {"context": None, "weights": None, "signed_weights": False, "id": None}
+    data = {"gaussian_start": False, "missing": "refuse", "na": None, **roles, **data}
     if "header" not in data:
         # older versions kept unnamed index columns, and all samples in float32
         columns = ["0:"] if data.get("columns") is None else data["columns"]

@@ -6,10 +6,10 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -97,6 +97,13 @@ def write_npy(path: Path, array: np.ndarray) -> None:
     """Writes an array as .npy; see `replacing`."""
     with replacing(path) as f:
         np.save(f, array)
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray], durable: bool = False) -> None:
+    """Writes named arrays as .npz; see `replacing`."""
+    with replacing(path, durable) as f:
+        # the stub of savez takes the second positional argument for one of the arrays
+        np.savez(f, **cast(Any, dict(arrays)))
 
 
 def to_json(content: dict[str, Any], indent: int | None = None) -> str:

@@ -185,7 +185,7 @@ BAD_OTHERS = [
     ("flowsample", ["ckpt={run}", "n=0"], "n=0"),
     ("flowsample", ["ckpt={run}", "n=many"], "n=many"),
     ("flowsample", ["ckpt={run}", "temperature=-1"], "temperature=-1"),
-    ("flowsample", ["ckpt={run}", "out=s.csv"], ".npy"),
+    ("flowsample", ["ckpt={run}", "out=s.xlsx"], ".parquet"),
 ]
 
 

@@ -124,9 +124,21 @@ def test_requested_columns_are_used_or_refused(
     assert evaluated(run_dir, f"data.path={same}", f"data.test_path={same}", name="eval-same-test.json")["n"] == 50
 
 
+def test_baselines_of_changed_data_are_refused_with_a_way_out(run: Run, table: Path, trained: Train) -> None:
+    run_dir = trained("data=array", f"data.path={table}")
+    table.write_text(table.read_text() + "1,2,3\n")
+    code, out, err = run("floweval", f"ckpt={run_dir}", "split=all", "baselines=true")
+    assert (code, out, "baselines=true" in err) == (2, "", True), err
+
+
 MISTAKES = [
     (["split=all"], "no file of rows"),
-    (["scores=s.csv"], "scores=s.csv: .*npy"),
+    (["scores=s.txt"], "scores=s.txt: .*npy"),
+    (["grid=g.csv"], "grid=g.csv: .*npz"),
+    (["grid=g.npz", "grid_points=1"], "grid_points=1"),
+    (["label=1"], "grid=FILE.npz"),
+    (["grid=g.npz", "label=1"], "not conditional"),
+    (["plots.format.x=1"], r"plots.format=\['png'\]"),
     (["dtype=float16"], "dtype=float16: .*float32, float64"),
     (["report=maybe"], "report=maybe: give true or false"),
     (["seed=-1"], "seed=-1"),

@@ -2,19 +2,22 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from flowtrain.data.base import ALPHA, Checksum, Samples, record_of
+from flowtrain.data.base import ALPHA, Checksum, Ids, Samples, record_of
 from flowtrain.data.context import ContextColumn
 from flowtrain.data.in_memory import Finite, InMemoryStore, held_out, split
 from flowtrain.data.tables.columns import Columns, listed
 from flowtrain.data.tables.csv_reader import DETECTED, TextFormat
+from flowtrain.data.tables.ids import read_ids
 from flowtrain.data.tables.missing import REFUSE, REFUSED, Missing, missing_of
 from flowtrain.data.tables.roles import Roles, read_roles
 from flowtrain.data.tables.sample_spec import (
@@ -55,6 +58,7 @@ class InMemoryTable:
     Attributes:
         tables: the table, divided by the roles of its columns.
         table: the samples.
+        read_ids: a function that reads the ids of all rows of the file; None without ids.
         n: the number of rows.
     """
 
@@ -70,11 +74,15 @@ class InMemoryTable:
         self.tables = read_roles(path, key, columns, roles, text_format, missing)
         self.table = self.tables.samples
         self.n = len(self.table.values)
+        self.read_ids: Callable[[], Ids] | None = None
+        if roles.id is not None and isinstance(path, str):
+            in_file = self.n if self.table.kept is None else self.table.kept.of
+            self.read_ids = partial(read_ids, path, key, roles.id, text_format, in_file)
 
     def all(self, spec: SampleSpec, most: int, seed: int, *stream: int) -> Part:
         """Checks all rows and returns them as a held-out set. `most` is ignored because the rows are in memory."""
         rows = np.arange(self._checked(spec))
-        return replace(self._part(spec, rows), rows=(self.n, self._checksum()))
+        return replace(self._part(spec, rows), rows=(self.n, self._checksum()), numbers=self.in_file(rows))
 
     def split_rows(
         self, spec: SampleSpec, sizes: list[int], seed: int, split_key: tuple[int, ...], order_key: tuple[int, ...]
@@ -173,6 +181,7 @@ class ArrayData(Finite):
         weights: name or position of a column of weights, which is not part of a sample. Only the ratios of the weights
             matter. None means equal weights.
         signed_weights: whether weights may be negative, as in simulations of particle physics.
+        id: name or position of a column that identifies the rows, and is not part of a sample. It may contain anything.
         event_shape: the shape (C, H, W) of images. A row of the table is a flattened image. None means vectors.
         val_fraction, test_fraction: the fraction of the training file to hold out if there is no separate file.
         standardize: whether the flow standardizes samples by the mean and standard deviation of the training rows. None
@@ -223,6 +232,7 @@ class ArrayData(Finite):
         context: Columns | None = None,
         weights: str | int | None = None,
         signed_weights: bool = False,
+        id: str | int | None = None,
     ) -> None:
         if path is None:
             raise ConfigError(
@@ -238,7 +248,7 @@ class ArrayData(Finite):
         text_format, absent = format_of(header, decimal), missing_of(missing, na)
         if not isinstance(path, Table):
             check_format(path, text_format)
-        roles = Roles(label, context, weights, flag("data.signed_weights", signed_weights))
+        roles = Roles(label, context, weights, flag("data.signed_weights", signed_weights), id)
         first = _source(path, memory_map, key, columns, roles, text_format, absent)
         # memory_map=true is for the training file only: held-out files are streamed if they are large
         rest = None if memory_map else memory_map
@@ -272,6 +282,8 @@ class ArrayData(Finite):
         self.test_labels, self.test_context, self.test_weights = test.extras
         self._describe_context(first.tables.context, training)
         sets = {"val": val, "test": test}
+        self._own_numbers = {name: part.numbers for name, part in sets.items() if isinstance(part.rows, tuple)}
+        self._read_ids = {name: (other or first).read_ids for name, other in zip(sets, others, strict=True)}
         self.record = record_of((first.n, training.checksum), ((name, part.rows) for name, part in sets.items()))
         self.held_rows = {n: first.in_file(part.rows) for n, part in sets.items() if not isinstance(part.rows, tuple)}
         self._check_held_out(first.table, training, spec, sets)
@@ -358,6 +370,13 @@ class ArrayData(Finite):
     @property
     def samples(self) -> Samples:
         return replace(super().samples, columns=self._names, label=self._label, weights=self._weights)
+
+    def row_numbers(self, name: str) -> NDArray[np.int64]:
+        return self._own_numbers[name] if name in self._own_numbers else super().row_numbers(name)
+
+    def ids(self, name: str) -> Ids | None:
+        read = self._read_ids[name]
+        return None if read is None else read().of(self.row_numbers(name))
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:
         """Returns mean and standard deviation (dividing by n) of the training rows, including noise; None without them.

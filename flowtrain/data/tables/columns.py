@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.formatting import consecutive, counted
 
 _log = logging.getLogger("flowtrain")
@@ -59,6 +59,28 @@ def pick(
     if twice:
         raise ConfigError(f"{key}={columns} keeps {listed([names[i] for i in twice])} twice")
     return chosen
+
+
+def pick_table(key: str | None, names: Sequence[str], path: object, what: str) -> str:
+    """Returns the name of the table to read from a file that contains several.
+
+    Args:
+        key: the setting `data.key`; None for the only table.
+        names: the names of the tables.
+        path: the file, for messages.
+        what: the word for a table, for messages: array or sheet.
+
+    Raises:
+        ConfigError: a key that is not in the file, or no key although there are several tables.
+        DataError: a file without tables.
+    """
+    if not names:
+        raise DataError(f"{path} contains no {what} with values")
+    if key is None and len(names) > 1:
+        raise ConfigError(f"{path} contains {len(names)} {what}s; choose one with data.key: {', '.join(names)}")
+    if key is not None and key not in names:
+        raise ConfigError(f"{path} has no {what} {key!r} with values; data.key can be {', '.join(names)}")
+    return names[0] if key is None else key
 
 
 def _positions(entry: object, names: Sequence[str], path: object, key: str) -> list[int]:

@@ -152,6 +152,28 @@ def read_delimited(path: Path, choose: ChooseColumns, text_format: TextFormat) -
     return TextTable(values, tuple(layout.names[i] for i in indices), tuple(indices), lines, cells)
 
 
+def read_text_column(path: Path, choose: ChooseColumns, text_format: TextFormat) -> list[str]:
+    """Returns the cells of the column whose position `choose` returns, without blanks around them.
+
+    The rows are the rows that `read_delimited` reads with the same format.
+
+    Raises:
+        DataError: see `read_delimited`.
+    """
+    file = _File(path)
+    with _reading_errors(file):
+        # the reader of the samples has already warned
+        layout = find_layout(file, text_format, warns=False)
+        (column,) = choose(layout.names, ())
+        rows = ((line, row) for line, row in _rows(file, layout.delimiter, layout.first_line) if row)
+        cells = []
+        for line, row in rows:
+            if len(row) != len(layout.names):
+                raise DataError(f"{file.path}, line {line} {_width_error(row, layout)}")
+            cells.append(row[column].strip())
+        return cells
+
+
 @contextmanager
 def _reading_errors(file: _File) -> Iterator[None]:
     """Raises DataError if the text is not UTF-8 or if a gzip file is damaged."""
@@ -179,8 +201,11 @@ def _first_bad_line(file: _File) -> int:
 # The layout
 
 
-def find_layout(file: _File, text_format: TextFormat) -> Layout:
+def find_layout(file: _File, text_format: TextFormat, warns: bool = True) -> Layout:
     """Detects the delimiter, the column names and the first line of data.
+
+    Args:
+        warns: whether a doubtful header gives a warning.
 
     Raises:
         DataError: an empty file or an empty first line.
@@ -201,7 +226,8 @@ def find_layout(file: _File, text_format: TextFormat) -> Layout:
         header = True
     if header is None:
         header = is_header(first, rows)
-        _warn_of_odd_header(path, top, first, rows, header)
+        if warns:
+            _warn_of_odd_header(path, top, first, rows, header)
     if header:
         names = tuple(cell.strip() or f"unnamed_{i}" for i, cell in enumerate(first))
         # a header may contain line breaks, so the data begin where the second row begins

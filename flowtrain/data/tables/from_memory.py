@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from flowtrain.data.tables.csv_reader import is_missing
 from flowtrain.data.tables.table_reader import COLUMNS, VALUES, Table
 from flowtrain.utils.arguments import shortened
 from flowtrain.utils.errors import DataError, first_line
-from flowtrain.utils.files import replacing
+from flowtrain.utils.files import write_npz
 
 # arrays (n, d) or (n, *event_shape), tensors, and data frames: anything with `columns` and `to_numpy`
 Rows = Any
@@ -293,5 +293,4 @@ def write_table(path: Path, table: Table) -> None:
     arrays: dict[str, NDArray[Any]] = {VALUES: values}
     if table.named:
         arrays[COLUMNS] = np.array(table.columns)
-    with replacing(path, durable=True) as f:
-        np.savez(f, **cast(Any, arrays))
+    write_npz(path, arrays, durable=True)

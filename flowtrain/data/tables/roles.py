@@ -12,6 +12,7 @@ from torch import Tensor
 from flowtrain.data.in_memory import Extras
 from flowtrain.data.tables.columns import Columns, listed, pick
 from flowtrain.data.tables.csv_reader import DETECTED, TextFormat
+from flowtrain.data.tables.ids import id_position
 from flowtrain.data.tables.missing import REFUSED, Missing
 from flowtrain.data.tables.table_checks import check_labels, check_weights
 from flowtrain.data.tables.table_reader import Table, read_table
@@ -20,19 +21,22 @@ from flowtrain.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class Roles:
-    """The settings `data.label`, `data.context` and `data.weights`.
+    """The settings `data.label`, `data.context`, `data.weights` and `data.id`.
 
     Attributes:
         label: name or position of the column of class labels, or None.
         context: names, positions or slices of the context columns, or None.
         weights: name or position of the column of weights, or None.
         signed: whether weights may be negative.
+        id: name or position of the column of ids, or None. It is not read with the samples, see `read_ids`, and it may
+            also be a column of labels, context or weights.
     """
 
     label: str | int | None = None
     context: Columns | None = None
     weights: str | int | None = None
     signed: bool = False
+    id: str | int | None = None
 
     def pick(self, names: Sequence[str], path: object) -> "RolePositions":
         """Returns the positions of the columns of each role.
@@ -59,6 +63,18 @@ class Roles:
                 "data.label, data.context and data.weights"
             )
         return positions
+
+    def less_ids(self, indices: Sequence[int], names: Sequence[str], path: object) -> list[int]:
+        """Returns the positions of the samples' columns without the column of ids.
+
+        Raises:
+            ConfigError: a column of ids that the table does not have, or no column is left.
+        """
+        own = None if self.id is None else id_position(self.id, names, path)
+        left = [i for i in indices if i != own]
+        if not left:
+            raise ConfigError(f"data.id={self.id} is the only column of {path}: there are no columns for samples")
+        return left
 
 
 class RolePositions(NamedTuple):
@@ -154,7 +170,7 @@ def read_roles(
     def choose(names: Sequence[str], left_out: Sequence[int]) -> list[int]:
         nonlocal positions
         positions = roles.pick(names, source)
-        indices = pick(columns, names, source, left_out=left_out)
+        indices = roles.less_ids(pick(columns, names, source, left_out=left_out), names, source)
         return [*indices, *(i for i in positions.all if i not in indices)]
 
     table = read_table(path, key, choose, text_format=text_format, missing=missing)

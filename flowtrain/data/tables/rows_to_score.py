@@ -3,20 +3,23 @@
 import logging
 import math
 import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowtrain.data.base import Dataset, Samples
+from flowtrain.data.base import Dataset, Ids, Samples
 from flowtrain.data.images import read_idx
 from flowtrain.data.in_memory import Extras
 from flowtrain.data.tables.array import check_format, format_of
 from flowtrain.data.tables.columns import Columns, as_option, default_names, listed, pick
 from flowtrain.data.tables.csv_reader import TextFormat
+from flowtrain.data.tables.ids import id_position, read_ids
 from flowtrain.data.tables.missing import missing_of
+from flowtrain.data.tables.output import LABEL, column_names, sample_names
 from flowtrain.data.tables.roles import Roles, RoleTables
 from flowtrain.data.tables.sample_spec import SampleSpec, add_set_noise
 from flowtrain.data.tables.table_checks import warn_of_unseen
@@ -78,6 +81,10 @@ class ScoredRows(Dataset):
         found[self.kept.rows] = values
         return found
 
+    def row_numbers(self, name: str) -> NDArray[np.int64]:
+        """Returns 0 to n - 1 for the n rows of the file, also for rows that are left out."""
+        return np.arange(len(self.test) if self.kept is None else self.kept.of)
+
     def split(self, name: str) -> Tensor:
         if name != "all":
             raise ConfigError(f"split={name}: a file of rows to score has no splits; give split=all")
@@ -102,9 +109,9 @@ class RowsToScore(ScoredRows):
     Args:
         path: a file, see `read_table`, or an IDX file, plain or gzipped.
         samples: the description of the samples that the flow was trained on.
-        key, columns, label, header, decimal, missing, na, context, weights, signed_weights: the settings that the
+        key, columns, label, header, decimal, missing, na, context, weights, signed_weights, id: the settings that the
             training file was read with, see `ArrayData`. None for missing and na means that no row is left out, and no
-            further values are missing.
+            further values are missing. A position of the ids refers to this file.
         asked: the names of the settings among these that the user gave for this file. These settings have priority over
             the column names in the file.
         seed: the seed of the noise on columns that `data.dequantize` names.
@@ -130,10 +137,12 @@ class RowsToScore(ScoredRows):
         context: Columns | None = None,
         weights: str | int | None = None,
         signed_weights: bool | None = None,
+        id: str | int | None = None,
     ) -> None:
         if not isinstance(path, str | Path):
             raise ConfigError(f"data.path={path}: give the path of a file")
         file = Path(path).expanduser()
+        self._read_ids: Callable[[], Ids] | None = None
         if _is_idx(file):
             tables = RoleTables(_of_images(file, samples.event_shape))
         else:
@@ -142,13 +151,19 @@ class RowsToScore(ScoredRows):
             header = header if "header" in asked else None
             check_format(str(file), format_of(header, decimal if "decimal" in asked else None))
             text_format = TextFormat(header, decimal, samples.columns)
-            roles = Roles(label, context, weights, bool(signed_weights))
+            roles = Roles(label, context, weights, bool(signed_weights), id)
             selection = _Selection(file, samples, columns, roles, asked)
             absent = missing_of(missing, na)
             table = read_table(file, key, selection.choose, "data.columns", samples.event_shape, text_format, absent)
             tables = selection.divided(table)
+            if selection.ids is not None:
+                n = len(table.values) if table.kept is None else table.kept.of
+                self._read_ids = partial(read_ids, file, key, selection.ids, text_format, n)
         tables.check()
         super().__init__(tables.samples, tables.extras(), samples, seed)
+
+    def ids(self, name: str) -> Ids | None:
+        return None if self._read_ids is None else self._read_ids()
 
 
 class _Selection:
@@ -165,11 +180,15 @@ class _Selection:
         self.file, self.samples, self.columns, self.roles, self.asked = file, samples, columns, roles, asked
         self.width = math.prod(samples.event_shape)
         self.others: dict[str, list[int]] = {}
+        self.ids: int | None = None
+        self.sampled = False
 
     def choose(self, names: Sequence[str], left_out: Sequence[int]) -> list[int]:
         """Returns the positions of the samples' columns, followed by the columns of other roles."""
         named = tuple(names) != default_names(range(len(names)))
-        trained = self.samples.columns
+        # a file written by flowsample, in which columns without names have got names
+        self.sampled = tuple(names) in (column_names(self.samples, False), column_names(self.samples, True))
+        trained = sample_names(self.samples) if self.sampled else self.samples.columns
         by_name = named and bool(trained) and "columns" not in self.asked
         if by_name and len(set(trained)) == len(trained) and all(names.count(name) < 2 for name in trained):
             indices = pick(trained, names, self.file, "the columns that the flow was trained on")
@@ -185,6 +204,7 @@ class _Selection:
             "context": self._context(names, named),
             "weights": self._single("weights", self.roles.weights, names, named),
         }
+        self.ids = self._ids(names, indices)
         taken = [*indices]
         for role, positions in self.others.items():
             if twice := [i for i in positions if i in taken]:
@@ -232,12 +252,12 @@ class _Selection:
 
     def _less_others(self, indices: list[int], names: Sequence[str]) -> list[int]:
         others: list[int] = []
-        for role in ("label", "context", "weights"):
+        for role in ("label", "context", "weights", "id"):
             wanted = getattr(self.roles, role)
             try:
                 others += [] if wanted is None else pick(wanted, names, self.file, f"data.{role}")
             except ConfigError:
-                # a file without labels or weights
+                # a file without labels, weights or ids
                 continue
         return [i for i in indices if i not in others]
 
@@ -247,12 +267,28 @@ class _Selection:
             return []
         if role not in self.asked:
             # a position refers to the training file; a file with column names may have another order
-            trained = getattr(self.samples, role)
+            trained = LABEL if self.sampled and role == "label" else None
+            trained = getattr(self.samples, role) or trained
             wanted = trained if named and trained else wanted
             here = names.count(wanted) == 1 if isinstance(wanted, str) else len(names) > self.width
             if not here:
                 return []
         return pick([wanted], names, self.file, f"data.{role}")
+
+    def _ids(self, names: Sequence[str], samples: Sequence[int]) -> int | None:
+        """Returns the position of the column of ids; None if the file has none.
+
+        Args:
+            samples: the positions of the samples' columns. Ids may be one of them only if the user says so.
+        """
+        wanted = self.roles.id
+        if wanted is None:
+            return None
+        if "id" in self.asked:
+            return id_position(wanted, names, self.file)
+        here = names.count(wanted) == 1 if isinstance(wanted, str) else -len(names) <= wanted < len(names)
+        position = id_position(wanted, names, self.file) if here else None
+        return None if position in samples else position
 
     def _context(self, names: Sequence[str], named: bool) -> list[int]:
         """Returns the positions of the context columns.

@@ -1,7 +1,7 @@
 """Conversion of the rows of a table to samples: real or integer-valued, vectors or images, with noise on columns."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -77,11 +77,13 @@ class Part:
         extras: labels, context and weights.
         rows: the row numbers of the set in the training file, (n,). If the set has a separate file, the row count and
             checksum of that file.
+        numbers: the row numbers of the set in its separate file, (n,). Empty for a set of the training file.
     """
 
     x: Tensor
     extras: Extras
     rows: NDArray[np.int64] | tuple[int, str]
+    numbers: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowtrain.data.base import Checksum, step_generator
+from flowtrain.data.base import Checksum, Ids, step_generator
 from flowtrain.data.in_memory import Extras
 from flowtrain.data.tables.columns import Columns, default_names, pick
+from flowtrain.data.tables.ids import id_position, whole_ids
 from flowtrain.data.tables.missing import REFUSED, Missing
 from flowtrain.data.tables.roles import Roles, RoleTables, divided
 from flowtrain.data.tables.sample_spec import Part, SampleSpec, TrainingSplit, Values
@@ -287,6 +288,15 @@ def of_rows(rows: NDArray[Any], like: Table, first: int = 0) -> Table:
     return replace(like, values=kept.astype(np.float64), first=first)
 
 
+def ids_of(rows: NpyRows, column: int) -> Ids:
+    """Reads the ids of all rows of a file in chunks."""
+    size = max(1, CHUNK // rows.row_bytes)
+    starts = range(0, rows.n, size)
+    parts = [rows.read(start, min(rows.n, start + size))[:, column].astype(np.float64) for start in starts]
+    (name,) = default_names([column])
+    return Ids(name, whole_ids(np.concatenate(parts)))
+
+
 class StreamedTable:
     """A table that stays in a .npy file; see `read_roles` for the arguments.
 
@@ -297,6 +307,7 @@ class StreamedTable:
         tables: the columns by role, without rows.
         table: the columns of the samples, without rows.
         n: the number of rows.
+        read_ids: a function that reads the ids of all rows; None without ids.
     """
 
     def __init__(self, path: str, columns: Columns | None, roles: Roles, missing: Missing = REFUSED) -> None:
@@ -304,11 +315,14 @@ class StreamedTable:
         self.n = self.rows.n
         names = default_names(range(self.rows.width))
         positions = roles.pick(names, self.rows.path)
-        chosen = pick(columns, names, self.rows.path)
+        chosen = roles.less_ids(pick(columns, names, self.rows.path), names, self.rows.path)
         indices = (*chosen, *(i for i in positions.all if i not in chosen))
         table = Table(np.empty((0, len(indices))), default_names(indices), indices, str(self.rows.path))
         self.tables = divided(table, positions, roles)
         self.table = self.tables.samples
+        self.read_ids: Callable[[], Ids] | None = None
+        if roles.id is not None:
+            self.read_ids = partial(ids_of, self.rows, id_position(roles.id, names, self.rows.path))
 
     def all(self, spec: SampleSpec, most: int, seed: int, *stream: int) -> Part:
         """Checks all rows and returns them as a held-out set. If there are more than `most`, returns a random subset.
@@ -322,7 +336,7 @@ class StreamedTable:
             _log.info(f"{self.rows.path}: {most:,} of {self.n:,} rows are drawn at random and used")
             wanted = draw_rows(self.n, most, step_generator(seed, *stream))
         part, statistics = self._look_through(spec, wanted, training=False)
-        return replace(part, rows=(self.n, str(statistics.checksum)))
+        return replace(part, rows=(self.n, str(statistics.checksum)), numbers=wanted)
 
     def split_rows(
         self, spec: SampleSpec, sizes: list[int], seed: int, split_key: tuple[int, ...], order_key: tuple[int, ...]

@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
-from flowtrain.data.tables.columns import Columns, as_option, default_names, first_of, pick
+from flowtrain.data.tables.columns import Columns, as_option, default_names, first_of, pick, pick_table
 from flowtrain.data.tables.csv_reader import DETECTED, ChooseColumns, TextFormat, read_delimited
 from flowtrain.data.tables.missing import REFUSED, Missing
 from flowtrain.data.tables.typed_files import TYPED, read_typed
@@ -113,7 +113,8 @@ class Table:
         lines: for text files, the line number of each row of the file, from 1; for .xlsx, the row number in the sheet.
             None for other files.
         first: the number of the first row in the file, if the table is a block of a file.
-        cells: the text of the first missing value of a text file, by its row and column.
+        cells: the text of the first missing value, by its row and column. It is empty for an empty cell. For text files
+            and typed files.
         unit: the word for `lines` in messages.
         kept: the rows of the file that are in `values`, if rows with missing values were left out. None means all.
     """
@@ -140,6 +141,9 @@ class Table:
     def only(self, columns: Sequence[int]) -> "Table":
         """Returns the table of these columns. Columns are given by their positions in this table."""
         kept = list(columns)
+        # a copy of all columns would have another memory layout, and the noise of whole numbers depends on it
+        if kept == list(range(len(self.columns))):
+            return self
         names, indices = tuple(self.columns[i] for i in kept), tuple(self.indices[i] for i in kept)
         return replace(self, values=self.values[:, kept], columns=names, indices=indices)
 
@@ -191,10 +195,12 @@ def read_table(
         )
     try:
         if ending in ARRAYS:
-            table = _from_array(file, key, choose, event_shape)
+            table = read_array(file, key, choose, event_shape)
         elif ending in TYPED:
             typed = read_typed(file, key, choose, text_format.header, missing.texts)
-            table = Table(typed.values, typed.names, typed.indices, str(file), typed.lines, unit="row")
+            table = Table(
+                typed.values, typed.names, typed.indices, str(file), typed.lines, cells=typed.cells, unit="row"
+            )
         else:
             table = _from_text(file, choose, replace(text_format, na=missing.texts, drops=missing.drops))
     except OSError as error:
@@ -244,7 +250,8 @@ def _from_text(file: Path, choose: ChooseColumns, text_format: TextFormat) -> Ta
     return Table(text.values, text.names, text.indices, str(file), text.lines, cells=text.cells)
 
 
-def _from_array(file: Path, key: str | None, choose: ChooseColumns, event_shape: tuple[int, ...]) -> Table:
+def read_array(file: Path, key: str | None, choose: ChooseColumns, event_shape: tuple[int, ...] = ()) -> Table:
+    """Reads columns of a .npy or .npz file, which may have missing values; see `read_table` for the arguments."""
     array, names = _load(file, key)
     if is_images(array.shape, event_shape):
         array = array.reshape(len(array), -1)
@@ -276,7 +283,7 @@ def _load(file: Path, key: str | None) -> tuple[NDArray[Any], tuple[str, ...]]:
         members, names = loaded.files, tuple[str, ...]()
         if COLUMNS in members and key != COLUMNS and (named := loaded[COLUMNS]).dtype.kind == "U" and named.ndim == 1:
             members, names = [name for name in members if name != COLUMNS], tuple(map(str, named))
-        return np.asarray(loaded[_member(members, key, file)]), names
+        return np.asarray(loaded[pick_table(key, members, file, "array")]), names
 
 
 @contextmanager
@@ -298,16 +305,6 @@ def _pickled(file: Path) -> DataError:
         f"{file} contains Python objects or is not a NumPy file. It is not loaded because loading it could run code. "
         "Save numbers: numpy.save(path, array.astype(float))"
     )
-
-
-def _member(names: list[str], key: str | None, file: Path) -> str:
-    if not names:
-        raise DataError(f"{file} contains no array")
-    if key is None and len(names) > 1:
-        raise ConfigError(f"{file} contains {len(names)} arrays; choose one with data.key: {', '.join(names)}")
-    if key is not None and key not in names:
-        raise ConfigError(f"{file} has no array {key!r}; data.key can be {', '.join(names)}")
-    return names[0] if key is None else key
 
 
 def check_array(shape: tuple[int, ...], dtype: np.dtype[Any], file: Path, event_shape: tuple[int, ...] = ()) -> None:

@@ -6,7 +6,7 @@ as numbers if each cell is a number or a missing value by the rules for text fil
 
 import importlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowtrain.data.tables.columns import TextColumn, advice_on_text
+from flowtrain.data.tables.columns import TextColumn, advice_on_text, pick_table
 from flowtrain.data.tables.csv_reader import HEADER_ROWS, UNNAMED, ChooseColumns, is_header, is_missing, number_of
 from flowtrain.utils.errors import ConfigError, DataError
 
@@ -37,12 +37,15 @@ class TypedColumns:
         values: (n, d), with NaN for missing values.
         names, indices: the names of the columns and their positions in the file.
         lines: the number of each row in the sheet of an .xlsx file, from 1. None for other files.
+        cells: the text of the first missing value, by its row and column in `values`; "" for an empty cell. Empty if
+            this value is NaN.
     """
 
     values: NDArray[np.float64]
     names: tuple[str, ...]
     indices: tuple[int, ...]
     lines: Sequence[int] | None
+    cells: Mapping[tuple[int, int], str]
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def read_typed(
         DataError: a damaged or empty file, or columns that are not numbers.
     """
     with _readable(file):
-        source = _sheet(file, key, header) if file.suffix.lower() == ".xlsx" else _frame(file)
+        source = _opened(file, key, header)
         unnamed = [i for i, name in enumerate(source.names) if UNNAMED.fullmatch(name)]
         left_out = [
             i for i, column in zip(unnamed, source.read(unnamed), strict=True) if _is_row_index(column, i, source)
@@ -106,10 +109,43 @@ def read_typed(
             else f"this column contains {first.kind}, such as {first.first}"
         )
         raise DataError(f"{file}, {first.place}, column {first.name!r}: {what}. {advice_on_text(found, indices)}")
-    return TypedColumns(values, tuple(source.names[i] for i in indices), tuple(indices), source.lines)
+    cells = {}
+    if np.isnan(values).any():
+        row, k = (int(i) for i in np.argwhere(np.isnan(values))[0])
+        cell = columns[k][row]
+        cells = {} if isinstance(cell, float) else {(row, k): "" if cell is None else str(cell)}
+    return TypedColumns(values, tuple(source.names[i] for i in indices), tuple(indices), source.lines, cells)
 
 
-def _imported(name: str, file: Path) -> Any:
+def read_raw_column(file: Path, key: str | None, choose: ChooseColumns, header: bool | None = None) -> NDArray[Any]:
+    """Reads the column whose position `choose` returns, (n,), whatever it contains; see `read_typed`.
+
+    Numbers are int64 or float64. Other values, and whole numbers with missing values, become text (dtype object), with
+    None for missing values.
+    """
+    with _readable(file):
+        polars = import_for("polars", file)
+        source = _opened(file, key, header)
+        (column,) = source.read(choose(source.names, ()))
+        if column.dtype.is_float():
+            return np.array(column.cast(polars.Float64).fill_null(float("nan")).to_numpy(), dtype=np.float64)
+        if column.dtype.is_integer() and not column.null_count() and int(column.max() or 0) < 2**63:
+            return np.array(column.to_numpy(), dtype=np.int64)
+        found = np.empty(len(column), object)
+        found[:] = column.cast(polars.String).to_list()
+        return found
+
+
+def _opened(file: Path, key: str | None, header: bool | None) -> _Source:
+    return _sheet(file, key, header) if file.suffix.lower() == ".xlsx" else _frame(file)
+
+
+def import_for(name: str, file: Path) -> Any:
+    """Imports a package that reads or writes a file.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -139,7 +175,7 @@ def _readable(file: Path) -> Iterator[None]:
 
 
 def _frame(file: Path) -> _Source:
-    polars = _imported("polars", file)
+    polars = import_for("polars", file)
     if not file.stat().st_size:
         raise DataError(f"{file} is empty")
     is_parquet = file.suffix.lower() == ".parquet"
@@ -180,10 +216,10 @@ def sheets_of(file: Path) -> list[str]:
 def _book(file: Path) -> Any:
     # fastexcel logs a warning for each empty column
     logging.getLogger("fastexcel").setLevel(logging.ERROR)
-    _imported("polars", file)
+    import_for("polars", file)
     with file.open("rb"):
         pass
-    return _imported("fastexcel", file).read_excel(str(file))
+    return import_for("fastexcel", file).read_excel(str(file))
 
 
 def _sheets(book: Any) -> list[str]:
@@ -193,14 +229,7 @@ def _sheets(book: Any) -> list[str]:
 def _sheet(file: Path, key: str | None, header: bool | None) -> _Source:
     """Opens a sheet. Skips comments (#) and blank rows above the table, and blank rows below the table."""
     book = _book(file)
-    sheets = _sheets(book)
-    if not sheets:
-        raise DataError(f"{file} is empty")
-    if key is None and len(sheets) > 1:
-        raise ConfigError(f"{file} contains {len(sheets)} sheets; choose one with data.key: {', '.join(sheets)}")
-    if key is not None and key not in sheets:
-        raise ConfigError(f"{file} has no sheet {key!r} with cells; data.key can be {', '.join(sheets)}")
-    sheet = sheets[0] if key is None else key
+    sheet = pick_table(key, _sheets(book), file, "sheet")
 
     def load(skip: int, n: int | None = None, types: Any = None) -> list[Series]:
         loaded = book.load_sheet(sheet, header_row=None, skip_rows=skip, n_rows=n, dtypes=types).to_polars()
@@ -230,12 +259,15 @@ def _sheet(file: Path, key: str | None, header: bool | None) -> _Source:
 
 
 def _with_floats(texts: Series, floats: Series) -> Series:
-    """Returns a column of text in which cells with numbers have all digits."""
-    exact = [
-        repr(number) if number is not None and text is not None and number_of(text, "point") is not None else text
-        for text, number in zip(texts, floats, strict=True)
-    ]
-    return type(texts)(texts.name, exact, dtype=texts.dtype)
+    """Returns a column of text in which cells with numbers have all digits. Text that has all digits is unchanged."""
+
+    def exact(text: str | None, number: float | None) -> str | None:
+        if text is None or number is None or number_of(text, "point") in (None, number):
+            return text
+        return str(int(number)) if number.is_integer() else repr(number)
+
+    cells = [exact(text, number) for text, number in zip(texts, floats, strict=True)]
+    return type(texts)(texts.name, cells, dtype=texts.dtype)
 
 
 # Columns

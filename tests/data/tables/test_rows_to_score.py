@@ -239,12 +239,14 @@ def test_runs_of_older_versions_read_files_as_before(
     for name in ("best", "last"):
         file = run_dir / f"checkpoints/{name}.pt"
         saved = checkpoint.load(file)
-        new = {"header", "decimal", "center", "missing", "na"}
+        new = {"header", "decimal", "center", "missing", "na", "context", "weights", "signed_weights", "id"}
         data = {k: v for k, v in saved["config"]["data"].items() if k not in new} | {"columns": None}
         samples = {k: v for k, v in saved["samples"].items() if k not in ("label", "centered")}
         checkpoint.save(file, {**saved, "config": {**saved["config"], "data": data}, "samples": samples})
     assert evaluated(str(run_dir))["nll"] == nll
     assert evaluated(str(run_dir), "split=all", "data.header=true", name="eval-all.json")["n"] == 60
+    assert evaluated(str(run_dir), "split=all", "data.id=a", "scores=s.csv", name="eval-all.json")["n"] == 60
+    assert (tmp_path / "s.csv").read_text().startswith("a,row,log_prob\n")
     (run_dir / "result.json").unlink()
     code, _, err = run("flowtrain", f"resume={run_dir}", "trainer.steps=6")
     assert code == 0, err

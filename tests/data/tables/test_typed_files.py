@@ -197,6 +197,16 @@ def test_labels_are_found_by_name(tmp_path: Path) -> None:
     assert (table.columns, labels.values.tolist()) == (("a", "b"), [[1], [0]])
 
 
+def test_the_first_missing_value_is_described(tmp_path: Path, refused: Refused) -> None:
+    for cells, words in ((["1", None], "the cell is empty"), (["1", "?"], "'?' is a missing value")):
+        path = write(tmp_path / "t.parquet", pl.DataFrame({"a": cells, "b": [1.0, 2.0]}))
+        refused(lambda path=path: read_table(path), DataError, ["row 1 (from 0)", "'a'", words])
+    path = write(tmp_path / "t.parquet", pl.DataFrame({"a": [1.0, float("nan")]}))
+    refused(lambda: read_table(path), DataError, ["the value is nan"])
+    book = sheet(tmp_path / "t.xlsx", [["a", "b"], [1, 2], [None, 3]])
+    refused(lambda: read_table(book), DataError, ["row 3", "'a'", "the cell is empty"])
+
+
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("damage", ["empty", "text", "cut", "header only"])
 def test_damaged_files_are_refused(tmp_path: Path, ending: str, damage: str, refused: Refused) -> None:
