@@ -9,6 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 import flowtrain
+from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.linear import Affine
 from flowtrain.evaluation.sbc import (
     coverage,
@@ -160,3 +161,52 @@ def test_density_ranks_equal_the_probability_of_the_smallest_region() -> None:
     torch.testing.assert_close(ranks.density, exact.double(), atol=0.07, rtol=0)
     normal_cdf = torch.special.ndtr(x.double())
     torch.testing.assert_close(ranks.columns, normal_cdf, atol=0.07, rtol=0)
+
+
+class Shifted(Bijection):
+    """The map x = z + weight c, which has the density N(weight c, I)."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert context is not None
+        return z + self.weight * context, z.new_zeros(len(z))
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert context is not None
+        return x - self.weight * context, x.new_zeros(len(x))
+
+
+def test_samples_are_drawn_for_the_context_of_each_row() -> None:
+    c = normal(N, 2).float()
+    x = c + normal(N, 2, seed=1).float()
+    for weight, passes in ((1.0, True), (0.5, False)):
+        found = flowtrain.evaluate(Flow((2,), Shifted(weight), context=2), x, context=c, sbc=50, thorough=False).sbc
+        assert found is not None
+        assert (found.p_value > 0.01) == (found.density.p_value > 0.01) == (found.tarp.p_value > 0.01) == passes
+
+
+def test_labels_are_a_context() -> None:
+    label = torch.arange(N) % 3
+    x = label.unsqueeze(1) + normal(N, 1).float()
+    flow = Flow((1,), OneHotShift(), classes=3)
+    found = flowtrain.evaluate(flow, x, label=label, sbc=50, thorough=False).sbc
+    assert found is not None
+    assert min(found.p_value, found.tarp.p_value, found.density.p_value) > 0.01
+
+
+class OneHotShift(Shifted):
+    """The map x = z + label."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert context is not None
+        return super().forward(z, context.unsqueeze(1))
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert context is not None
+        return super().inverse(x, context.unsqueeze(1))
