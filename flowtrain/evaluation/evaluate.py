@@ -34,6 +34,7 @@ from flowtrain.evaluation.log_likelihood import (
 from flowtrain.evaluation.ood_detection import ood_detection
 from flowtrain.evaluation.outliers import check_some_finite, concentration
 from flowtrain.evaluation.result import Calibration, Evaluation, Member, OODDetection
+from flowtrain.evaluation.sbc import simulation_calibration
 from flowtrain.flow import Context, Density, Flow, Rows, either, rows_at_a_time
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.ode import record_solves
@@ -73,6 +74,7 @@ def evaluate(
     weights: Any = None,
     dtype: torch.dtype | None = None,
     baseline_seconds: float = 0.0,
+    sbc: int = 0,
 ) -> Evaluation:
     """Computes the negative log-likelihood (NLL) of held-out rows in nats per sample, its error and checks of the flow.
 
@@ -108,13 +110,15 @@ def evaluate(
         dtype: evaluates a copy of the flow in this dtype, such as `torch.float64`. None means the dtype of the flow.
         baseline_seconds: the time limit for fitting a Gaussian mixture (needs scikit-learn) and a kernel density
             estimate to `trained_on`; only for vectors without context. 0 means that the only baseline is a Gaussian.
+        sbc: the number of samples for each of up to 1000 rows, for simulation-based calibration and expected coverage
+            (`flowtrain.evaluation.sbc`); only for vectors. 0 means no SBC. 200 is a good number.
 
     Returns:
         An `Evaluation`. `print` shows it as a table, a notebook shows HTML tables.
 
     Raises:
         ConfigError: several dequantization samples for data that are not whole numbers, a dtype that is not real, or
-            `baseline_seconds` without `trained_on`, for images or for conditional flows.
+            `baseline_seconds` without `trained_on`, for images or for conditional flows, or `sbc` for images.
         DataError: data that do not fit the flow, missing values, or no rows.
         FlowtrainError: rows of another shape, or a context that is missing, not allowed or out of range.
         NonFiniteError: no log-likelihood is finite.
@@ -136,6 +140,8 @@ def evaluate(
         flow = copy.deepcopy(flow).to(dtype)
     if number("baseline_seconds", baseline_seconds, inclusive=True):
         _check_baselines(flow, trained_on)
+    if whole("sbc", sbc, least=0) and len(flow.event_shape) != 1:
+        raise ConfigError(f"sbc: only for vectors, but the flow has samples of shape {flow.event_shape}; omit sbc")
     # if a command scores all rows of a file, `trained_on` is only used for H, unless baselines are requested
     fitted = trained_on if split != "all" or baseline_seconds else None
     if isinstance(data, str):
@@ -155,7 +161,7 @@ def evaluate(
     device = flow.like.device
     options: dict[str, Any] = {"batch_size": batch_size, "draws": dequantization_samples, "seed": seed}
     with own_settings(device), one_thread_if_small(flow.event_shape, device), _in_evaluation_mode(flow):
-        return _evaluate(flow, data, split, step, options, other, fitted, typical, thorough, baseline_seconds)
+        return _evaluate(flow, data, split, step, options, other, fitted, typical, thorough, baseline_seconds, sbc)
 
 
 def _check_arguments(flow: Any, batch_size: Any, draws: Any, seed: Any, other: Any) -> None:
@@ -287,6 +293,7 @@ def _evaluate(
     typical: Dataset | None,
     thorough: bool,
     baseline_seconds: float,
+    sbc: int,
 ) -> Evaluation:
     """Evaluates a flow in evaluation mode on a data set; see `evaluate`.
 
@@ -294,6 +301,7 @@ def _evaluate(
         options: batch size, draws and seed: arguments of `log_probs`.
         fitted: the data whose training rows the baselines are fitted to.
         typical: the data on whose validation rows the entropy for `other` is computed.
+        sbc: the number of samples for each row, 0 for no SBC.
     """
     x, context = held_out(flow, data, split)
     weights = weights_of(data, split)
@@ -334,6 +342,11 @@ def _evaluate(
             calibrated, pit = calibration(scores.z, flow.base, of_latents, of_rows)
         else:
             calibrated, pit = calibration_by_density(flow, log_p, context, options, thorough, weights)
+    by_samples = None
+    if sbc:
+        names = data.columns or [f"x{j + 1}" for j in range(d)]
+        with phase("simulation-based calibration"):
+            by_samples = simulation_calibration(flow, x, context, log_p, names, sbc, options, weights)
     detected = None
     if other is not None:
         with phase(f"scoring {other[0]}"):
@@ -365,6 +378,8 @@ def _evaluate(
         scores=log_p,
         sets=None if detected is None else detected[1],
         pit=pit,
+        sbc=None if by_samples is None else by_samples[0],
+        ranks=None if by_samples is None else by_samples[1],
     )
     for check in result.failed:
         log.warning("%s: %s", check.label, check.message)

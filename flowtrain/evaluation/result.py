@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -185,8 +185,82 @@ class OODDetection:
     entropy_of: str
 
 
+@dataclass(frozen=True)
+class RankTest:
+    """A test whether ranks of rows among samples of the flow are uniform, see `flowtrain.evaluation.sbc.rank_test`.
+
+    Attributes:
+        statistic: the largest distance sup_u |F_n(u) - u| of the ranks, scaled to [0, 1], from uniform ranks.
+        p_value: the probability of ranks at least as far from uniform if the rows are draws from the flow.
+    """
+
+    statistic: float
+    p_value: float
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """A key that sorts tests from the least to the most uniform. Of equal p-values, the statistic decides."""
+        return self.p_value, -self.statistic
+
+
+@dataclass(frozen=True)
+class Coverage(RankTest):
+    """Expected coverage of credible regions, with the test of their ranks.
+
+    Attributes:
+        levels: the probabilities of regions under the flow.
+        coverage: the share of the rows that are inside of their region, for each level.
+    """
+
+    levels: tuple[float, ...]
+    coverage: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SimulationCalibration:
+    """Simulation-based calibration (SBC) and expected coverage, see `flowtrain.evaluation.sbc`.
+
+    Attributes:
+        n: the number of rows.
+        samples: the number of samples for each row.
+        columns: the test of the ranks of each column, by its name. Its p-value is for this column alone.
+        tarp: regions around random reference points (TARP).
+        density: highest-density regions.
+    """
+
+    n: int
+    samples: int
+    columns: dict[str, RankTest]
+    tarp: Coverage
+    density: Coverage
+
+    @property
+    def worst(self) -> str:
+        """The name of the column whose ranks are the least uniform."""
+        return min(self.columns, key=lambda name: self.columns[name].order)
+
+    @property
+    def p_value(self) -> float:
+        """The p-value of all columns together, with Bonferroni's correction."""
+        return min(1.0, len(self.columns) * self.columns[self.worst].p_value)
+
+
+class Ranks(NamedTuple):
+    """The ranks of rows among samples of the flow, scaled to [0, 1]: uniform for a perfect flow.
+
+    Attributes:
+        columns: by the value of each column, (n, d).
+        tarp: by the distance to a reference point, (n,).
+        density: by -log p, (n,).
+    """
+
+    columns: Tensor
+    tarp: Tensor
+    density: Tensor
+
+
 # Attributes for figures that are not in tables or JSON
-PRIVATE = ("bits_per_nat", "scores", "sets", "pit", "member_scores")
+PRIVATE = ("bits_per_nat", "scores", "sets", "pit", "member_scores", "ranks")
 # Largest number of rows listed in a message
 NAMED = 5
 # Width of the column of names in tables
@@ -232,6 +306,7 @@ class Evaluation:
         baselines: likelihoods of simple densities on the same rows, by name. None without `trained_on`, and for images
             and toys.
         members: the members of an ensemble. None for a flow.
+        sbc: simulation-based calibration and expected coverage. None if it was not requested.
         spread: the mean over the rows of the weighted standard deviation of log p between the members of an ensemble,
             in nats. Rows are left out if log p of a member is not finite. None if only one member has a weight, and for
             a flow.
@@ -241,6 +316,7 @@ class Evaluation:
         pit: probability integral transforms of latents by name, (rows,).
         member_scores: log p of each member of an ensemble, (n, M), float64, in the order of `members`. It is NaN if it
             could not be computed. None for a flow.
+        ranks: the ranks of the rows in `sbc`. None without `sbc`.
     """
 
     nll: float
@@ -276,12 +352,14 @@ class Evaluation:
     sets: tuple[Tensor, Tensor] | None
     pit: dict[str, Tensor]
     member_scores: Tensor | None
+    sbc: SimulationCalibration | None = None
+    ranks: Ranks | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of eval.json: the numbers above in this order, checks by name, and the headline.
 
-        Arrays are left out. Only ensembles have the keys `members` and `spread`, and only weighted rows have
-        `n_effective`.
+        Arrays are left out. Only ensembles have the keys `members` and `spread`, only weighted rows have `n_effective`,
+        and the key `sbc` exists only if SBC was requested.
         """
         content = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE}
         if self.baselines is not None:
@@ -292,6 +370,8 @@ class Evaluation:
             del content["members"], content["spread"]
         else:
             content["members"] = [asdict(member) for member in self.members]
+        if self.sbc is None:
+            del content["sbc"]
         content["checks"] = {c.name: {k: v for k, v in asdict(c).items() if k != "name"} for c in self.checks}
         return {**content, "headline": self.headline}
 
@@ -384,6 +464,7 @@ class Evaluation:
         radius = "" if c.radius is None else f"; radius {c.radius:.3f}"
         words = f"KS {c.statistic:.3f} ({c.worst}), p {p_words(c.p_value)}{radius}"
         rows.append(("latents" if self.members is None else "density rank", words))
+        rows += self._sbc_rows()
         if self.ood is not None:
             o = self.ood
             finite = f" over the {o.n - o.infinite:,} rows with a finite log p" if o.infinite else ""
@@ -414,6 +495,18 @@ class Evaluation:
         if self.spread is not None:
             name, scale = self.unit
             rows.append(("", f"standard deviation of log p between members {brief(scale * self.spread)} {name}"))
+        return rows
+
+    def _sbc_rows(self) -> list[tuple[str, str]]:
+        if self.sbc is None:
+            return []
+        s, name = self.sbc, self.sbc.worst
+        ranked = f"{counted(s.n, 'row')}, {counted(s.samples, 'sample')} each"
+        column = f"column {name} {s.columns[name].statistic:.3f}, p {p_words(s.p_value)}"
+        rows = [("SBC", f"{ranked}; ranks of {column}")]
+        for what, found in (("TARP", s.tarp), ("density", s.density)):
+            shares = ", ".join(f"{a:.0%}: {c:.1%}" for a, c in zip(found.levels, found.coverage, strict=True))
+            rows.append(("", f"coverage by {what} {found.statistic:.3f}, p {p_words(found.p_value)} ({shares})"))
         return rows
 
     def _error_words(self) -> str:

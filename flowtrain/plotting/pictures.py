@@ -14,6 +14,7 @@ from flowtrain.plotting import image_pictures, vector_pictures
 from flowtrain.plotting.drawing import as_drawn, drawing, warn_if_plotting_fails
 from flowtrain.plotting.evaluation_figures import draw_calibration, draw_ood
 from flowtrain.plotting.options import DEFAULT, PlotOptions
+from flowtrain.plotting.sbc_figure import draw_sbc
 from flowtrain.plotting.transport_pictures import draw_transport_pictures
 from flowtrain.utils.formatting import counted
 
@@ -29,7 +30,7 @@ def draw_evaluation(
     path_of: Callable[[str], Path],
     options: PlotOptions = DEFAULT,
 ) -> list[Path]:
-    """Draws the calibration, and the OOD detection if the evaluation includes it.
+    """Draws the calibration, and simulation-based calibration and OOD detection if the evaluation includes them.
 
     Args:
         title: the model and the data.
@@ -50,6 +51,11 @@ def draw_evaluation(
         )
         draw_calibration(path_of("calibration"), pit=pit, title=words, labels=labels, note=note, options=options)
         drawn += options.files(path_of("calibration"))
+    if result.sbc is not None and result.ranks is not None:
+        with warn_if_plotting_fails("sbc"):
+            words = f"{title}, {counted(result.sbc.n, 'row')} among {counted(result.sbc.samples, 'sample')} each"
+            draw_sbc(path_of("sbc"), result=result.sbc, ranks=result.ranks, title=words, options=options)
+            drawn += options.files(path_of("sbc"))
     if result.ood is None or result.sets is None:
         return drawn
     unit, scale = result.unit
