@@ -12,7 +12,7 @@ from flowtrain.evaluation.calibration import DENSITY, RADIUS
 from flowtrain.flow import Density, Flow
 from flowtrain.plotting import image_pictures, vector_pictures
 from flowtrain.plotting.context_figures import draw_calibration_by_context
-from flowtrain.plotting.drawing import drawing, warn_if_plotting_fails
+from flowtrain.plotting.drawing import as_drawn, drawing, warn_if_plotting_fails
 from flowtrain.plotting.evaluation_figures import draw_calibration, draw_ood
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.transport_pictures import draw_transport_pictures
@@ -117,6 +117,7 @@ def draw(
         context: for a flow with context columns, the context of `samples`: (1, k) for all, or (n, k). With one context,
             only the data with the nearest contexts are drawn.
     """
+    data = as_drawn(data)
     with drawing(flow) as flow:
         if len(flow.event_shape) == 3:
             image_pictures.draw(flow, data, path, title, samples, label, options)
@@ -138,6 +139,7 @@ def draw_other_figures(
     Returns:
         The files that were written.
     """
+    data = as_drawn(data)
     if len(flow.event_shape) == 3:
         return image_pictures.draw_other_figures(flow, data, path_of, title, options)
     return draw_transport_pictures(flow, data, path_of, title, options) if flow.event_shape == (2,) else []
