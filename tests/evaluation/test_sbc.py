@@ -223,7 +223,7 @@ def test_rows_of_sbc_are_drawn_by_weight() -> None:
     weights[::2] = 0
     plain, _ = simulation_calibration(flow, x, None, log_p, ("a", "b"), 100)
     weighted, _ = simulation_calibration(flow, x, None, log_p, ("a", "b"), 100, weights=weights)
-    assert plain.p_value < 1e-6
-    assert weighted.p_value > 1e-3
+    assert plain.p_value < 1e-3
+    assert weighted.p_value > 0.01
     with pytest.raises(ConfigError, match="weights"):
         simulation_calibration(flow, x, None, log_p, ("a", "b"), 100, weights=-weights)
