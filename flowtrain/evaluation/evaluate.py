@@ -15,10 +15,11 @@ from torch import Tensor
 
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.in_memory import Extras
-from flowtrain.data.tables.from_memory import table_of
+from flowtrain.data.tables.from_memory import as_array, columns_of, is_frame, table_of
 from flowtrain.data.tables.rows_to_score import RowsInMemory, ScoredRows
 from flowtrain.evaluation.baselines import GAUSSIAN, baselines, check_baseline, warn_if_better
 from flowtrain.evaluation.calibration import (
+    Transformed,
     calibration,
     calibration_by_context,
     context_groups,
@@ -28,7 +29,7 @@ from flowtrain.evaluation.calibration import (
     warn_if_miscalibrated,
 )
 from flowtrain.evaluation.checks import checks
-from flowtrain.evaluation.error_budget import budget, stderr, subset_of
+from flowtrain.evaluation.error_budget import budget, subset_of
 from flowtrain.evaluation.log_likelihood import (
     Scores,
     context_table,
@@ -43,6 +44,7 @@ from flowtrain.evaluation.log_likelihood import (
 from flowtrain.evaluation.ood_detection import ood_detection
 from flowtrain.evaluation.outliers import check_some_finite, concentration
 from flowtrain.evaluation.result import Calibration, Evaluation, Member, OODDetection
+from flowtrain.evaluation.sbc import simulation_calibration
 from flowtrain.flow import Context, Density, Flow, Rows, either, rows_at_a_time
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.ode import record_solves
@@ -51,6 +53,7 @@ from flowtrain.utils.errors import ConfigError, DataError, SolverError
 from flowtrain.utils.formatting import as_ranges
 from flowtrain.utils.process import one_thread_if_small, own_settings, seeded
 from flowtrain.utils.status import phase
+from flowtrain.utils.weighting import average, effective_rows, equal_rows, stderr
 
 log = logging.getLogger("flowtrain")
 
@@ -80,8 +83,10 @@ def evaluate(
     *,
     context: Context = None,
     label: Context = None,
+    weights: Any = None,
     dtype: torch.dtype | None = None,
     baseline_seconds: float = 0.0,
+    sbc: int = 0,
 ) -> Evaluation:
     """Computes the negative log-likelihood (NLL) of held-out rows in nats per sample, its error and checks of the flow.
 
@@ -113,17 +118,21 @@ def evaluate(
             10 rows (FEW).
         context: for a conditional flow, the context of the rows, see `Flow.log_prob`. None reads it from a data frame.
         label: another name of `context`, for class labels, or the name of their column in a data frame.
+        weights: weights of the rows, (n,), or the name of their column in a data frame. All means over rows are then
+            weighted means. None means equal weights, or the weights of a `Dataset`.
         dtype: evaluates a copy of the flow in this dtype, such as `torch.float64`. None means the dtype of the flow.
         baseline_seconds: the time limit for fitting a Gaussian mixture (needs scikit-learn) and a kernel density
             estimate to `trained_on`; only for vectors without context. 0 means that the only baseline is a Gaussian.
+        sbc: the number of samples for each of up to 1000 rows, for simulation-based calibration and expected coverage
+            (`flowtrain.evaluation.sbc`); only for vectors. 0 means no SBC. 200 is a good number.
 
     Returns:
         An `Evaluation`. `print` shows it as a table, a notebook shows HTML tables.
 
     Raises:
         ConfigError: several dequantization samples for data that are not whole numbers, a dtype that is not real, or
-            `baseline_seconds` without `trained_on`, for images or for conditional flows, or `other` without the context
-            that the flow needs.
+            `baseline_seconds` without `trained_on`, for images or for conditional flows, `sbc` for images, or `other`
+            without the context that the flow needs.
         DataError: data that do not fit the flow, missing values, or no rows.
         FlowtrainError: rows of another shape, or a context that is missing, not allowed or out of range.
         NonFiniteError: no log-likelihood is finite.
@@ -145,6 +154,8 @@ def evaluate(
         flow = copy.deepcopy(flow).to(dtype)
     if number("baseline_seconds", baseline_seconds, inclusive=True):
         _check_baselines(flow, trained_on)
+    if whole("sbc", sbc, least=0) and len(flow.event_shape) != 1:
+        raise ConfigError(f"sbc: only for vectors, but the flow has samples of shape {flow.event_shape}; omit sbc")
     # if a command scores all rows of a file, `trained_on` is only used for H, unless baselines are requested
     fitted = trained_on if split != "all" or baseline_seconds else None
     if isinstance(data, str):
@@ -152,8 +163,10 @@ def evaluate(
     if isinstance(data, Dataset):
         if context is not None:
             raise ConfigError("context: a data set contains its context and its labels; omit the argument")
+        if weights is not None:
+            raise ConfigError("weights: a data set contains its weights; omit the argument")
     else:
-        data, split, fitted = dataset_of(flow, data, context, seed), "all", trained_on
+        data, split, fitted = dataset_of(flow, data, context, seed, weights=weights), "all", trained_on
     if not isinstance(fitted, Dataset | None):
         # the baseline does not use the context
         one = flow.some_context(1) if flow.classes is None else flow.seen[0]
@@ -162,7 +175,7 @@ def evaluate(
     device = flow.like.device
     options: dict[str, Any] = {"batch_size": batch_size, "draws": dequantization_samples, "seed": seed}
     with own_settings(device), one_thread_if_small(flow.event_shape, device), _in_evaluation_mode(flow):
-        return _evaluate(flow, data, split, step, options, other, fitted, typical, thorough, baseline_seconds)
+        return _evaluate(flow, data, split, step, options, other, fitted, typical, thorough, baseline_seconds, sbc)
 
 
 def _check_arguments(flow: Any, batch_size: Any, draws: Any, seed: Any, other: Any) -> None:
@@ -212,7 +225,7 @@ def _check_baselines(flow: Density, trained_on: Any) -> None:
 
 
 def dataset_of(
-    flow: Density, x: Tensor | Rows, context: Context = None, seed: int = 0, name: str = "x"
+    flow: Density, x: Tensor | Rows, context: Context = None, seed: int = 0, name: str = "x", weights: Any = None
 ) -> RowsInMemory:
     """Converts rows to a data set for a flow. Noise is added to the same columns as in training.
 
@@ -220,6 +233,7 @@ def dataset_of(
         x, context: the rows and their context, see `Flow.read_rows`.
         seed: the seed of the noise.
         name: the name of the rows in messages.
+        weights: see `evaluate`.
 
     Raises:
         DataError: no rows, or values that are missing or do not fit the flow.
@@ -245,7 +259,38 @@ def dataset_of(
         table = replace(table, columns=samples.columns)
     found = None if found is None else found.cpu()
     extras = Extras(context=found) if flow.context else Extras(label=found)
+    if weights is not None:
+        extras = extras._replace(weights=row_weights(flow, x, weights, len(rows), name))
     return RowsInMemory(table, extras, samples, seed)
+
+
+def row_weights(flow: Density, x: Tensor | Rows, weights: Any, n: int, name: str = "x") -> Tensor:
+    """Converts the weights of n rows x to a tensor (n,), float64.
+
+    Args:
+        weights: numbers, or the name of a column of a data frame.
+        name: the name of the rows in messages.
+
+    Raises:
+        DataError: another number of weights, weights that are not finite, or negative weights of a flow that was not
+            trained with data.signed_weights=true.
+    """
+    if isinstance(weights, str):
+        if not is_frame(x):
+            raise DataError(f"weights={weights!r}: {name} is not a data frame, so it has no column of that name")
+        weights = columns_of(x, [weights], name)
+    found = torch.from_numpy(as_array(weights, "weights").astype("float64").reshape(-1))
+    if len(found) != n:
+        raise DataError(f"weights has {len(found)} values; give one weight for each of the {n} rows of {name}")
+    if not bool(found.isfinite().all()):
+        raise DataError("weights has values that are NaN or infinite; remove these rows")
+    config = {} if flow.record is None else flow.record.config.get("data", {})
+    if bool((found < 0).any()) and not config.get("signed_weights"):
+        raise DataError(
+            f"weights has {int((found < 0).sum()):,} negative values, which is only allowed for a flow that was "
+            "trained with data.signed_weights=true"
+        )
+    return found
 
 
 @contextmanager
@@ -271,6 +316,7 @@ def _evaluate(
     typical: Dataset | None,
     thorough: bool,
     baseline_seconds: float,
+    sbc: int,
 ) -> Evaluation:
     """Evaluates a flow in evaluation mode on a data set; see `evaluate`.
 
@@ -278,49 +324,65 @@ def _evaluate(
         options: batch size, draws and seed: arguments of `log_probs`.
         fitted: the data whose training rows the baselines are fitted to.
         typical: the data on whose validation rows the entropy for `other` is computed.
+        sbc: the number of samples for each row, 0 for no SBC.
     """
     x, context = held_out(flow, data, split)
+    weights = weights_of(data, split)
     check_fits(flow, data, options["draws"])
     begun = time.perf_counter()
     with phase(f"scoring the {split} set"):
         scores, settings = scored(flow, x, context, split, options)
     log_p = scores.log_p
-    nll, nll_stderr, bits = -float(log_p.mean()), stderr(log_p), flow.bits_per_nat
-    truth = kl_to_truth(data, x, log_p)
+    nll, nll_stderr, bits = -float(average(log_p, weights)), stderr(log_p, weights), flow.bits_per_nat
+    truth = kl_to_truth(data, x, log_p, weights)
     where = "file" if split == "all" else f"{split} set"
     # rows with missing values may have been left out of a file
     kept = data.kept if isinstance(data, ScoredRows) else None
     numbers = torch.arange(len(x)) if kept is None else torch.from_numpy(kept.rows)
-    concentrated = concentration(log_p, where, ("nats", 1.0) if bits is None else ("bits/dim", bits), numbers)
+    concentrated = concentration(log_p, where, ("nats", 1.0) if bits is None else ("bits/dim", bits), numbers, weights)
     ordinary = ~torch.isin(numbers, torch.tensor(concentrated.rows, dtype=torch.int64))
     ordinary &= log_p.isfinite()
-    subset = subset_of(flow, x, context, (~ordinary).nonzero().flatten(), None if thorough else FEW)
+    if weights is not None:
+        ordinary &= weights != 0
+    of_ordinary = None if weights is None else weights[ordinary]
+    subset = subset_of(flow, x, context, (~ordinary).nonzero().flatten(), None if thorough else FEW, weights)
     with phase("estimating the error of the NLL"):
-        parts = budget(flow, subset, log_p, options["draws"])
+        parts = budget(flow, subset, log_p, options["draws"], weights)
     simple = None
     if fitted is not None and len(flow.event_shape) == 1:
         with phase("fitting the baselines"):
-            given = context if flow.context else None
-            simple = baselines(fitted, dequantized_draws(flow, x, options), log_p, baseline_seconds, given)
+            simple = baselines(
+                fitted,
+                dequantized_draws(flow, x, options),
+                log_p,
+                baseline_seconds,
+                weights,
+                context if flow.context else None,
+            )
     d = math.prod(flow.event_shape)
     all_checks = [concentrated, check_baseline(nll, nll_stderr, (simple or {}).get(GAUSSIAN), d)]
     if thorough:
         with phase("checking the density"):
-            all_checks += checks(flow, subset, parts, log_p[ordinary], (truth["kl"], truth["kl_stderr"]))
+            all_checks += checks(flow, subset, parts, log_p[ordinary], (truth["kl"], truth["kl_stderr"]), of_ordinary)
     with phase("calibration"):
-        calibrated, pit, context_pit = calibrate(flow, data, scores, context, options, thorough)
+        calibrated, pit, context_pit = calibrate(flow, data, scores, context, options, thorough, weights)
+    by_samples: tuple[Any, Any] = (None, None)
+    if sbc:
+        with phase("simulation-based calibration"):
+            by_samples = simulation_calibration(flow, x, context, log_p, data.columns, sbc, options, weights)
     detected = None
     if other is not None:
         with phase(f"scoring {other[0]}"):
-            detected = detect_ood(flow, x, log_p, other, typical, options)
+            detected = detect_ood(flow, x, log_p, other, typical, options, weights)
     with phase("round trip"):
         round_trip = roundtrip_error(flow, subset.x, subset.context)
     with phase("scoring the members of weight 0"):
-        members = score_members(flow, scores.members, x, context, options)
+        members = score_members(flow, scores.members, x, context, options, weights)
     result = Evaluation(
         nll=nll,
         nll_stderr=nll_stderr,
         n=len(x),
+        n_effective=None if weights is None else effective_rows(weights),
         split=split,
         step=step,
         bits_per_dim=None if bits is None else bits * nll,
@@ -339,6 +401,8 @@ def _evaluate(
         scores=log_p,
         sets=None if detected is None else detected[1],
         pit=pit,
+        sbc=by_samples[0],
+        ranks=by_samples[1],
         context_pit=context_pit,
     )
     for check in result.failed:
@@ -348,6 +412,20 @@ def _evaluate(
         # the latents of images are hardly ever calibrated
         warn_if_miscalibrated(calibrated.by_context)
     return result
+
+
+def weights_of(data: Dataset, split: str) -> Tensor | None:
+    """Returns the weights of a set, (n,), or None.
+
+    Raises:
+        DataError: weights whose sum is not positive.
+    """
+    weights = data.split_weights(split)
+    if weights is not None and not float(weights.sum()) > 0:
+        raise DataError(
+            f"the weights of the {len(weights):,} rows have the sum {float(weights.sum()):g}, but it must be positive"
+        )
+    return weights
 
 
 def dequantized_draws(flow: Density, x: Tensor, options: Mapping[str, Any]) -> list[Tensor]:
@@ -397,7 +475,12 @@ def scored(
 
 
 def score_members(
-    flow: Density, log_p: Tensor, x: Tensor, context: Tensor | None, options: Mapping[str, Any]
+    flow: Density,
+    log_p: Tensor,
+    x: Tensor,
+    context: Tensor | None,
+    options: Mapping[str, Any],
+    weights: Tensor | None = None,
 ) -> dict[str, Any]:
     """Returns the attributes of an `Evaluation` that describe the members of an ensemble.
 
@@ -406,6 +489,7 @@ def score_members(
     Args:
         log_p: log p of the members with a positive weight, (n, M).
         options: batch size, draws and seed: arguments of `log_probs`.
+        weights: the weights of the rows, (n,), or None.
     """
     if not isinstance(flow, Ensemble):
         return {"members": None, "spread": None, "member_scores": None}
@@ -420,17 +504,24 @@ def score_members(
             columns.append(torch.full((len(x),), torch.nan, dtype=torch.float64))
     named = zip(flow.names, flow.weights, columns, strict=True)
     return {
-        "members": tuple(Member(name, weight, -float(one.mean()), stderr(one)) for name, weight, one in named),
-        "spread": spread(flow, log_p),
+        "members": tuple(
+            Member(name, weight, -float(average(one, weights)), stderr(one, weights)) for name, weight, one in named
+        ),
+        "spread": spread(flow, log_p, weights),
         "member_scores": torch.stack(columns, 1),
     }
 
 
-def spread(ensemble: Ensemble, log_p: Tensor) -> float | None:
-    """Returns `row_spread` averaged over rows, for log p (n, M) of the members with a positive weight."""
+def spread(ensemble: Ensemble, log_p: Tensor, weights: Tensor | None = None) -> float | None:
+    """Returns `row_spread` averaged over rows, for log p (n, M) of the members with a positive weight.
+
+    Args:
+        weights: the weights of the rows, (n,), or None.
+    """
     each = row_spread(log_p, [weight for weight in ensemble.weights if weight > 0])
-    each = each[each.isfinite()]
-    return float(each.mean()) if len(each) and log_p.shape[1] > 1 else None
+    kept = each.isfinite()
+    each, weights = each[kept], None if weights is None else weights[kept]
+    return float(average(each, weights)) if len(each) and log_p.shape[1] > 1 else None
 
 
 def row_spread(log_p: Tensor, weights: Sequence[float]) -> Tensor:
@@ -455,11 +546,13 @@ def calibrate(
     context: Tensor | None,
     options: Mapping[str, Any],
     thorough: bool,
+    weights: Tensor | None = None,
 ) -> tuple[Calibration, dict[str, Tensor], tuple[tuple[str, Tensor], ...]]:
     """Tests the calibration, for a conditional flow also by context.
 
     Args:
         context: the context of the scored rows, or None.
+        weights: the weights of the scored rows, (n,), or None.
 
     Returns:
         (result of the test, transforms for the figure, `Evaluation.context_pit`).
@@ -468,54 +561,65 @@ def calibrate(
     if isinstance(flow, Flow):
         shown = latent_rows(n)
         given = None if context is None else flow.features(context[shown].to(flow.like.device))
-        found, pit = calibration(scores.z, flow.base, given)
-        transforms_of = latent_transforms(scores.z, flow, given, shown)
+        of_rows = None if weights is None else weights[shown]
+        found, pit = calibration(scores.z, flow.base, given, of_rows)
+        transforms_of = latent_transforms(scores.z, flow, given, shown, of_rows)
     else:
         ranked = log_p_of_samples(flow, scores.log_p, context, options, thorough)
-        found, pit = density_calibration(*ranked)
-        transforms_of = rank_transforms(*ranked, n)
+        of_rows = None if weights is None else weights[:: math.ceil(n / len(ranked[0]))]
+        found, pit = density_calibration(*ranked, of_rows)
+        transforms_of = rank_transforms(*ranked, n, of_rows)
     if context is None:
         return found, pit, ()
-    groups = context_groups(*context_table(flow, context.cpu(), data))
-    by_context, context_pit = calibration_by_context(groups, scores.log_p, transforms_of)
+    groups = context_groups(*context_table(flow, context.cpu(), data), weights)
+    by_context, context_pit = calibration_by_context(groups, scores.log_p, transforms_of, weights)
     return replace(found, by_context=by_context), pit, context_pit
 
 
 def latent_transforms(
-    z: Tensor, flow: Flow, context: Tensor | None, latents: slice
-) -> Callable[[Tensor], tuple[Tensor, int]]:
+    z: Tensor, flow: Flow, context: Tensor | None, latents: slice, weights: Tensor | None = None
+) -> Callable[[Tensor], Transformed]:
     """Returns the argument `transforms_of` of `calibration_by_context` for a flow.
 
     Args:
         z: the latents, (m, *event_shape).
         context: the result of `Flow.features` for the rows of the latents.
         latents: the rows that have latents.
+        weights: the weights of these rows, (m,), or None.
     """
     known = ~z.isnan().flatten(1).any(1)
+    if weights is not None:
+        known &= weights != 0
+        weights = weights[known]
     given = None if context is None else context[known.to(context.device)]
     u = transforms(z[known], flow.base, given) if known.any() else z.double().flatten(1)[:0]
 
-    def of(rows: Tensor) -> tuple[Tensor, int]:
-        found = u[rows[latents][known]]
-        return found, len(found)
+    def of(rows: Tensor) -> Transformed:
+        here = rows[latents][known]
+        of_here = None if weights is None else weights[here]
+        return Transformed(u[here], of_here, int(here.sum()) if of_here is None else effective_rows(of_here))
 
     return of
 
 
-def rank_transforms(log_p: Tensor, of_samples: Tensor, n: int) -> Callable[[Tensor], tuple[Tensor, int]]:
+def rank_transforms(
+    log_p: Tensor, of_samples: Tensor, n: int, weights: Tensor | None = None
+) -> Callable[[Tensor], Transformed]:
     """Returns the argument `transforms_of` of `calibration_by_context` for an ensemble.
 
     Args:
         log_p, of_samples: see `log_p_of_samples`.
         n: the number of all rows.
+        weights: the weights of the rows of `log_p`, or None.
     """
     every = math.ceil(n / len(log_p))
     samples = of_samples.view(-1, len(log_p))
 
-    def of(rows: Tensor) -> tuple[Tensor, int]:
+    def of(rows: Tensor) -> Transformed:
         ranked = rows[::every]
-        u, size = density_ranks(log_p[ranked], samples[:, ranked].flatten())
-        return u.unsqueeze(1), size
+        of_ranked = None if weights is None else weights[ranked]
+        found = density_ranks(log_p[ranked], samples[:, ranked].flatten(), of_ranked)
+        return found._replace(u=found.u.unsqueeze(1))
 
     return of
 
@@ -543,14 +647,15 @@ def log_p_of_samples(
     return log_p, score_rows(flow, samples, context, latents=0, unsolved=UNSOLVED, **options).log_p
 
 
-def kl_to_truth(data: Dataset, x: Tensor, log_p: Tensor) -> dict[str, Any]:
+def kl_to_truth(data: Dataset, x: Tensor, log_p: Tensor, weights: Tensor | None = None) -> dict[str, Any]:
     """Returns entropy, KL and the standard error of the KL in nats; None if the true density is unknown.
 
     KL(true || flow) = mean(log p_true(x) - log p(x)) over the rows x (n, *event_shape), where log_p (n,) is log p(x).
+    The mean is weighted if there are weights (n,).
     """
     true = data.log_prob(x)
     gap = None if true is None else true.cpu() - log_p
-    kl = (None, None) if gap is None else (float(gap.mean()), stderr(gap))
+    kl = (None, None) if gap is None else (float(average(gap, weights)), stderr(gap, weights))
     return {"entropy": data.entropy, "kl": kl[0], "kl_stderr": kl[1]}
 
 
@@ -561,6 +666,7 @@ def detect_ood(
     other: Other,
     trained_on: Dataset | None,
     options: Mapping[str, Any],
+    weights: Tensor | None = None,
 ) -> tuple[OODDetection, tuple[Tensor, Tensor]]:
     """Separates x (n, *event_shape) from `other` by log p.
 
@@ -570,25 +676,30 @@ def detect_ood(
         log_p: log p of x, (n,). A flow with labels has used the labels of x, so log p is computed again without labels.
         trained_on: the data on whose validation set H of |log p + H| is computed. None means that H is computed on x.
         options: batch size, draws and seed: arguments of `log_probs`.
+        weights: the weights of x, (n,), or None. The rows of `other` have equal weights.
 
     Returns:
-        (areas under the ROC curves, log p of both sets, (n,) and (m,)).
+        (areas under the ROC curves, log p of both sets, (n,) and (m,)). With weights, the first set is represented by
+        quantiles of equal weight.
     """
 
     def scores(rows: Tensor, context: Tensor | None = None) -> Tensor:
         return score_rows(flow, rows, context, latents=0, unsolved=UNSOLVED, **options).log_p
 
     inside = log_p if flow.classes is None else scores(x)
-    typical, of = inside, "scored rows"
+    typical, of, of_typical = inside, "scored rows", weights
     if trained_on is not None:
         of = "validation set"
         if trained_on.val is not x:
             rows, context = held_out(flow, trained_on, "val") if flow.context else (trained_on.val, None)
             typical = scores(rows[:MOST_TYPICAL], None if context is None else context[:MOST_TYPICAL])
+            of_typical = None if trained_on.val_weights is None else trained_on.val_weights[:MOST_TYPICAL]
     context = flow.context_of(other[2], other[1]) if flow.context and len(other) == 3 else None
     outside = scores(other[1], context)
-    entropy = -float(typical[typical.isfinite()].mean())
-    return ood_detection(other[0], inside, outside, entropy, of), (inside, outside)
+    finite = typical.isfinite()
+    entropy = -float(average(typical[finite], None if of_typical is None else of_typical[finite]))
+    found = ood_detection(other[0], inside, outside, entropy, of, weights)
+    return found, (inside if weights is None else equal_rows(inside, weights, len(inside)), outside)
 
 
 def check_fits(flow: Density, data: Dataset, dequantization_samples: int = 1) -> None:

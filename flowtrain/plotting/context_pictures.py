@@ -13,7 +13,7 @@ from flowtrain.data.tables.columns import default_names
 from flowtrain.evaluation.log_likelihood import context_table, held_out
 from flowtrain.flow import Density
 from flowtrain.plotting.context_figures import draw_contexts
-from flowtrain.plotting.drawing import drawing, evaluate_inside_range, warn_if_plotting_fails
+from flowtrain.plotting.drawing import as_drawn, drawing, evaluate_inside_range, warn_if_plotting_fails
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.utils.errors import DataError
 
@@ -41,6 +41,7 @@ def draw_context_pictures(
     if not flow.conditional or flow.event_shape not in ((1,), (2,)):
         return []
     with warn_if_plotting_fails("contexts"), drawing(flow) as flow:
+        data = as_drawn(data)
         columns, values = _test_contexts(flow, data)
         contexts, varied = panel_contexts(columns, values)
         draw_contexts(

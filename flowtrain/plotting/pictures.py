@@ -12,9 +12,10 @@ from flowtrain.evaluation.calibration import DENSITY, RADIUS
 from flowtrain.flow import Density, Flow
 from flowtrain.plotting import image_pictures, vector_pictures
 from flowtrain.plotting.context_figures import draw_calibration_by_context
-from flowtrain.plotting.drawing import drawing, warn_if_plotting_fails
+from flowtrain.plotting.drawing import as_drawn, drawing, warn_if_plotting_fails
 from flowtrain.plotting.evaluation_figures import draw_calibration, draw_ood
 from flowtrain.plotting.options import DEFAULT, PlotOptions
+from flowtrain.plotting.sbc_figure import draw_sbc
 from flowtrain.plotting.transport_pictures import draw_transport_pictures
 from flowtrain.utils.formatting import counted
 
@@ -30,7 +31,7 @@ def draw_evaluation(
     path_of: Callable[[str], Path],
     options: PlotOptions = DEFAULT,
 ) -> list[Path]:
-    """Draws the calibration, for a conditional flow also by context, and the OOD detection if there is one.
+    """Draws the calibration, for a conditional flow also by context, and SBC and OOD detection if they are included.
 
     Args:
         title: the model and the data.
@@ -63,6 +64,11 @@ def draw_evaluation(
                 options=options,
             )
             drawn += options.files(path_of("calibration_by_context"))
+    if result.sbc is not None and result.ranks is not None:
+        with warn_if_plotting_fails("sbc"):
+            words = f"{title}, {counted(result.sbc.n, 'row')} among {counted(result.sbc.samples, 'sample')} each"
+            draw_sbc(path_of("sbc"), result=result.sbc, ranks=result.ranks, title=words, options=options)
+            drawn += options.files(path_of("sbc"))
     if result.ood is None or result.sets is None:
         return drawn
     unit, scale = result.unit
@@ -117,6 +123,7 @@ def draw(
         context: for a flow with context columns, the context of `samples`: (1, k) for all, or (n, k). With one context,
             only the data with the nearest contexts are drawn.
     """
+    data = as_drawn(data)
     with drawing(flow) as flow:
         if len(flow.event_shape) == 3:
             image_pictures.draw(flow, data, path, title, samples, label, options)
@@ -138,6 +145,7 @@ def draw_other_figures(
     Returns:
         The files that were written.
     """
+    data = as_drawn(data)
     if len(flow.event_shape) == 3:
         return image_pictures.draw_other_figures(flow, data, path_of, title, options)
     return draw_transport_pictures(flow, data, path_of, title, options) if flow.event_shape == (2,) else []

@@ -14,6 +14,7 @@ from flowtrain.flow import Flow
 from flowtrain.plotting.animation import animate_flow_2d, animate_images
 from flowtrain.plotting.context_pictures import context_words, rows_near, typical_context
 from flowtrain.plotting.drawing import (
+    as_drawn,
     draw_latents,
     drawing,
     evaluate_inside_range,
@@ -95,6 +96,7 @@ def animate(
         NonFiniteError: a sample is not finite; nothing is written.
     """
     check_animated(flow, n)
+    data = as_drawn(data)
     with drawing(flow, TOLERANCE, seed) as flow:
         if len(flow.event_shape) == 3:
             _animate_images(flow, data, paths, title, draw_latents(flow, n or IMAGES, temperature), label, options)

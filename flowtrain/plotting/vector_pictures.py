@@ -93,6 +93,8 @@ def _draw_with_context(
         at = torch.arange(n, device=known.device) * len(known) // n
         samples = flow.sample(n, context=known[at])
         title = f"{title}, samples with the contexts of the data"
+    elif one is not None:
+        title = f"{title}, data with the nearest contexts"
     draw_flow(
         path,
         data=flow.dequantized(real),

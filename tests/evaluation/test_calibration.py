@@ -8,6 +8,7 @@ from scipy import stats
 from flowtrain.bases import Base, ConditionalMixture, GaussianMixture, StandardNormal, StudentT, UniformBox
 from flowtrain.data.context import ContextColumn
 from flowtrain.evaluation.calibration import (
+    Transformed,
     calibration,
     calibration_by_context,
     context_groups,
@@ -124,7 +125,9 @@ def test_calibration_by_context_finds_the_bin_with_wrong_latents(caplog: pytest.
     c, z, log_p = torch.rand(n, 1), torch.randn(n, 3), torch.randn(n)
     z[c[:, 0] > 0.75, 1] *= 2
     u = transforms(z, StandardNormal((3,)))
-    bins, shown = calibration_by_context(context_groups(columns, c), log_p, lambda rows: (u[rows], int(rows.sum())))
+    bins, shown = calibration_by_context(
+        context_groups(columns, c), log_p, lambda rows: Transformed(u[rows], None, int(rows.sum()))
+    )
     assert [one.p_value > 0.05 for one in bins] == [True, True, True, False]
     last = (c[:, 0] >= bins[3].low) & (c[:, 0] <= bins[3].high)
     assert (bins[3].column, bins[3].n, bins[3].category) == ("mass", int(last.sum()), None)
@@ -146,7 +149,7 @@ def test_calibration_by_context_finds_the_bin_with_wrong_latents(caplog: pytest.
 
 
 def test_density_ranks_are_uniform_and_have_the_size_of_two_samples() -> None:
-    u, size = density_ranks(torch.randn(300), torch.randn(900))
+    u, _, size = density_ranks(torch.randn(300), torch.randn(900))
     assert stats.kstest(u.numpy(), "uniform").pvalue > 0.001
     assert size == 225
-    assert density_ranks(torch.full((3,), torch.nan), torch.randn(9))[1] == 0
+    assert density_ranks(torch.full((3,), torch.nan), torch.randn(9)).size == 0

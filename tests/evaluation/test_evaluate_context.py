@@ -95,6 +95,19 @@ def test_mass_is_checked_at_several_contexts() -> None:
     assert "mass = " in found.message
 
 
+def test_integer_weights_give_the_bins_of_repeated_rows() -> None:
+    flow = conditional("maf")
+    data, w = drawn_from(flow, 200), torch.randint(1, 4, (200,))
+    repeated = WithContext(data.test.repeat_interleave(w, 0), data.test_context.repeat_interleave(w, 0))
+    data.test_weights = data.val_weights = w.double()
+    bins = [evaluate(flow, rows, thorough=False).calibration.by_context for rows in (data, repeated)]
+    assert len(bins[0]) == len(bins[1]) == 7
+    for weighted, plain in zip(*bins, strict=True):
+        assert (weighted.low, weighted.high, weighted.category) == (plain.low, plain.high, plain.category)
+        assert (weighted.nll, weighted.ks) == pytest.approx((plain.nll, plain.ks))
+        assert weighted.n < plain.n
+
+
 def test_ood_detection_uses_the_context_of_the_other_set() -> None:
     flow = conditional("maf")
     data, x, c = drawn_from(flow, 60), torch.randn(40, 2), contexts(40)
@@ -133,8 +146,8 @@ def test_calibration_by_class_uses_the_labels() -> None:
 def test_rows_of_an_ensemble_are_ranked_among_samples_with_their_contexts() -> None:
     level = 10 * torch.arange(400.0)
     found = rank_transforms(level + torch.randn(400), (level + torch.randn(4, 400)).flatten(), 400)
-    u, size = found(torch.arange(400) >= 200)
+    u, _, size = found(torch.arange(400) >= 200)
     assert (u.shape, size) == ((200, 1), 160)
     assert 0.4 < float(u.mean()) < 0.6
     # if only every second row is ranked, a mask of all rows selects the ranked rows
-    assert rank_transforms(torch.randn(200), torch.randn(800), 399)(torch.arange(399) < 10)[0].shape == (5, 1)
+    assert rank_transforms(torch.randn(200), torch.randn(800), 399)(torch.arange(399) < 10).u.shape == (5, 1)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from flowtrain.data.tables.streaming import Moments, StreamedTable, is_streamed
 from flowtrain.data.tables.table_checks import (
     check_context,
     check_enough_rows,
+    check_held_out_weights,
     check_mean_weight,
     check_same_columns,
     check_spread,
@@ -42,6 +43,7 @@ from flowtrain.data.tables.table_checks import (
     warn_of_dependence,
     warn_of_repeats,
     warn_of_sentinels,
+    warn_of_signed_weights,
     warn_of_unseen,
     whole_columns,
 )
@@ -268,13 +270,7 @@ class ArrayData(Finite):
         types: Mapping[str | int, Any] | None = None,
         id: str | int | None = None,
     ) -> None:
-        if path is None:
-            raise ConfigError(
-                "data.path is not set: data=array reads your own file; give data.path=FILE, such as mine.csv"
-            )
-        for name, given in (("path", path), ("val_path", val_path), ("test_path", test_path)):
-            if given is not None and not isinstance(given, str | Table):
-                raise ConfigError(f"data.{name}={given}: give the path of a file")
+        path = _checked_paths(path, val_path, test_path)
         self.levels = None if levels is None else whole("data.levels", levels, least=2)
         self.alpha = below_half("data.alpha", alpha)
         self._standardize = _standardizes(standardize, levels)
@@ -333,6 +329,10 @@ class ArrayData(Finite):
         self.record = record_of((first.n, training.checksum), ((name, part.rows) for name, part in sets.items()))
         self.held_rows = {n: first.in_file(part.rows) for n, part in sets.items() if not isinstance(part.rows, tuple)}
         self._check_held_out(first.table, training, spec, sets)
+        if training.look_extras.weights is not None:
+            held_weights = {n: p.extras.weights.numpy() for n, p in sets.items() if p.extras.weights is not None}
+            check_held_out_weights(first.table.path, held_weights)
+            warn_of_signed_weights(first.table.path, [training.look_extras.weights.numpy(), *held_weights.values()])
         self.n_train = training.n
         if cap in sizes:
             _log.info(
@@ -479,6 +479,20 @@ def _with_categories(table: Table, types: Sequence[ColumnType]) -> tuple[ColumnT
         one.with_categories(categories_of(table, i)) if one.kind == CATEGORICAL and len(table.values) else one
         for i, one in enumerate(types)
     )
+
+
+def _checked_paths(path: Any, val_path: Any, test_path: Any) -> str | Table:
+    """Returns the training file, after a check of all paths.
+
+    Raises:
+        ConfigError: no training file, or a path that is neither text nor a table.
+    """
+    for name, given in (("path", path), ("val_path", val_path), ("test_path", test_path)):
+        if given is not None and not isinstance(given, str | Table):
+            raise ConfigError(f"data.{name}={given}: give the path of a file")
+    if path is None:
+        raise ConfigError("data.path is not set: data=array reads your own file; give data.path=FILE, such as mine.csv")
+    return cast(str | Table, path)
 
 
 def _name_of(table: Table | None) -> str | None:

@@ -103,6 +103,9 @@ class RowsInMemory(ScoredRows):
     def train_context(self, most: int) -> Tensor | None:
         return None if self.test_context is None else self.test_context[:most]
 
+    def row_weights(self, most: int) -> Tensor | None:
+        return None if self.test_weights is None else self.test_weights[:most]
+
 
 class RowsToScore(ScoredRows):
     """The rows of a file as samples to score. There are no training batches.
