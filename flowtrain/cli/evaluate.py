@@ -127,7 +127,7 @@ OWN: dict[str, Any] = {
 }
 
 # the keys of data=array that control how a file is read
-READ = ("key", "columns", "label", "id", "id", "header", "decimal", "missing", "na")
+READ = ("key", "columns", "label", "id", "header", "decimal", "missing", "na", "context", "weights", "signed_weights")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -266,6 +266,7 @@ def data_shown(data: Dataset, split: str) -> Dataset:
         return data
     shown = copy.copy(data)
     shown.test, shown.test_labels = data.val, data.val_labels
+    shown.test_context, shown.test_weights = data.val_context, data.val_weights
     return shown
 
 

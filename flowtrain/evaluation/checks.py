@@ -21,7 +21,7 @@ from flowtrain.bases import (
     StudentT,
     UniformBox,
 )
-from flowtrain.evaluation.error_budget import SMALL, Subset, rows_of_checks, solver_bias, stderr
+from flowtrain.evaluation.error_budget import SMALL, Subset, rows_of_checks, solver_bias
 from flowtrain.evaluation.log_likelihood import estimates_trace, marginal
 from flowtrain.evaluation.result import Budget, Check
 from flowtrain.flow import Density, Flow, rows_at_a_time
@@ -30,6 +30,7 @@ from flowtrain.ode import ode_solver
 from flowtrain.utils.errors import SolverError, first_line
 from flowtrain.utils.process import seeded
 from flowtrain.utils.status import status
+from flowtrain.utils.weighting import average, stderr
 
 # Largest deviation of the mass from 1, and error at which the grid is fine enough
 MISS, ENOUGH = 1e-3, 7e-4
@@ -194,7 +195,12 @@ PAIRED, PAIRED_PER_COLUMN = 0.01, 1e-4
 
 
 def checks(
-    flow: Density, subset: Subset, budget: Budget, log_p: Tensor, kl: tuple[float | None, float | None]
+    flow: Density,
+    subset: Subset,
+    budget: Budget,
+    log_p: Tensor,
+    kl: tuple[float | None, float | None],
+    weights: Tensor | None = None,
 ) -> list[Check]:
     """Makes all checks of a flow in evaluation mode. The message of a check that was not made gives the reason.
 
@@ -206,8 +212,9 @@ def checks(
         budget: the error budget of the NLL.
         log_p: log densities of the rows that the subset is drawn from, (n,).
         kl: the KL and its standard error in nats, or (None, None).
+        weights: the weights of the rows of `log_p`, (n,), or None.
     """
-    exact, nll, nll_stderr = reference(flow), -float(log_p.mean()), stderr(log_p)
+    exact, nll, nll_stderr = reference(flow), -float(average(log_p, weights)), stderr(log_p, weights)
     drawn = cache(base_round_trip)
     # The mass needs three digits: float32 is enough, and twice as fast, unless the flow has large rounding errors
     rounded = torch.float64 if (budget.precision or 0.0) > SMALL else flow.like.dtype

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.in_memory import Extras
-from flowtrain.data.tables.from_memory import table_of
+from flowtrain.data.tables.from_memory import as_array, columns_of, is_frame, table_of
 from flowtrain.data.tables.rows_to_score import RowsInMemory, ScoredRows
 from flowtrain.evaluation.baselines import GAUSSIAN, baselines, check_baseline, warn_if_better
 from flowtrain.evaluation.calibration import calibration, density_calibration
 from flowtrain.evaluation.checks import checks
-from flowtrain.evaluation.error_budget import budget, stderr, subset_of
+from flowtrain.evaluation.error_budget import budget, subset_of
 from flowtrain.evaluation.log_likelihood import (
     Scores,
     estimates_trace,
@@ -43,6 +43,7 @@ from flowtrain.utils.errors import ConfigError, DataError, SolverError
 from flowtrain.utils.formatting import as_ranges
 from flowtrain.utils.process import one_thread_if_small, own_settings, seeded
 from flowtrain.utils.status import phase
+from flowtrain.utils.weighting import average, effective_rows, equal_rows, stderr
 
 log = logging.getLogger("flowtrain")
 
@@ -70,6 +71,7 @@ def evaluate(
     *,
     context: Context = None,
     label: Context = None,
+    weights: Any = None,
     dtype: torch.dtype | None = None,
     baseline_seconds: float = 0.0,
     sbc: int = 0,
@@ -103,6 +105,8 @@ def evaluate(
             10 rows (FEW).
         context: for a conditional flow, the context of the rows, see `Flow.log_prob`. None reads it from a data frame.
         label: another name of `context`, for class labels, or the name of their column in a data frame.
+        weights: weights of the rows, (n,), or the name of their column in a data frame. All means over rows are then
+            weighted means. None means equal weights, or the weights of a `Dataset`.
         dtype: evaluates a copy of the flow in this dtype, such as `torch.float64`. None means the dtype of the flow.
         baseline_seconds: the time limit for fitting a Gaussian mixture (needs scikit-learn) and a kernel density
             estimate to `trained_on`; only for vectors without context. 0 means that the only baseline is a Gaussian.
@@ -145,8 +149,10 @@ def evaluate(
     if isinstance(data, Dataset):
         if context is not None:
             raise ConfigError("context: a data set contains its context and its labels; omit the argument")
+        if weights is not None:
+            raise ConfigError("weights: a data set contains its weights; omit the argument")
     else:
-        data, split, fitted = dataset_of(flow, data, context, seed), "all", trained_on
+        data, split, fitted = dataset_of(flow, data, context, seed, weights=weights), "all", trained_on
     if not isinstance(fitted, Dataset | None):
         # the baseline does not use the context
         one = flow.some_context(1) if flow.classes is None else flow.seen[0]
@@ -197,7 +203,7 @@ def _check_baselines(flow: Density, trained_on: Any) -> None:
 
 
 def dataset_of(
-    flow: Density, x: Tensor | Rows, context: Context = None, seed: int = 0, name: str = "x"
+    flow: Density, x: Tensor | Rows, context: Context = None, seed: int = 0, name: str = "x", weights: Any = None
 ) -> RowsInMemory:
     """Converts rows to a data set for a flow. Noise is added to the same columns as in training.
 
@@ -205,6 +211,7 @@ def dataset_of(
         x, context: the rows and their context, see `Flow.read_rows`.
         seed: the seed of the noise.
         name: the name of the rows in messages.
+        weights: see `evaluate`.
 
     Raises:
         DataError: no rows, or values that are missing or do not fit the flow.
@@ -229,7 +236,38 @@ def dataset_of(
         table = replace(table, columns=samples.columns)
     found = None if found is None else found.cpu()
     extras = Extras(context=found) if flow.context else Extras(label=found)
+    if weights is not None:
+        extras = extras._replace(weights=row_weights(flow, x, weights, len(rows), name))
     return RowsInMemory(table, extras, samples, seed)
+
+
+def row_weights(flow: Density, x: Tensor | Rows, weights: Any, n: int, name: str = "x") -> Tensor:
+    """Converts the weights of n rows x to a tensor (n,), float64.
+
+    Args:
+        weights: numbers, or the name of a column of a data frame.
+        name: the name of the rows in messages.
+
+    Raises:
+        DataError: another number of weights, weights that are not finite, or negative weights of a flow that was not
+            trained with data.signed_weights=true.
+    """
+    if isinstance(weights, str):
+        if not is_frame(x):
+            raise DataError(f"weights={weights!r}: {name} is not a data frame, so it has no column of that name")
+        weights = columns_of(x, [weights], name)
+    found = torch.from_numpy(as_array(weights, "weights").astype("float64").reshape(-1))
+    if len(found) != n:
+        raise DataError(f"weights has {len(found)} values; give one weight for each of the {n} rows of {name}")
+    if not bool(found.isfinite().all()):
+        raise DataError("weights has values that are NaN or infinite; remove these rows")
+    config = {} if flow.record is None else flow.record.config.get("data", {})
+    if bool((found < 0).any()) and not config.get("signed_weights"):
+        raise DataError(
+            f"weights has {int((found < 0).sum()):,} negative values, which is only allowed for a flow that was "
+            "trained with data.signed_weights=true"
+        )
+    return found
 
 
 @contextmanager
@@ -266,55 +304,62 @@ def _evaluate(
         sbc: the number of samples for each row, 0 for no SBC.
     """
     x, context = held_out(flow, data, split)
+    weights = weights_of(data, split)
     check_fits(flow, data, options["draws"])
     begun = time.perf_counter()
     with phase(f"scoring the {split} set"):
         scores, settings = scored(flow, x, context, split, options)
     log_p = scores.log_p
-    nll, nll_stderr, bits = -float(log_p.mean()), stderr(log_p), flow.bits_per_nat
-    truth = kl_to_truth(data, x, log_p)
+    nll, nll_stderr, bits = -float(average(log_p, weights)), stderr(log_p, weights), flow.bits_per_nat
+    truth = kl_to_truth(data, x, log_p, weights)
     where = "file" if split == "all" else f"{split} set"
     # rows with missing values may have been left out of a file
     kept = data.kept if isinstance(data, ScoredRows) else None
     numbers = torch.arange(len(x)) if kept is None else torch.from_numpy(kept.rows)
-    concentrated = concentration(log_p, where, ("nats", 1.0) if bits is None else ("bits/dim", bits), numbers)
+    concentrated = concentration(log_p, where, ("nats", 1.0) if bits is None else ("bits/dim", bits), numbers, weights)
     ordinary = ~torch.isin(numbers, torch.tensor(concentrated.rows, dtype=torch.int64))
     ordinary &= log_p.isfinite()
-    subset = subset_of(flow, x, context, (~ordinary).nonzero().flatten(), None if thorough else FEW)
+    if weights is not None:
+        ordinary &= weights != 0
+    of_ordinary = None if weights is None else weights[ordinary]
+    subset = subset_of(flow, x, context, (~ordinary).nonzero().flatten(), None if thorough else FEW, weights)
     with phase("estimating the error of the NLL"):
-        parts = budget(flow, subset, log_p, options["draws"])
+        parts = budget(flow, subset, log_p, options["draws"], weights)
     simple = None
     if fitted is not None and len(flow.event_shape) == 1:
         with phase("fitting the baselines"):
-            simple = baselines(fitted, dequantized_draws(flow, x, options), log_p, baseline_seconds)
+            simple = baselines(fitted, dequantized_draws(flow, x, options), log_p, baseline_seconds, weights)
     d = math.prod(flow.event_shape)
     all_checks = [concentrated, check_baseline(nll, nll_stderr, (simple or {}).get(GAUSSIAN), d)]
     if thorough:
         with phase("checking the density"):
-            all_checks += checks(flow, subset, parts, log_p[ordinary], (truth["kl"], truth["kl_stderr"]))
+            all_checks += checks(flow, subset, parts, log_p[ordinary], (truth["kl"], truth["kl_stderr"]), of_ordinary)
     with phase("calibration"):
         if isinstance(flow, Flow):
-            of_latents = None if context is None else flow.features(context[latent_rows(len(x))].to(flow.like.device))
-            calibrated, pit = calibration(scores.z, flow.base, of_latents)
+            rows = latent_rows(len(x))
+            of_latents = None if context is None else flow.features(context[rows].to(flow.like.device))
+            of_rows = None if weights is None else weights[rows]
+            calibrated, pit = calibration(scores.z, flow.base, of_latents, of_rows)
         else:
-            calibrated, pit = calibration_by_density(flow, log_p, context, options, thorough)
+            calibrated, pit = calibration_by_density(flow, log_p, context, options, thorough, weights)
     by_samples = None
     if sbc:
         names = data.columns or [f"x{j + 1}" for j in range(d)]
         with phase("simulation-based calibration"):
-            by_samples = simulation_calibration(flow, x, context, log_p, names, sbc, options)
+            by_samples = simulation_calibration(flow, x, context, log_p, names, sbc, options, weights)
     detected = None
     if other is not None:
         with phase(f"scoring {other[0]}"):
-            detected = detect_ood(flow, x, log_p, split, other, typical, options)
+            detected = detect_ood(flow, x, log_p, split, other, typical, options, weights)
     with phase("round trip"):
         round_trip = roundtrip_error(flow, subset.x, subset.context)
     with phase("scoring the members of weight 0"):
-        members = score_members(flow, scores.members, x, context, options)
+        members = score_members(flow, scores.members, x, context, options, weights)
     result = Evaluation(
         nll=nll,
         nll_stderr=nll_stderr,
         n=len(x),
+        n_effective=None if weights is None else effective_rows(weights),
         split=split,
         step=step,
         bits_per_dim=None if bits is None else bits * nll,
@@ -340,6 +385,20 @@ def _evaluate(
         log.warning("%s: %s", check.label, check.message)
     warn_if_better(nll, nll_stderr, simple or {}, d)
     return result
+
+
+def weights_of(data: Dataset, split: str) -> Tensor | None:
+    """Returns the weights of a set, (n,), or None.
+
+    Raises:
+        DataError: weights whose sum is not positive.
+    """
+    weights = data.split_weights(split)
+    if weights is not None and not float(weights.sum()) > 0:
+        raise DataError(
+            f"the weights of the {len(weights):,} rows have the sum {float(weights.sum()):g}, but it must be positive"
+        )
+    return weights
 
 
 def dequantized_draws(flow: Density, x: Tensor, options: Mapping[str, Any]) -> list[Tensor]:
@@ -389,7 +448,12 @@ def scored(
 
 
 def score_members(
-    flow: Density, log_p: Tensor, x: Tensor, context: Tensor | None, options: Mapping[str, Any]
+    flow: Density,
+    log_p: Tensor,
+    x: Tensor,
+    context: Tensor | None,
+    options: Mapping[str, Any],
+    weights: Tensor | None = None,
 ) -> dict[str, Any]:
     """Returns the attributes of an `Evaluation` that describe the members of an ensemble.
 
@@ -398,6 +462,7 @@ def score_members(
     Args:
         log_p: log p of the members with a positive weight, (n, M).
         options: batch size, draws and seed: arguments of `log_probs`.
+        weights: the weights of the rows, (n,), or None.
     """
     if not isinstance(flow, Ensemble):
         return {"members": None, "spread": None, "member_scores": None}
@@ -412,17 +477,24 @@ def score_members(
             columns.append(torch.full((len(x),), torch.nan, dtype=torch.float64))
     named = zip(flow.names, flow.weights, columns, strict=True)
     return {
-        "members": tuple(Member(name, weight, -float(one.mean()), stderr(one)) for name, weight, one in named),
-        "spread": spread(flow, log_p),
+        "members": tuple(
+            Member(name, weight, -float(average(one, weights)), stderr(one, weights)) for name, weight, one in named
+        ),
+        "spread": spread(flow, log_p, weights),
         "member_scores": torch.stack(columns, 1),
     }
 
 
-def spread(ensemble: Ensemble, log_p: Tensor) -> float | None:
-    """Returns `row_spread` averaged over rows, for log p (n, M) of the members with a positive weight."""
+def spread(ensemble: Ensemble, log_p: Tensor, weights: Tensor | None = None) -> float | None:
+    """Returns `row_spread` averaged over rows, for log p (n, M) of the members with a positive weight.
+
+    Args:
+        weights: the weights of the rows, (n,), or None.
+    """
     each = row_spread(log_p, [weight for weight in ensemble.weights if weight > 0])
-    each = each[each.isfinite()]
-    return float(each.mean()) if len(each) and log_p.shape[1] > 1 else None
+    kept = each.isfinite()
+    each, weights = each[kept], None if weights is None else weights[kept]
+    return float(average(each, weights)) if len(each) and log_p.shape[1] > 1 else None
 
 
 def row_spread(log_p: Tensor, weights: Sequence[float]) -> Tensor:
@@ -441,7 +513,12 @@ def row_spread(log_p: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def calibration_by_density(
-    flow: Density, log_p: Tensor, context: Tensor | None, options: Mapping[str, Any], thorough: bool
+    flow: Density,
+    log_p: Tensor,
+    context: Tensor | None,
+    options: Mapping[str, Any],
+    thorough: bool,
+    weights: Tensor | None = None,
 ) -> tuple[Calibration, dict[str, Tensor]]:
     """Computes `density_calibration` for evenly spaced rows, with RANKED_SAMPLES times as many samples of the flow.
 
@@ -450,6 +527,7 @@ def calibration_by_density(
         context: the context of the scored rows, or None.
         options: batch size, draws and seed: arguments of `log_probs`.
         thorough: if false, a quarter of the rows is used.
+        weights: the weights of the scored rows, (n,), or None.
     """
     every = math.ceil(len(log_p) / (RANKED if thorough else RANKED // 4))
     log_p = log_p[::every]
@@ -459,17 +537,18 @@ def calibration_by_density(
     if flow.integer_valued:
         samples = flow.quantized(samples)
     scores = score_rows(flow, samples, context, latents=0, unsolved=UNSOLVED, **options)
-    return density_calibration(log_p, scores.log_p)
+    return density_calibration(log_p, scores.log_p, None if weights is None else weights[::every])
 
 
-def kl_to_truth(data: Dataset, x: Tensor, log_p: Tensor) -> dict[str, Any]:
+def kl_to_truth(data: Dataset, x: Tensor, log_p: Tensor, weights: Tensor | None = None) -> dict[str, Any]:
     """Returns entropy, KL and the standard error of the KL in nats; None if the true density is unknown.
 
     KL(true || flow) = mean(log p_true(x) - log p(x)) over the rows x (n, *event_shape), where log_p (n,) is log p(x).
+    The mean is weighted if there are weights (n,).
     """
     true = data.log_prob(x)
     gap = None if true is None else true.cpu() - log_p
-    kl = (None, None) if gap is None else (float(gap.mean()), stderr(gap))
+    kl = (None, None) if gap is None else (float(average(gap, weights)), stderr(gap, weights))
     return {"entropy": data.entropy, "kl": kl[0], "kl_stderr": kl[1]}
 
 
@@ -481,6 +560,7 @@ def detect_ood(
     other: tuple[str, Tensor],
     trained_on: Dataset | None,
     options: Mapping[str, Any],
+    weights: Tensor | None = None,
 ) -> tuple[OODDetection, tuple[Tensor, Tensor]]:
     """Separates x (n, *event_shape) from `other` (m, *event_shape) by log p. Labels are not used.
 
@@ -489,23 +569,28 @@ def detect_ood(
         split: the name of the set x.
         trained_on: the data on whose validation set H of |log p + H| is computed. None means that H is computed on x.
         options: batch size, draws and seed: arguments of `log_probs`.
+        weights: the weights of x, (n,), or None. The rows of `other` have equal weights.
 
     Returns:
-        (areas under the ROC curves, log p of both sets, (n,) and (m,)).
+        (areas under the ROC curves, log p of both sets, (n,) and (m,)). With weights, the first set is represented by
+        quantiles of equal weight.
     """
 
     def scores(rows: Tensor) -> Tensor:
         return score_rows(flow, rows, latents=0, unsolved=UNSOLVED, **options).log_p
 
     inside = log_p if flow.classes is None else scores(x)
-    typical, of = inside, "scored rows"
+    typical, of, of_typical = inside, "scored rows", weights
     if trained_on is not None:
         of = "validation set"
         if trained_on.val is not x:
             typical = scores(trained_on.val[:MOST_TYPICAL])
+            of_typical = None if trained_on.val_weights is None else trained_on.val_weights[:MOST_TYPICAL]
     outside = scores(other[1])
-    entropy = -float(typical[typical.isfinite()].mean())
-    return ood_detection(other[0], inside, outside, entropy, of), (inside, outside)
+    finite = typical.isfinite()
+    entropy = -float(average(typical[finite], None if of_typical is None else of_typical[finite]))
+    found = ood_detection(other[0], inside, outside, entropy, of, weights)
+    return found, (inside if weights is None else equal_rows(inside, weights, len(inside)), outside)
 
 
 def check_fits(flow: Density, data: Dataset, dequantization_samples: int = 1) -> None:

@@ -278,6 +278,9 @@ class Evaluation:
         nll_stderr: the standard error over the rows. It includes the noise of estimated traces and of dequantization,
             because each row has independent noise. `error` adds the errors of the solver and of the dtype.
         n: the number of rows.
+        n_effective: the effective number of weighted rows, (sum w)^2 / sum w^2 (Kish 1965, Survey sampling). None
+            without weights. With weights, all means over rows and their standard errors are weighted, see
+            `flowtrain.utils.weighting`.
         split: "val" or "test" for a held-out set of a `Dataset`; "all" for rows of a file or an array.
         step: the training step of the weights.
         bits_per_dim: nll / (D log 2) for integer-valued images, else None.
@@ -319,6 +322,7 @@ class Evaluation:
     nll: float
     nll_stderr: float
     n: int
+    n_effective: float | None
     split: str
     step: int
     bits_per_dim: float | None
@@ -354,12 +358,14 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of eval.json: the numbers above in this order, checks by name, and the headline.
 
-        Arrays are left out. Only ensembles have the keys `members` and `spread`. The key `sbc` exists only if SBC was
-        requested.
+        Arrays are left out. Only ensembles have the keys `members` and `spread`, only weighted rows have `n_effective`,
+        and the key `sbc` exists only if SBC was requested.
         """
         content = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE}
         if self.baselines is not None:
             content["baselines"] = {name: found.to_dict() for name, found in self.baselines.items()}
+        if self.n_effective is None:
+            del content["n_effective"]
         if self.members is None:
             del content["members"], content["spread"]
         else:
@@ -434,7 +440,8 @@ class Evaluation:
         rows = [("NLL", self.headline.removeprefix("NLL "))]
         if self.bits_per_nat is not None:
             rows.append(("", f"{with_error(self.nll, self.error)} nats"))
-        rows.append(("data", f"{self.rows_words}, {counted(self.n, 'row')}"))
+        effective = "" if self.n_effective is None else f", weighted ({self.n_effective:,.4g} effective rows)"
+        rows.append(("data", f"{self.rows_words}, {counted(self.n, 'row')}{effective}"))
         if self.kl is not None and self.kl_stderr is not None:
             rows.append(("KL", f"{with_error(self.kl, self.kl_error)} nats  (entropy {self.entropy:.4f})"))
         rows += self._baseline_rows()

@@ -23,7 +23,9 @@ from torch import Tensor
 from flowtrain.evaluation.log_likelihood import score_rows
 from flowtrain.evaluation.result import Coverage, Ranks, RankTest, SimulationCalibration
 from flowtrain.flow import Density
+from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.status import status
+from flowtrain.utils.weighting import resample
 
 # the largest number of rows, and the number of samples for each row
 ROWS, SAMPLES = 1000, 200
@@ -50,6 +52,7 @@ def simulation_calibration(
     names: Sequence[str],
     samples: int = SAMPLES,
     options: Mapping[str, Any] = MappingProxyType({}),
+    weights: Tensor | None = None,
 ) -> tuple[SimulationCalibration, Ranks]:
     """Compares evenly spaced rows of x (n, d), at most ROWS, with samples of the flow; see the docstring of this file.
 
@@ -59,12 +62,21 @@ def simulation_calibration(
         names: the names of the columns of x.
         samples: L, the number of samples for each row.
         options: batch size, draws and seed: arguments of `score_rows`.
+        weights: weights of the rows, (n,). Rows are then drawn by weight.
 
     Returns:
         (result of the tests, ranks).
+
+    Raises:
+        ConfigError: negative weights.
     """
     kept = (~log_p.isnan()).nonzero().flatten()
-    kept = kept[:: max(1, math.ceil(len(kept) / ROWS))]
+    if weights is None:
+        kept = kept[:: max(1, math.ceil(len(kept) / ROWS))]
+    elif bool((weights < 0).any()):
+        raise ConfigError("sbc: rows are drawn by weight, but some weights are negative; leave out sbc")
+    else:
+        kept = kept[resample(weights[kept], min(len(kept), ROWS))]
     device = flow.like.device
     x, log_p = x[kept].to(device), log_p[kept].to(device)
     context = None if context is None else context[kept].to(device)

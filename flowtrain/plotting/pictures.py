@@ -11,7 +11,7 @@ from flowtrain.evaluation import Evaluation
 from flowtrain.evaluation.calibration import DENSITY, RADIUS
 from flowtrain.flow import Density, Flow
 from flowtrain.plotting import image_pictures, vector_pictures
-from flowtrain.plotting.drawing import drawing, warn_if_plotting_fails
+from flowtrain.plotting.drawing import as_drawn, drawing, warn_if_plotting_fails
 from flowtrain.plotting.evaluation_figures import draw_calibration, draw_ood
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.sbc_figure import draw_sbc
@@ -106,6 +106,7 @@ def draw(
         label: the class of `samples`. Only data of this class are drawn.
         log_scale: whether densities of one or two columns are shown on a logarithmic scale.
     """
+    data = as_drawn(data)
     with drawing(flow) as flow:
         if len(flow.event_shape) == 3:
             image_pictures.draw(flow, data, path, title, samples, label, options)
@@ -127,6 +128,7 @@ def draw_other_figures(
     Returns:
         The files that were written.
     """
+    data = as_drawn(data)
     if len(flow.event_shape) == 3:
         return image_pictures.draw_other_figures(flow, data, path_of, title, options)
     return draw_transport_pictures(flow, data, path_of, title, options) if flow.event_shape == (2,) else []

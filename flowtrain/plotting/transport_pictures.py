@@ -13,6 +13,7 @@ from flowtrain.evaluation.log_likelihood import check_samples
 from flowtrain.flow import Flow
 from flowtrain.plotting.animation import animate_flow_2d, animate_images
 from flowtrain.plotting.drawing import (
+    as_drawn,
     draw_latents,
     drawing,
     evaluate_inside_range,
@@ -88,6 +89,7 @@ def animate(
         NonFiniteError: a sample is not finite; nothing is written.
     """
     check_animated(flow, n)
+    data = as_drawn(data)
     with drawing(flow, TOLERANCE, seed) as flow:
         if len(flow.event_shape) == 3:
             _animate_images(flow, data, paths, title, draw_latents(flow, n or IMAGES, temperature), label, options)

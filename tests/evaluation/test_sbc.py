@@ -21,6 +21,7 @@ from flowtrain.evaluation.sbc import (
     tarp_ranks,
 )
 from flowtrain.flow import Flow
+from flowtrain.utils.errors import ConfigError
 
 N, L = 1000, 100
 
@@ -210,3 +211,19 @@ class OneHotShift(Shifted):
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         assert context is not None
         return super().inverse(x, context.unsqueeze(1))
+
+
+def test_rows_of_sbc_are_drawn_by_weight() -> None:
+    """Half of the rows are far too wide. With weight 0 they do not count, and without weights they do."""
+    x = torch.randn(800, 2)
+    x[::2] *= 3
+    flow = Flow((2,), Affine(2)).eval()
+    log_p = flow.log_prob(x).detach()
+    weights = torch.ones(800)
+    weights[::2] = 0
+    plain, _ = simulation_calibration(flow, x, None, log_p, ("a", "b"), 100)
+    weighted, _ = simulation_calibration(flow, x, None, log_p, ("a", "b"), 100, weights=weights)
+    assert plain.p_value < 1e-6
+    assert weighted.p_value > 1e-3
+    with pytest.raises(ConfigError, match="weights"):
+        simulation_calibration(flow, x, None, log_p, ("a", "b"), 100, weights=-weights)

@@ -32,6 +32,7 @@ from flowtrain.data.tables.streaming import Moments, StreamedTable, is_streamed
 from flowtrain.data.tables.table_checks import (
     check_context,
     check_enough_rows,
+    check_held_out_weights,
     check_mean_weight,
     check_same_columns,
     check_spread,
@@ -40,6 +41,7 @@ from flowtrain.data.tables.table_checks import (
     warn_of_dependence,
     warn_of_repeats,
     warn_of_sentinels,
+    warn_of_signed_weights,
     warn_of_unseen,
     whole_columns,
 )
@@ -287,6 +289,10 @@ class ArrayData(Finite):
         self.record = record_of((first.n, training.checksum), ((name, part.rows) for name, part in sets.items()))
         self.held_rows = {n: first.in_file(part.rows) for n, part in sets.items() if not isinstance(part.rows, tuple)}
         self._check_held_out(first.table, training, spec, sets)
+        if training.look_extras.weights is not None:
+            held_weights = {n: p.extras.weights.numpy() for n, p in sets.items() if p.extras.weights is not None}
+            check_held_out_weights(first.table.path, held_weights)
+            warn_of_signed_weights(first.table.path, [training.look_extras.weights.numpy(), *held_weights.values()])
         self.n_train = training.n
         if cap in sizes:
             _log.info(
