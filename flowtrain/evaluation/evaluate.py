@@ -33,7 +33,7 @@ from flowtrain.evaluation.log_likelihood import (
 )
 from flowtrain.evaluation.ood_detection import ood_detection
 from flowtrain.evaluation.outliers import check_some_finite, concentration
-from flowtrain.evaluation.result import Calibration, Evaluation, Member, OODDetection
+from flowtrain.evaluation.result import Calibration, Evaluation, Member, OODDetection, Ranks, SimulationCalibration
 from flowtrain.evaluation.sbc import simulation_calibration
 from flowtrain.flow import Context, Density, Flow, Rows, either, rows_at_a_time
 from flowtrain.models.ensemble import Ensemble
@@ -338,15 +338,10 @@ def _evaluate(
         if isinstance(flow, Flow):
             rows = latent_rows(len(x))
             of_latents = None if context is None else flow.features(context[rows].to(flow.like.device))
-            of_rows = None if weights is None else weights[rows]
-            calibrated, pit = calibration(scores.z, flow.base, of_latents, of_rows)
+            calibrated, pit = calibration(scores.z, flow.base, of_latents, None if weights is None else weights[rows])
         else:
             calibrated, pit = calibration_by_density(flow, log_p, context, options, thorough, weights)
-    by_samples = None
-    if sbc:
-        names = data.columns or [f"x{j + 1}" for j in range(d)]
-        with phase("simulation-based calibration"):
-            by_samples = simulation_calibration(flow, x, context, log_p, names, sbc, options, weights)
+    by_samples, ranks = calibration_by_samples(flow, data.columns, x, context, log_p, sbc, options, weights)
     detected = None
     if other is not None:
         with phase(f"scoring {other[0]}"):
@@ -378,8 +373,8 @@ def _evaluate(
         scores=log_p,
         sets=None if detected is None else detected[1],
         pit=pit,
-        sbc=None if by_samples is None else by_samples[0],
-        ranks=None if by_samples is None else by_samples[1],
+        sbc=by_samples,
+        ranks=ranks,
     )
     for check in result.failed:
         log.warning("%s: %s", check.label, check.message)
@@ -510,6 +505,28 @@ def row_spread(log_p: Tensor, weights: Sequence[float]) -> Tensor:
     log_p, w = log_p[:, active], log_p.new_tensor([weights[i] for i in active])
     mean = (log_p * w).sum(1, keepdim=True)
     return ((log_p - mean).square() * w).sum(1).sqrt()
+
+
+def calibration_by_samples(
+    flow: Density,
+    columns: Sequence[str],
+    x: Tensor,
+    context: Tensor | None,
+    log_p: Tensor,
+    samples: int,
+    options: Mapping[str, Any],
+    weights: Tensor | None,
+) -> tuple[SimulationCalibration, Ranks] | tuple[None, None]:
+    """Returns `simulation_calibration`, or (None, None) if the number of samples for each row is 0.
+
+    Args:
+        columns: the names of the columns of x (n, d), or none.
+    """
+    if not samples:
+        return None, None
+    names = columns or [f"x{j + 1}" for j in range(x.shape[1])]
+    with phase("simulation-based calibration"):
+        return simulation_calibration(flow, x, context, log_p, names, samples, options, weights)
 
 
 def calibration_by_density(

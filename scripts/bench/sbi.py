@@ -133,7 +133,7 @@ def fit(y: Any, x: Any, seed: int, member: int, settings: Mapping[str, Any]) -> 
     names = [[f"{name}{i}" for i in range(part.shape[1])] for name, part in (("y", y), ("x", x))]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "simulations.csv"
-        np.savetxt(path, np.concatenate([y, x], 1), delimiter=",", header=",".join(sum(names, [])), comments="")
+        np.savetxt(path, np.concatenate([y, x], 1), delimiter=",", header=",".join([*names[0], *names[1]]), comments="")
         # the test set of a fit is not used here, so it has two rows
         data = {"data.context": names[1], "data.seed": member, "data.test_fraction": 2 / len(y)}
         flow = flowtrain.fit(path, seed=100 * seed + member, progress=False, overrides={**data, **settings})
