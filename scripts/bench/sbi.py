@@ -36,9 +36,17 @@ SAMPLES, NEW = 10_000, 5000
 COMMON: dict[str, Any] = {"trainer.steps": 2000, "trainer.val_early": False}
 RECIPES: dict[str, dict[str, Any]] = {
     "two_moons": {"model": "maf", **COMMON},
+    # smaller batches and dropout, because larger networks would overfit
     "slcp": {
-        "model": "nsf",
-        "model.dropout": 0.1,
+        "model": "maf",
+        "model.bins": 8,
+        "model.dropout": 0.2,
+        "model.hidden": [64, 64],
+        "model.input_bound": None,
+        "model.layers": 5,
+        "trainer.batch_size": 256,
+        "trainer.ema": 0.99,
+        "trainer.lr": 0.003,
         "trainer.optimizer": "adamw",
         "trainer.weight_decay": 0.1,
         **COMMON,
