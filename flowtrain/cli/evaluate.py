@@ -166,7 +166,7 @@ def _command() -> int:
         loaded_run.step,
         batch_size,
         draws,
-        None if other is None else (other[0], other[1].test),
+        None if other is None else (other[0], other[1].test, other[1].test_context),
         seed,
         trained_on,
         baseline_seconds=MOST_SECONDS if wants_baselines else 0.0,

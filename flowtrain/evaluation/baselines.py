@@ -88,9 +88,9 @@ def has_baselines(flow: Density, data: Dataset) -> bool:
     """Returns whether the mixture and the kernel density estimate can be compared with the flow.
 
     They can for vectors from a finite training set. They cannot for images, and for conditional flows, because the
-    baselines ignore labels.
+    baselines ignore the context.
     """
-    return len(data.event_shape) == 1 and data.n_train is not None and flow.classes is None
+    return len(data.event_shape) == 1 and data.n_train is not None and not flow.conditional
 
 
 def affordable_seconds(train_seconds: float) -> float:

@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
@@ -18,11 +18,21 @@ from flowtrain.data.in_memory import Extras
 from flowtrain.data.tables.from_memory import as_array, columns_of, is_frame, table_of
 from flowtrain.data.tables.rows_to_score import RowsInMemory, ScoredRows
 from flowtrain.evaluation.baselines import GAUSSIAN, baselines, check_baseline, warn_if_better
-from flowtrain.evaluation.calibration import calibration, density_calibration
+from flowtrain.evaluation.calibration import (
+    Transformed,
+    calibration,
+    calibration_by_context,
+    context_groups,
+    density_calibration,
+    density_ranks,
+    transforms,
+    warn_if_miscalibrated,
+)
 from flowtrain.evaluation.checks import checks
 from flowtrain.evaluation.error_budget import budget, subset_of
 from flowtrain.evaluation.log_likelihood import (
     Scores,
+    context_table,
     estimates_trace,
     held_out,
     latent_rows,
@@ -33,7 +43,7 @@ from flowtrain.evaluation.log_likelihood import (
 )
 from flowtrain.evaluation.ood_detection import ood_detection
 from flowtrain.evaluation.outliers import check_some_finite, concentration
-from flowtrain.evaluation.result import Calibration, Evaluation, Member, OODDetection, Ranks, SimulationCalibration
+from flowtrain.evaluation.result import Calibration, Evaluation, Member, OODDetection
 from flowtrain.evaluation.sbc import simulation_calibration
 from flowtrain.flow import Context, Density, Flow, Rows, either, rows_at_a_time
 from flowtrain.models.ensemble import Ensemble
@@ -53,6 +63,8 @@ UNSOLVED = 100
 MOST_TYPICAL = 10_000
 # Number of rows of the error budget with `thorough=False`
 FEW = 10
+# another set for OOD detection: its name, samples and, for flows with context columns, their context
+Other = tuple[str, Tensor] | tuple[str, Tensor, Context]
 # Calibration of ensembles: largest number of rows, and number of samples for each row
 RANKED, RANKED_SAMPLES = 1000, 4
 
@@ -64,7 +76,7 @@ def evaluate(
     step: int | None = None,
     batch_size: int | None = None,
     dequantization_samples: int = 1,
-    other: tuple[str, Tensor] | None = None,
+    other: Other | None = None,
     seed: int = 0,
     trained_on: Dataset | Tensor | Rows | None = None,
     thorough: bool = True,
@@ -95,8 +107,9 @@ def evaluate(
             sample.
         dequantization_samples: the number of noise draws for each row of an integer-valued flow. exp(log p) is averaged
             over them.
-        other: (name, samples) of another set for OOD detection: how well log p separates it from `data`. A conditional
-            flow uses log p without labels, averaged over all classes.
+        other: (name, samples) of another set for OOD detection: how well log p separates it from `data`. A flow with
+            labels uses log p without labels, averaged over all classes. A flow with context columns needs (name,
+            samples, context), with the context of each sample.
         seed: the seed of the noise of dequantization and of estimated traces.
         trained_on: the rows or the data set that the flow was trained on. The baselines are fitted to them, see
             `flowtrain.evaluation.baselines`. None means no baselines. The entropy for the typicality score of `other`
@@ -118,7 +131,8 @@ def evaluate(
 
     Raises:
         ConfigError: several dequantization samples for data that are not whole numbers, a dtype that is not real, or
-            `baseline_seconds` without `trained_on`, for images or for conditional flows, or `sbc` for images.
+            `baseline_seconds` without `trained_on`, for images or for conditional flows, `sbc` for images, or `other`
+            without the context that the flow needs.
         DataError: data that do not fit the flow, missing values, or no rows.
         FlowtrainError: rows of another shape, or a context that is missing, not allowed or out of range.
         NonFiniteError: no log-likelihood is finite.
@@ -176,9 +190,17 @@ def _check_arguments(flow: Any, batch_size: Any, draws: Any, seed: Any, other: A
         whole("batch_size", batch_size)
     whole("dequantization_samples", draws)
     whole("seed", int(seed) if isinstance(seed, Integral) else seed, least=0)
-    named = isinstance(other, tuple) and len(other) == 2 and isinstance(other[0], str) and isinstance(other[1], Tensor)
-    if other is not None and not named:
+    if other is None:
+        return
+    named = isinstance(other, tuple) and len(other) in (2, 3) and isinstance(other[0], str)
+    if not named or not isinstance(other[1], Tensor):
         raise ConfigError(f"other={shortened(other)}: give (name, samples as a tensor)")
+    if flow.context and (len(other) == 2 or other[2] is None):
+        names = ", ".join(column.name for column in flow.context)
+        raise ConfigError(
+            f"OOD detection of {other[0]}: the flow is conditional, but {other[0]} has no context; give data with the "
+            f"columns {names}"
+        )
 
 
 def _check_baselines(flow: Density, trained_on: Any) -> None:
@@ -288,7 +310,7 @@ def _evaluate(
     split: str,
     step: int,
     options: dict[str, Any],
-    other: tuple[str, Tensor] | None,
+    other: Other | None,
     fitted: Dataset | None,
     typical: Dataset | None,
     thorough: bool,
@@ -335,17 +357,15 @@ def _evaluate(
         with phase("checking the density"):
             all_checks += checks(flow, subset, parts, log_p[ordinary], (truth["kl"], truth["kl_stderr"]), of_ordinary)
     with phase("calibration"):
-        if isinstance(flow, Flow):
-            rows = latent_rows(len(x))
-            of_latents = None if context is None else flow.features(context[rows].to(flow.like.device))
-            calibrated, pit = calibration(scores.z, flow.base, of_latents, None if weights is None else weights[rows])
-        else:
-            calibrated, pit = calibration_by_density(flow, log_p, context, options, thorough, weights)
-    by_samples, ranks = calibration_by_samples(flow, data.columns, x, context, log_p, sbc, options, weights)
+        calibrated, pit, context_pit = calibrate(flow, data, scores, context, options, thorough, weights)
+    by_samples: tuple[Any, Any] = (None, None)
+    if sbc:
+        with phase("simulation-based calibration"):
+            by_samples = simulation_calibration(flow, x, context, log_p, data.columns, sbc, options, weights)
     detected = None
     if other is not None:
         with phase(f"scoring {other[0]}"):
-            detected = detect_ood(flow, x, log_p, split, other, typical, options, weights)
+            detected = detect_ood(flow, x, log_p, other, typical, options, weights)
     with phase("round trip"):
         round_trip = roundtrip_error(flow, subset.x, subset.context)
     with phase("scoring the members of weight 0"):
@@ -373,12 +393,16 @@ def _evaluate(
         scores=log_p,
         sets=None if detected is None else detected[1],
         pit=pit,
-        sbc=by_samples,
-        ranks=ranks,
+        sbc=by_samples[0],
+        ranks=by_samples[1],
+        context_pit=context_pit,
     )
     for check in result.failed:
         log.warning("%s: %s", check.label, check.message)
     warn_if_better(nll, nll_stderr, simple or {}, d)
+    if len(flow.event_shape) == 1:
+        # the latents of images are hardly ever calibrated
+        warn_if_miscalibrated(calibrated.by_context)
     return result
 
 
@@ -507,44 +531,103 @@ def row_spread(log_p: Tensor, weights: Sequence[float]) -> Tensor:
     return ((log_p - mean).square() * w).sum(1).sqrt()
 
 
-def calibration_by_samples(
+def calibrate(
     flow: Density,
-    columns: Sequence[str],
-    x: Tensor,
-    context: Tensor | None,
-    log_p: Tensor,
-    samples: int,
-    options: Mapping[str, Any],
-    weights: Tensor | None,
-) -> tuple[SimulationCalibration, Ranks] | tuple[None, None]:
-    """Returns `simulation_calibration`, or (None, None) if the number of samples for each row is 0.
-
-    Args:
-        columns: the names of the columns of x (n, d), or none.
-    """
-    if not samples:
-        return None, None
-    names = columns or [f"x{j + 1}" for j in range(x.shape[1])]
-    with phase("simulation-based calibration"):
-        return simulation_calibration(flow, x, context, log_p, names, samples, options, weights)
-
-
-def calibration_by_density(
-    flow: Density,
-    log_p: Tensor,
+    data: Dataset,
+    scores: Scores,
     context: Tensor | None,
     options: Mapping[str, Any],
     thorough: bool,
     weights: Tensor | None = None,
-) -> tuple[Calibration, dict[str, Tensor]]:
-    """Computes `density_calibration` for evenly spaced rows, with RANKED_SAMPLES times as many samples of the flow.
+) -> tuple[Calibration, dict[str, Tensor], tuple[tuple[str, Tensor], ...]]:
+    """Tests the calibration, for a conditional flow also by context.
+
+    Args:
+        context: the context of the scored rows, or None.
+        weights: the weights of the scored rows, (n,), or None.
+
+    Returns:
+        (result of the test, transforms for the figure, `Evaluation.context_pit`).
+    """
+    n = len(scores.log_p)
+    if isinstance(flow, Flow):
+        shown = latent_rows(n)
+        given = None if context is None else flow.features(context[shown].to(flow.like.device))
+        of_rows = None if weights is None else weights[shown]
+        found, pit = calibration(scores.z, flow.base, given, of_rows)
+        transforms_of = latent_transforms(scores.z, flow, given, shown, of_rows)
+    else:
+        ranked = log_p_of_samples(flow, scores.log_p, context, options, thorough)
+        of_rows = None if weights is None else weights[:: math.ceil(n / len(ranked[0]))]
+        found, pit = density_calibration(*ranked, of_rows)
+        transforms_of = rank_transforms(*ranked, n, of_rows)
+    if context is None:
+        return found, pit, ()
+    groups = context_groups(*context_table(flow, context.cpu(), data), weights)
+    by_context, context_pit = calibration_by_context(groups, scores.log_p, transforms_of, weights)
+    return replace(found, by_context=by_context), pit, context_pit
+
+
+def latent_transforms(
+    z: Tensor, flow: Flow, context: Tensor | None, latents: slice, weights: Tensor | None = None
+) -> Callable[[Tensor], Transformed]:
+    """Returns the argument `transforms_of` of `calibration_by_context` for a flow.
+
+    Args:
+        z: the latents, (m, *event_shape).
+        context: the result of `Flow.features` for the rows of the latents.
+        latents: the rows that have latents.
+        weights: the weights of these rows, (m,), or None.
+    """
+    known = ~z.isnan().flatten(1).any(1)
+    if weights is not None:
+        known &= weights != 0
+        weights = weights[known]
+    given = None if context is None else context[known.to(context.device)]
+    u = transforms(z[known], flow.base, given) if known.any() else z.double().flatten(1)[:0]
+
+    def of(rows: Tensor) -> Transformed:
+        here = rows[latents][known]
+        of_here = None if weights is None else weights[here]
+        return Transformed(u[here], of_here, int(here.sum()) if of_here is None else effective_rows(of_here))
+
+    return of
+
+
+def rank_transforms(
+    log_p: Tensor, of_samples: Tensor, n: int, weights: Tensor | None = None
+) -> Callable[[Tensor], Transformed]:
+    """Returns the argument `transforms_of` of `calibration_by_context` for an ensemble.
+
+    Args:
+        log_p, of_samples: see `log_p_of_samples`.
+        n: the number of all rows.
+        weights: the weights of the rows of `log_p`, or None.
+    """
+    every = math.ceil(n / len(log_p))
+    samples = of_samples.view(-1, len(log_p))
+
+    def of(rows: Tensor) -> Transformed:
+        ranked = rows[::every]
+        of_ranked = None if weights is None else weights[ranked]
+        found = density_ranks(log_p[ranked], samples[:, ranked].flatten(), of_ranked)
+        return found._replace(u=found.u.unsqueeze(1))
+
+    return of
+
+
+def log_p_of_samples(
+    flow: Density, log_p: Tensor, context: Tensor | None, options: Mapping[str, Any], thorough: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns log p of evenly spaced rows, (k,), and of RANKED_SAMPLES samples of the flow for each, in rounds of k.
+
+    A sample has the context of its row.
 
     Args:
         log_p: log p of the scored rows, (n,).
         context: the context of the scored rows, or None.
         options: batch size, draws and seed: arguments of `log_probs`.
         thorough: if false, a quarter of the rows is used.
-        weights: the weights of the scored rows, (n,), or None.
     """
     every = math.ceil(len(log_p) / (RANKED if thorough else RANKED // 4))
     log_p = log_p[::every]
@@ -553,8 +636,7 @@ def calibration_by_density(
         samples = flow.sample(RANKED_SAMPLES * len(log_p), context=context)
     if flow.integer_valued:
         samples = flow.quantized(samples)
-    scores = score_rows(flow, samples, context, latents=0, unsolved=UNSOLVED, **options)
-    return density_calibration(log_p, scores.log_p, None if weights is None else weights[::every])
+    return log_p, score_rows(flow, samples, context, latents=0, unsolved=UNSOLVED, **options).log_p
 
 
 def kl_to_truth(data: Dataset, x: Tensor, log_p: Tensor, weights: Tensor | None = None) -> dict[str, Any]:
@@ -573,17 +655,17 @@ def detect_ood(
     flow: Density,
     x: Tensor,
     log_p: Tensor,
-    split: str,
-    other: tuple[str, Tensor],
+    other: Other,
     trained_on: Dataset | None,
     options: Mapping[str, Any],
     weights: Tensor | None = None,
 ) -> tuple[OODDetection, tuple[Tensor, Tensor]]:
-    """Separates x (n, *event_shape) from `other` (m, *event_shape) by log p. Labels are not used.
+    """Separates x (n, *event_shape) from `other` by log p.
+
+    For a flow with context columns, this is log p(x | c) with the context of each row. Labels are not used.
 
     Args:
-        log_p: log p of x, (n,). A conditional flow has used the labels of x, so log p is computed again without labels.
-        split: the name of the set x.
+        log_p: log p of x, (n,). A flow with labels has used the labels of x, so log p is computed again without labels.
         trained_on: the data on whose validation set H of |log p + H| is computed. None means that H is computed on x.
         options: batch size, draws and seed: arguments of `log_probs`.
         weights: the weights of x, (n,), or None. The rows of `other` have equal weights.
@@ -593,17 +675,19 @@ def detect_ood(
         quantiles of equal weight.
     """
 
-    def scores(rows: Tensor) -> Tensor:
-        return score_rows(flow, rows, latents=0, unsolved=UNSOLVED, **options).log_p
+    def scores(rows: Tensor, context: Tensor | None = None) -> Tensor:
+        return score_rows(flow, rows, context, latents=0, unsolved=UNSOLVED, **options).log_p
 
     inside = log_p if flow.classes is None else scores(x)
     typical, of, of_typical = inside, "scored rows", weights
     if trained_on is not None:
         of = "validation set"
         if trained_on.val is not x:
-            typical = scores(trained_on.val[:MOST_TYPICAL])
+            rows, context = held_out(flow, trained_on, "val") if flow.context else (trained_on.val, None)
+            typical = scores(rows[:MOST_TYPICAL], None if context is None else context[:MOST_TYPICAL])
             of_typical = None if trained_on.val_weights is None else trained_on.val_weights[:MOST_TYPICAL]
-    outside = scores(other[1])
+    context = flow.context_of(other[2], other[1]) if flow.context and len(other) == 3 else None
+    outside = scores(other[1], context)
     finite = typical.isfinite()
     entropy = -float(average(typical[finite], None if of_typical is None else of_typical[finite]))
     found = ood_detection(other[0], inside, outside, entropy, of, weights)

@@ -134,6 +134,45 @@ class Member:
 
 
 @dataclass(frozen=True)
+class ContextBin:
+    """NLL and calibration of the rows with similar contexts, see `evaluation.calibration.calibration_by_context`.
+
+    Attributes:
+        column: the name of the context column.
+        low, high: the smallest and the largest value of a real column in this bin. None for a category.
+        category: the category of a categorical column. None for a real column.
+        n: the number of rows.
+        nll, nll_stderr: the NLL of these rows in nats per sample, and its standard error.
+        ks: the largest Kolmogorov-Smirnov distance of the transforms of these rows, see `Calibration`.
+        worst: the name of the transform with this distance.
+        p_value: the probability of a distance at least as large if the rows are draws from the model, with Bonferroni's
+            correction for the number of transforms and the number of bins of all columns.
+    """
+
+    column: str
+    low: float | None
+    high: float | None
+    category: str | None
+    n: int
+    nll: float
+    nll_stderr: float
+    ks: float
+    worst: str
+    p_value: float
+
+    @property
+    def words(self) -> str:
+        """The range or the category, such as "1.2 to 3.4" or "red"."""
+        if self.category is not None:
+            return self.category
+        return f"{self.low:.3g}" if self.low == self.high else f"{self.low:.3g} to {self.high:.3g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content for JSON, with either `category`, or `low` and `high`."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class Calibration:
     """A test whether latents of the data are draws from the base, see `evaluation.calibration.calibration`.
 
@@ -145,6 +184,8 @@ class Calibration:
         p_value: the probability of a distance at least as large if the data are draws from the model, with Bonferroni's
             correction for the number of transforms.
         radius: the distance of the transform "radius". None for an ensemble.
+        by_context: the same by ranges and categories of the context, in the order of the context columns. () for a flow
+            that is not conditional, and for few rows.
     """
 
     n: int
@@ -152,6 +193,12 @@ class Calibration:
     worst: str
     p_value: float
     radius: float | None
+    by_context: tuple[ContextBin, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content for JSON. Only conditional flows have the key `by_context`."""
+        content = {key: value for key, value in asdict(self).items() if key != "by_context"}
+        return content | ({"by_context": [one.to_dict() for one in self.by_context]} if self.by_context else {})
 
 
 @dataclass(frozen=True)
@@ -260,7 +307,9 @@ class Ranks(NamedTuple):
 
 
 # Attributes for figures that are not in tables or JSON
-PRIVATE = ("bits_per_nat", "scores", "sets", "pit", "member_scores", "ranks")
+PRIVATE = ("bits_per_nat", "scores", "sets", "pit", "member_scores", "context_pit", "ranks")
+# Largest number of context columns in the table
+MOST_CONTEXT_COLUMNS = 3
 # Largest number of rows listed in a message
 NAMED = 5
 # Width of the column of names in tables
@@ -317,6 +366,8 @@ class Evaluation:
         member_scores: log p of each member of an ensemble, (n, M), float64, in the order of `members`. It is NaN if it
             could not be computed. None for a flow.
         ranks: the ranks of the rows in `sbc`. None without `sbc`.
+        context_pit: for each entry of `calibration.by_context`, the name of a transform and its values for these rows,
+            (rows,). All bins of a column have the same transform.
     """
 
     nll: float
@@ -352,6 +403,7 @@ class Evaluation:
     sets: tuple[Tensor, Tensor] | None
     pit: dict[str, Tensor]
     member_scores: Tensor | None
+    context_pit: tuple[tuple[str, Tensor], ...] = ()
     sbc: SimulationCalibration | None = None
     ranks: Ranks | None = None
 
@@ -362,6 +414,7 @@ class Evaluation:
         and the key `sbc` exists only if SBC was requested.
         """
         content = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE}
+        content["calibration"] = self.calibration.to_dict()
         if self.baselines is not None:
             content["baselines"] = {name: found.to_dict() for name, found in self.baselines.items()}
         if self.n_effective is None:
@@ -464,6 +517,7 @@ class Evaluation:
         radius = "" if c.radius is None else f"; radius {c.radius:.3f}"
         words = f"KS {c.statistic:.3f} ({c.worst}), p {p_words(c.p_value)}{radius}"
         rows.append(("latents" if self.members is None else "density rank", words))
+        rows += self._context_rows()
         rows += self._sbc_rows()
         if self.ood is not None:
             o = self.ood
@@ -507,6 +561,25 @@ class Evaluation:
         for what, found in (("TARP", s.tarp), ("density", s.density)):
             shares = ", ".join(f"{a:.0%}: {c:.1%}" for a, c in zip(found.levels, found.coverage, strict=True))
             rows.append(("", f"coverage by {what} {found.statistic:.3f}, p {p_words(found.p_value)} ({shares})"))
+        return rows
+
+    def _context_rows(self) -> list[tuple[str, str]]:
+        """Returns a line for each context column, for the columns with the smallest p-values."""
+        columns: dict[str, list[ContextBin]] = {}
+        for one in self.calibration.by_context:
+            columns.setdefault(one.column, []).append(one)
+        order = sorted(columns, key=lambda name: min(one.p_value for one in columns[name]))
+        rows: list[tuple[str, str]] = []
+        for name in order[:MOST_CONTEXT_COLUMNS]:
+            best, last = (choose(columns[name], key=lambda one: one.nll) for choose in (min, max))
+            worst = min(columns[name], key=lambda one: (one.p_value, -one.ks))
+            unit, scale = self.unit
+            low, high = (with_error(scale * one.nll, scale * one.nll_stderr) for one in (best, last))
+            nll = f"NLL {low} ({best.words}) to {high} {unit} ({last.words})"
+            words = f"{name}: {nll}; KS {worst.ks:.3f} ({worst.words}), p {p_words(worst.p_value)}"
+            rows.append(("" if rows else "by context", words))
+        if len(order) > MOST_CONTEXT_COLUMNS:
+            rows.append(("", f"and {counted(len(order) - MOST_CONTEXT_COLUMNS, 'other column')}"))
         return rows
 
     def _error_words(self) -> str:

@@ -112,7 +112,7 @@ def quality(flow: Flow, data: Dataset, steps: Sequence[int], seed: int = 0) -> S
         of_test, of_val = (rows_by_weight(weights, n) for weights in (data.test_weights, data.val_weights))
         real, other = (flow.dequantized(x).cpu() for x in (data.test[of_test], data.val[of_val]))
         # warm up, because the first solve is slower
-        flow.sample(10)
+        flow.sample(10, context=flow.some_context(10))
     # samples have the context of the test data
     _, context = held_out(flow, data, "test")
     measured = partial(_quality_with, flow, real=real, context=None if context is None else context[of_test], seed=seed)

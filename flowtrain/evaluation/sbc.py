@@ -59,7 +59,7 @@ def simulation_calibration(
     Args:
         context: the context of the rows, for a conditional flow; see `Flow.context_of`.
         log_p: log p of all rows, (n,), in nats. Rows with NaN are left out.
-        names: the names of the columns of x.
+        names: the names of the columns of x. () means x1, x2, ...
         samples: L, the number of samples for each row.
         options: batch size, draws and seed: arguments of `score_rows`.
         weights: weights of the rows, (n,). Rows are then drawn by weight, at most as many as make no row occur twice,
@@ -103,6 +103,7 @@ def simulation_calibration(
             parts.append(Ranks(*(u.cpu() for u in found)))
             progress.advance(len(rows))
     ranks = Ranks(*map(torch.cat, zip(*parts, strict=True)))
+    names = names or [f"x{j + 1}" for j in range(x.shape[1])]
     tests = {name: rank_test(u) for name, u in zip(names, ranks.columns.T, strict=True)}
     return SimulationCalibration(len(x), samples, tests, coverage(ranks.tarp), coverage(ranks.density)), ranks
 

@@ -96,10 +96,9 @@ def first_test_samples(flow: Density, data: Dataset, n: int, label: int | None =
     return x[:n].to(device), None if flow.classes is None or labels is None else labels[:n].to(device)
 
 
-def draw_latents(flow: Flow, n: int, temperature: float = 1.0, label: int | None = None) -> Tensor:
-    """Draws samples of the base, (n, *event), for a label of a conditional flow."""
-    labels = None if label is None else flow.labels(label, flow.like.new_empty(n, 0))
-    return flow.base.given(labels).sample(n, temperature=temperature, like=flow.like)
+def draw_latents(flow: Flow, n: int, temperature: float = 1.0) -> Tensor:
+    """Draws samples of the base, (n, *event)."""
+    return flow.base.sample(n, temperature=temperature, like=flow.like)
 
 
 def evaluate_inside_range(
