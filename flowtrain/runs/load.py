@@ -22,7 +22,7 @@ from flowtrain.runs.ensembles import Run, ensemble_of, runs_of
 from flowtrain.training import checkpoint
 from flowtrain.training.ema import averages
 from flowtrain.training.resume_validation import is_count
-from flowtrain.utils.arguments import below_half, path_of
+from flowtrain.utils.arguments import below_half, path_of, shortened
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError, FlowtrainError, first_line
 from flowtrain.utils.process import own_settings
 
@@ -326,7 +326,9 @@ def samples_of(saved: Mapping[str, Any]) -> Samples:
     except (TypeError, ConfigError):
         good = False
     if not good:
-        raise CheckpointError(f"the checkpoint's description of its samples is not valid: {saved['samples']}")
+        raise CheckpointError(
+            f"the checkpoint's description of its samples is not valid: {shortened(saved['samples'])}"
+        )
     record = tuple((name, n, checksum) for name, n, checksum in samples.record)
     class_counts, noisy = tuple(samples.class_counts), tuple(samples.noisy)
     rows = tuple(map(tuple, samples.context_rows))

@@ -37,6 +37,7 @@ from flowtrain.data.tables.table_checks import (
     check_held_out_weights,
     check_mean_weight,
     check_same_columns,
+    check_several_weighted,
     check_spread,
     row_hashes,
     warn_of_copies,
@@ -236,7 +237,8 @@ class ArrayData(Finite):
             linear layer next to the base maps to this Gaussian. None means true for vectors.
 
     Raises:
-        ConfigError: a missing path, a fraction outside (0, 1), or columns, a key or a shape that do not fit the file.
+        ConfigError: a missing path, a fraction outside (0, 1), both a label and a context, or columns, a key or a shape
+            that do not fit the file.
         DataError: files with different columns, too few rows (for vectors, fewer training rows than columns), or values
             that no density can be fitted to.
     """
@@ -282,6 +284,11 @@ class ArrayData(Finite):
             raise ConfigError(
                 "data.types cannot be combined with data.levels, data.event_shape or data.dequantize=true: omit one of "
                 "them; the type integer adds noise to a column"
+            )
+        if label is not None and context is not None:
+            raise ConfigError(
+                f"data.label and data.context exclude each other: omit data.label, and give the column {label!r} in "
+                "data.context, as a categorical column"
             )
         roles = Roles(label, context, weights, flag("data.signed_weights", signed_weights), id, asked_types(types))
         first = _source(path, memory_map, key, columns, roles, text_format, absent)
@@ -355,6 +362,9 @@ class ArrayData(Finite):
         if len(self.event_shape) == 1:
             check_enough_rows(first.table.path, training.n, len(self._mean))
         noisy = range(len(self._mean)) if self.integer_valued else self.noisy
+        weights = training.look_extras.weights
+        if weights is not None:
+            check_several_weighted(first.table.path, weights.numpy())
         check_spread(first.table, self._mean, self._std, training.whole, noisy, self._centers)
         if training.on_line is not None:
             self._mean, self._std = spec.line_moments(*training.on_line)

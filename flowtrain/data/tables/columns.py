@@ -51,7 +51,7 @@ def pick(
                 f"contains row numbers or row names; {as_option(range(len(names)))} keeps every column"
             )
         return [i for i in range(len(names)) if i not in left_out]
-    entries = [columns] if isinstance(columns, str | int) else list(columns)
+    entries = list(columns) if isinstance(columns, list | tuple) else [columns]
     chosen = [i for entry in entries for i in _positions(entry, names, path, key)]
     if not chosen:
         raise ConfigError(f"{key}={columns} keeps no column of {path}; it has {_overview(names)}")

@@ -108,6 +108,10 @@ def warn_of_sentinels(table: Table, values: NDArray[np.float64]) -> dict[int, fl
 
 _FLOAT32, _FLOAT64 = np.finfo(np.float32), np.finfo(np.float64)
 _MOST_CLASSES = 10_000
+# float64 represents sums of squares of weights up to this one, and of their inverses
+_LARGEST_WEIGHT = 1e100
+# The other rows have no weight if one row has at least 1 - _ROUNDING of it
+_ROUNDING = 1e-12
 # Above this value, float32 has no numbers between whole numbers, so noise in [0, 1) is lost
 _MOST_WHOLE = 2**23
 # Largest number of rows that are checked for repeated values
@@ -210,8 +214,16 @@ def check_weights(table: Table, signed: bool) -> None:
     """Checks the weights of the rows of a file, or of a block of a file.
 
     Raises:
-        DataError: negative weights without `data.signed_weights`.
+        DataError: negative weights without `data.signed_weights`, or weights whose squares float64 cannot represent.
     """
+    size = np.abs(table.values)
+    bad = (size > _LARGEST_WEIGHT) | ((size > 0) & (size < 1 / _LARGEST_WEIGHT))
+    if bad.any():
+        row = int(np.argwhere(bad)[0][0])
+        raise DataError(
+            f"{table.place(row, 0)}: the weight {table.values[row, 0]:g} is not between {1 / _LARGEST_WEIGHT:g} and "
+            f"{_LARGEST_WEIGHT:g}. Only the ratios of weights matter: multiply all weights by one factor"
+        )
     bad = table.values < 0
     if bad.any() and not signed:
         row = int(np.argwhere(bad)[0][0])
@@ -233,6 +245,20 @@ def check_mean_weight(path: str, mean: float) -> float:
             "column that data.weights names"
         )
     return mean
+
+
+def check_several_weighted(path: str, weights: NDArray[np.float64]) -> None:
+    """Checks that not all weight of some training rows (n,) is on one row, if there are several.
+
+    Raises:
+        DataError: the other rows have no weight, up to rounding.
+    """
+    size = np.abs(weights)
+    if len(size) > 1 and 0 < (1 - _ROUNDING) * size.sum() <= size.max():
+        raise DataError(
+            f"{path}: one of the {len(size):,} training rows has all the weight, so there is no density to fit: check "
+            "the column that data.weights names"
+        )
 
 
 def check_held_out_weights(path: str, held: Mapping[str, NDArray[np.float64]]) -> None:

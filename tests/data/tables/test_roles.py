@@ -116,6 +116,9 @@ def test_context_is_part_of_the_checksum(tmp_path: Path) -> None:
         ({"context": ["c"], "label": "c"}, ConfigError, ["'c'", "data.label", "data.context"]),
         ({"weights": "0:2"}, ConfigError, ["data.weights=0:2"]),
         ({"weights": "a"}, DataError, ["column 'a'", "negative", "data.signed_weights"]),
+        ({"context": ["c"], "label": "d"}, ConfigError, ["data.label", "data.context"]),
+        ({"context": {"c": 1}}, ConfigError, ["data.context"]),
+        ({"context": 2.5}, ConfigError, ["data.context", "2.5"]),
         ({"weights": "a", "signed_weights": 3}, ConfigError, ["data.signed_weights=3"]),
     ],
 )
@@ -132,6 +135,26 @@ def test_constant_context_and_weights_without_a_positive_mean_are_refused(tmp_pa
     refused(lambda: ArrayData(table(tmp_path / "t.csv", values), context=["d"]), DataError, ["'d'", "data.context"])
     values[:, 4] = 0
     refused(lambda: ArrayData(table(tmp_path / "u.csv", values), weights="w"), DataError, ["data.weights"])
+
+
+@pytest.mark.parametrize("factor", [1e200, 1e-200])
+@pytest.mark.parametrize("ending", ["csv", "npy"])
+def test_weights_without_squares_in_float64_are_refused(
+    factor: float, ending: str, tmp_path: Path, refused: Refused
+) -> None:
+    values = values_of()
+    values[:, 4] *= factor
+    path = table(tmp_path / f"t.{ending}", values)
+    refused(lambda: ArrayData(path, weights=4, memory_map=ending == "npy"), DataError, [path])
+
+
+def test_one_row_with_all_the_weight_is_refused(tmp_path: Path, refused: Refused) -> None:
+    values = values_of()
+    values[:, 4] = 1
+    path = table(tmp_path / "t.csv", values)
+    row = held_free(ArrayData(path, weights="w"), values)[0]
+    values[row, 4] = 1e90
+    refused(lambda: ArrayData(table(tmp_path / "t.csv", values), weights="w"), DataError, ["data.weights"])
 
 
 def test_new_data_are_read_by_name_and_by_position(tmp_path: Path, refused: Refused) -> None:
