@@ -285,11 +285,6 @@ class ArrayData(Finite):
                 "data.types cannot be combined with data.levels, data.event_shape or data.dequantize=true: omit one of "
                 "them; the type integer adds noise to a column"
             )
-        if label is not None and context is not None:
-            raise ConfigError(
-                f"data.label and data.context exclude each other: omit data.label, and give the column {label!r} in "
-                "data.context, as a categorical column"
-            )
         roles = Roles(label, context, weights, flag("data.signed_weights", signed_weights), id, asked_types(types))
         first = _source(path, memory_map, key, columns, roles, text_format, absent)
         # memory_map=true is for the training file only: held-out files are streamed if they are large

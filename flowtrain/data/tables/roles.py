@@ -33,6 +33,9 @@ class Roles:
         id: name or position of the column of ids, or None. It is not read with the samples, see `read_ids`, and it may
             also be a column of labels, context or weights.
         types: the types of columns of samples and context.
+
+    Raises:
+        ConfigError: both a label and a context.
     """
 
     label: str | int | None = None
@@ -41,6 +44,13 @@ class Roles:
     signed: bool = False
     id: str | int | None = None
     types: AskedTypes = NO_TYPES
+
+    def __post_init__(self) -> None:
+        if self.label is not None and self.context is not None:
+            raise ConfigError(
+                f"data.label and data.context exclude each other: omit data.label, and give the column {self.label!r} "
+                "in data.context, as a categorical column"
+            )
 
     def pick(self, names: Sequence[str], path: object) -> "RolePositions":
         """Returns the positions of the columns of each role.
