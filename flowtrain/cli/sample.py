@@ -260,7 +260,8 @@ def write_samples(
     tag = loaded_run.tag and f"-{loaded_run.tag}"
     out = given or loaded_run.run_dir / f"samples{tag}.npy"
     options, picture = loaded_run.plot_options, out.with_suffix(".png")
-    check_outputs([out, *options.files(picture)], [*loaded_run.files, *paths_of(loaded_run.config["data"])])
+    inputs = [*loaded_run.files, *paths_of(loaded_run.config["data"]), context]
+    check_outputs([out, *options.files(picture)], inputs)
     check_can_write(out)
     check_can_write(out)
     # a wrong label or context is refused before data are read

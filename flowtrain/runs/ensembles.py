@@ -123,7 +123,9 @@ def difference_between(one: Run, other: Run) -> str | None:
     for name in SAME:
         a, b = getattr(one.samples, name), getattr(other.samples, name)
         if a != b:
-            return f"the samples differ in {name} ({a} and {b})"
+            if name == "context":
+                a, b = (", ".join(column.name for column in part) or "none" for part in (a, b))
+            return f"the samples differ in {name} ({a} and {b})" if a != b else f"the samples differ in {name}"
     if kind := difference_in_kind(one.flow, other.flow):
         return f"the samples differ in {kind}"
     if one.samples.record and other.samples.record:

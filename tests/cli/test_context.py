@@ -123,6 +123,13 @@ def test_samples_at_the_contexts_of_a_file(run: Run, trained_run: str, tmp_path:
     assert np.load("s.npy").shape == (2, 3)
 
 
+def test_the_file_of_contexts_is_never_overwritten(run: Run, trained_run: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "c.csv", ["mass", "kind"], rows(3)[1])
+    before = path.read_bytes()
+    assert "c.csv" in refused(run, "flowsample", trained_run, "context=c.csv", f"out={path}")
+    assert path.read_bytes() == before
+
+
 def test_samples_at_one_context(run: Run, trained_run: str) -> None:
     code, _, err = run("flowsample", trained_run, "context={mass: 2, kind: 1}", "n=5")
     assert code == 0, err

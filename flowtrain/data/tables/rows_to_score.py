@@ -323,11 +323,13 @@ class _Selection:
         """Returns the positions of the context columns.
 
         Raises:
-            ConfigError: a column that the file does not have.
+            ConfigError: a column that the file does not have, or `data.context` for a flow without context.
             DataError: another number of columns.
         """
         trained = [column.name for column in self.samples.context]
         if not trained:
+            if "context" in self.asked and self.roles.context is not None:
+                raise ConfigError("data.context: the flow was trained without context; omit this option")
             return []
         # if the training file had names, its positions mean nothing in a file with names
         by_name = bool(self.samples.columns) or all(names.count(name) == 1 for name in trained)
@@ -340,7 +342,9 @@ class _Selection:
                 f"{self.file}: data.context names {counted(len(positions), 'column')}, but the flow was trained with "
                 f"the context {', '.join(trained)}"
             )
-        return positions
+        # the names that the flow knows, in another order
+        by_name = {names[i]: i for i in positions}
+        return [by_name[name] for name in trained] if set(by_name) == set(trained) else positions
 
 
 def _key_of(file: Path, key: str | None) -> str | None:

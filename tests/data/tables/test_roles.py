@@ -182,6 +182,21 @@ def test_new_data_are_read_by_name_and_by_position(tmp_path: Path, refused: Refu
     np.testing.assert_array_equal(again.test_context.numpy(), values[:, 2:4])
 
 
+def test_context_of_new_data_in_another_order_is_found_by_name(tmp_path: Path, refused: Refused) -> None:
+    values = values_of()
+    path = table(tmp_path / "t.csv", values)
+    samples = ArrayData(path, context=["c", "d"], weights="w").samples
+    options: dict[str, Any] = {"context": ["d", "c"], "weights": "w", "asked": ["context"]}
+    context = RowsToScore(path, samples, **options).test_context
+    assert context is not None
+    np.testing.assert_array_equal(context.numpy(), values[:, 2:4])
+    renamed = RowsToScore(table(tmp_path / "u.csv", values, "a,b,x,y,w"), samples, **options | {"context": ["y", "x"]})
+    assert renamed.test_context is not None
+    np.testing.assert_array_equal(renamed.test_context.numpy(), values[:, [3, 2]])
+    without = ArrayData(path, columns=["a", "b"]).samples
+    refused(lambda: RowsToScore(path, without, context=["c"], asked=["context"]), ConfigError, ["data.context"])
+
+
 def test_extras_are_split_and_normalized() -> None:
     extras = Extras(torch.arange(5), None, torch.arange(5.0))
     first, second = extras.split([2, 3])
