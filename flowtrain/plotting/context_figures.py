@@ -21,7 +21,7 @@ from flowtrain.plotting.evaluation_figures import BAND, KOLMOGOROV, deviation
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import Array, LogDensity, Points, Range
 from flowtrain.plotting.scales import Scale, axis_label, set_ticks
-from flowtrain.plotting.transport_figures import square_panels
+from flowtrain.plotting.transport_figures import panel_titles, square_panels
 from flowtrain.utils.formatting import counted, with_error
 
 # inches: left edge, right edge, bottom edge, gap and height of the panels of one column, and the room above them
@@ -33,8 +33,6 @@ RESOLUTION_1D, RESOLUTION_2D = 500, 90
 FEWEST_BINS, MOST_BINS = 8, 30
 # the axis of densities ends at most at this multiple of the peak of the rows
 TALLEST = 3.0
-# the largest number of letters of the name of a panel
-LETTERS = 34
 
 
 def draw_contexts(
@@ -65,11 +63,10 @@ def draw_contexts(
     scaled = [scales.choose_scale(column) for column in values.T]
     near = [scales.on_axes(scaled, rows) for rows in near]
     functions = [scales.density_on_axes(scaled, function) for function in log_densities]
-    short = [style.abbreviated(name, LETTERS) for name in names]
     draw = _contexts_1d if len(columns) == 1 else _contexts_2d
     with style.styled():
         words = f"{_number(near)} {near_words}"
-        style.save(draw(short, near, words, functions, scaled, columns, title, options), path, options)
+        style.save(draw(names, near, words, functions, scaled, columns, title, options), path, options)
 
 
 def _number(near: Sequence[Points]) -> str:
@@ -94,7 +91,8 @@ def _contexts_1d(
     width = min(WIDEST, (style.WIDTH - LEFT - RIGHT - GAP * (count - 1)) / count)
     limits = points.common_range(np.concatenate([rows.values[:, 0] for rows in near]), np.empty(0))
     x = points.centres(limits, RESOLUTION_1D)
-    for i, (name, rows, function) in enumerate(zip(names, near, functions, strict=True)):
+    titles, size = panel_titles(names, width)
+    for i, (name, rows, function) in enumerate(zip(titles, near, functions, strict=True)):
         axes = style.add_axes(figure, LEFT + i * (width + GAP), BOTTOM, width, HEIGHT)
         density = points.evaluate(function, x[:, None])
         bins = int(np.clip(points.count_bins(rows.values[:, 0], limits, len(rows.values)), FEWEST_BINS, MOST_BINS))
@@ -107,7 +105,7 @@ def _contexts_1d(
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         note = points.missing_note(density)
-        axes.set_title(name, size=min(9.0, width / (0.0084 * len(name) or 1)), pad=4)
+        axes.set_title(name, size=size, pad=4)
         if note:
             style.annotate(axes, note, y=0.95)
     figure.text(

@@ -21,6 +21,8 @@ from flowtrain.utils.errors import DataError
 QUANTILES, MOST_CATEGORIES = (0.1, 0.3, 0.5, 0.7, 0.9), 5
 # the rows near a context: their share of all rows, and their smallest and largest numbers
 NEAR, FEWEST_NEAR, MOST_NEAR = 0.05, 50, 1000
+# their largest share of all rows. Otherwise the panels of a small test set would show the same rows
+LARGEST_NEAR = 0.2
 # the share of the rows among which the context of a panel is chosen
 CANDIDATES = 0.02
 # the number of points that pass through the flow at once
@@ -122,7 +124,8 @@ def rows_near(flow: Density, data: Dataset, context: Tensor) -> Tensor:
     columns, values = _test_contexts(flow, data)
     c = context.reshape(1, -1).to(values)
     distance = (features(columns, values, values.dtype) - features(columns, c, values.dtype)).square().sum(1)
-    count = min(MOST_NEAR, max(FEWEST_NEAR, round(NEAR * len(values))))
+    most = min(MOST_NEAR, max(1, round(LARGEST_NEAR * len(values))))
+    count = min(most, max(FEWEST_NEAR, round(NEAR * len(values))))
     if _all_categorical(columns):
         near = (distance == distance.min()).nonzero().flatten()[:MOST_NEAR]
     else:

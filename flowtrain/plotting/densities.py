@@ -176,7 +176,7 @@ def picture_limits(values: Array, samples: Array | None = None) -> tuple[Range, 
     """Returns the limits of x and y for data (N, 2).
 
     Both have the same length, unless the range of one column is more than 4 times the range of the other column. If a
-    column of the data is constant, its range reaches over the samples (M, 2), too.
+    column of the data is constant, or if there are few rows, its range reaches over the samples (M, 2), too.
     """
     others = np.empty((0, 2)) if samples is None else samples
     ranges = [points.common_range(*columns) for columns in zip(values.T, others.T, strict=True)]

@@ -14,6 +14,8 @@ from flowtrain.utils.errors import FlowtrainError
 Array = NDArray[np.float64]
 # larger values count as infinite, because their products and squares overflow
 FARTHEST = 1e30
+# with fewer values, their range is not the range of their distribution
+FEWEST = 20
 LogDensity = Callable[[Tensor], Tensor]
 Range = tuple[float, float]
 
@@ -117,10 +119,14 @@ def robust_range(values: Array, margin: float = 0.12) -> Range:
 
 
 def common_range(values: Array, samples: Array, margin: float = 0.12) -> Range:
-    """The robust range of data `values` (N,). If all values are equal, it reaches over samples (M,), too."""
-    if len(samples) == 0 or np.ptp(values) > 0:
+    """The robust range of data `values` (N,).
+
+    If all values are equal, or if there are less than FEWEST values, it reaches over samples (M,), too.
+    """
+    if len(samples) == 0 or (np.ptp(values) > 0 and len(values) >= FEWEST):
         return robust_range(values, margin)
-    return robust_range(np.array([values[0], *np.quantile(samples, (0.005, 0.995))]), margin)
+    low, high = np.quantile(samples, (0.005, 0.995))
+    return robust_range(np.array([values.min(), values.max(), low, high]), margin)
 
 
 def centres(limits: Range, count: int) -> Array:

@@ -27,6 +27,8 @@ Forward = Callable[[Tensor], Tensor]
 LEFT, RIGHT, BOTTOM, GAP, ROW_GAP, TOP = 0.76, 0.1, 0.46, 0.1, 0.12, 0.46
 HEADING, NAMES, TICKS = 0.2, 0.2, 0.22
 RESOLUTION, ARROWS = 90, 15
+# the largest number of letters of the title of a panel
+TITLE_LETTERS = 34
 # a region has no samples if the density is below this share of its peak
 LEAST = 0.01
 # the grid in the base: its half width, the number of lines in each direction, and the number of points on a line
@@ -91,6 +93,12 @@ def draw_transport(
 Row = tuple[str, Sequence[int], bool]
 
 
+def panel_titles(names: Sequence[str], width: float) -> tuple[list[str], float]:
+    """Returns the titles of panels of this width in inches, and their size in points, which is the same for all."""
+    titles = [style.abbreviated(name, TITLE_LETTERS) for name in names]
+    return titles, min(9.0, width / (0.0084 * max(map(len, titles), default=1) or 1))
+
+
 def square_panels(
     rows: Sequence[Row],
     names: Sequence[str],
@@ -125,8 +133,8 @@ def square_panels(
             axes = style.add_axes(figure, LEFT + column * (side + GAP), bottom, side, side)
             _frame(axes, limits, columns, scaled, column == 0, ticked[i], i + 1 == len(rows))
             if is_named:
-                words = style.literal(names[moment])
-                axes.set_title(words, size=min(9.0, side / (0.0084 * len(words) or 1)), pad=4)
+                titles, size = panel_titles(names, side)
+                axes.set_title(titles[moment], size=size, pad=4)
             line.append(axes)
         panels.append(line)
         bottom -= (TICKS if ticked[i] else 0) + ROW_GAP

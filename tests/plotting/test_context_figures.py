@@ -61,6 +61,14 @@ def test_densities_at_contexts_are_drawn_for_any_rows(figures: list[Figure], d: 
         check_layout(figure)
 
 
+@pytest.mark.parametrize("d", [1, 2])
+def test_titles_of_panels_are_escaped_once_and_equally_large(figures: list[Figure], d: int) -> None:
+    contexts([torch.randn(60, d)] * 2, names=["$5 = 1", "$5 = a rather long number of dollars"])
+    named = [axes for axes in figures[0].axes if axes.get_title()]
+    assert named[0].get_title() == r"\$5 = 1"
+    assert named[0].title.get_fontsize() == named[1].title.get_fontsize()
+
+
 def test_histogram_and_curve_are_of_the_same_context(figures: list[Figure]) -> None:
     rows = [torch.randn(4000, 1) * 0.5, torch.randn(4000, 1) * 0.5 + 4]
     contexts(rows, log_densities=[lambda x, m=m: -2 * (x[:, 0] - m) ** 2 - 0.226 for m in (0.0, 4.0)])

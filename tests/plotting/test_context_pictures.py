@@ -45,6 +45,13 @@ def test_rows_near_a_context_have_its_category_and_a_similar_value() -> None:
     assert (rows_near(labelled, data, torch.tensor([2.0]))[:, 1] == 2).all()
 
 
+def test_panels_of_a_small_test_set_have_different_rows() -> None:
+    flow, c = conditional("maf"), contexts(40)
+    data = WithContext(c.clone(), c)
+    assert len(rows_near(flow, data, torch.tensor([1.5, 1.0]))) == 8
+    assert len(rows_near(flow, WithContext(c[:2].clone(), c[:2]), torch.tensor([1.5, 1.0]))) == 1
+
+
 def test_typical_context_is_a_row_in_the_middle() -> None:
     flow, c = conditional("maf"), contexts(2000)
     (found,) = typical_context(flow, WithContext(c, c))
