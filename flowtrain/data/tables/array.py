@@ -16,7 +16,7 @@ from torch import Tensor
 from flowtrain.data.base import ALPHA, Checksum, Ids, Samples, record_of
 from flowtrain.data.context import ContextColumn
 from flowtrain.data.in_memory import Finite, InMemoryStore, held_out, split
-from flowtrain.data.tables.column_types import asked_types, categories_of, encoded
+from flowtrain.data.tables.column_types import asked_types, categories_of, encoded, hint_of_types
 from flowtrain.data.tables.columns import Columns, listed
 from flowtrain.data.tables.csv_reader import DETECTED, TextFormat
 from flowtrain.data.tables.ids import read_ids
@@ -384,6 +384,8 @@ class ArrayData(Finite):
         codes = warn_of_sentinels(table, training.look) if self.levels is None else {}
         if self.integer_valued:
             return
+        if len(self.event_shape) == 1:
+            hint_of_types(table, training.look, self.types, {*self.noisy, *codes})
         few = warn_of_repeats(table, training.look, training.whole, set(self.noisy), codes)
         if len(self.event_shape) == 1:
             warn_of_dependence(table, training.look, spec.noise(len(table.columns)))
