@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from flowtrain.evaluation.error_budget import rows_of_checks, stderr
+from flowtrain.evaluation.error_budget import rows_of_checks
 from flowtrain.flow import Context, Flow, rows_at_a_time
 from flowtrain.nn.divergence import Probes, TraceRule
 from flowtrain.nn.velocity_field import Field
@@ -34,6 +34,7 @@ from flowtrain.utils.errors import ConfigError, ExportError, FlowtrainError, Sol
 from flowtrain.utils.files import replacing, to_json
 from flowtrain.utils.process import seeded
 from flowtrain.utils.status import status
+from flowtrain.utils.weighting import stderr
 
 PROGRAMS = ("log_prob", "inverse", "sample")
 ENDINGS = (".pt2", ".onnx")
@@ -546,6 +547,8 @@ def _about(flow: Flow, columns: Sequence[str]) -> dict[str, Any]:
         "integer_valued": flow.integer_valued,
         "levels": flow.levels,
         "noisy_columns": list(flow.noisy),
+        "column_types": [str(one) for one in flow.types],
+        "categories": {str(i): list(one.categories) for i, one in enumerate(flow.types) if one.categories},
         "base": {
             "class": type(flow.base).__name__,
             "density": (inspect.getdoc(type(flow.base)) or "").partition("\nArgs:")[0].strip(),

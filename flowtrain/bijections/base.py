@@ -87,11 +87,12 @@ class Bijection(Recorded, nn.Module, ABC):
         return self.inverse(x, context)[0]
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Sets data-dependent parameters from data x (B, *event_shape), once, before training. Returns z.
 
-        This default sets no parameters and applies the map to x in parts. Couplings and continuous flows are initially
-        the identity. So if the map does not change the first part, all other parts are returned unchanged too.
+        Moments of the data are weighted with `weights` (B,), if they are given. This default sets no parameters and
+        applies the map to x in parts. Couplings and continuous flows are initially the identity. So if the map does not
+        change the first part, all other parts are returned unchanged too.
         """
         rows = max(1, PART // math.prod(x.shape[1:]))
         parts = torch.split(x, rows)
@@ -192,9 +193,9 @@ class Chain(Bijection):
         return x
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         for bijection in reversed(list(self)):
-            x = bijection.initialize(x, context)
+            x = initialized(bijection, x, context, weights)
         return x
 
 
@@ -209,6 +210,26 @@ def check_sample(x: Tensor) -> None:
         raise FlowtrainError("x has no rows: the flow needs at least one row to initialize its parameters")
     if not bool(torch.isfinite(x).all()):
         raise NonFiniteError("x has values that are NaN or infinite: remove these rows and initialize the flow again")
+
+
+def initialized(bijection: Bijection, x: Tensor, context: Tensor | None, weights: Tensor | None) -> Tensor:
+    """Calls `bijection.initialize`. Without weights, the method need not have an argument for them."""
+    return bijection.initialize(x, context) if weights is None else bijection.initialize(x, context, weights)
+
+
+def var_mean(x: Tensor, dims: tuple[int, ...], weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns variance and mean of x (B, *event_shape) over the dimensions `dims`, which include 0.
+
+    Args:
+        weights: weights (B,) of the rows, or None. Negative weights can make a variance negative. It is then 0.
+    """
+    if weights is None:
+        return torch.var_mean(x, dims, correction=0)
+    w = weights.to(torch.float64).view(-1, *[1] * (x.dim() - 1)) / weights.to(torch.float64).sum()
+    w = w / math.prod(x.shape[i] for i in dims[1:])
+    mean = (w * x.double()).sum(dims, keepdim=True)
+    variance = (w * (x.double() - mean).square()).sum(dims)
+    return variance.clamp_min(0).to(x.dtype), mean.squeeze(dims).to(x.dtype)
 
 
 def varies(std: Tensor, mean: Tensor) -> Tensor:

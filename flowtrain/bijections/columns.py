@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.base import Bijection, initialized
 
 
 class OnColumns(Bijection):
@@ -40,5 +40,5 @@ class OnColumns(Bijection):
         return x.index_copy(1, self.columns, z), log_det
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return x.index_copy(1, self.columns, self.inner.initialize(x[:, self.columns], context))
+    def initialize(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        return x.index_copy(1, self.columns, initialized(self.inner, x[:, self.columns], context, weights))

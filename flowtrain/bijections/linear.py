@@ -7,18 +7,21 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, Chain, check_sample, elements_per_channel, varies
+from flowtrain.bijections.base import Bijection, Chain, check_sample, elements_per_channel, initialized, varies
 from flowtrain.bijections.columns import OnColumns
 from flowtrain.nn.conditioners import embedded, with_context
 from flowtrain.utils.errors import DataError, FlowtrainError
 from flowtrain.utils.linear_algebra import solve_lower
 from flowtrain.utils.precision import full_precision
+from flowtrain.utils.weighting import effective_rows
 
 # number of values converted to float64 at a time: 32 MiB
 _COVARIANCE_CHUNK = 2**22
+# smallest eigenvalue of a correlation matrix of rows with negative weights
+LEAST_CORRELATION = 1e-3
 
 
-def shrunk_covariance(x: Tensor) -> tuple[Tensor, Tensor]:
+def shrunk_covariance(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns the mean (d,) and the shrunk covariance (d, d) of rows x (n, d), in float64 on the device of x.
 
     The correlation matrix R is shrunk towards the identity, Sigma = D ((1 - s) R + s I) D with the standard deviations
@@ -29,8 +32,11 @@ def shrunk_covariance(x: Tensor) -> tuple[Tensor, Tensor]:
 
     A constant column gets the variance 1 and no correlation with other columns. Moments are divided by n, not n - 1.
 
+    With weights (n,), all moments are weighted means, and the intensity is computed with `effective_rows` in place of
+    n. If weights are negative, R may have negative eigenvalues, which are raised, see `definite`.
+
     Raises:
-        DataError: x has no rows.
+        DataError: x has no rows with a weight other than 0.
 
     Example:
         >>> x = torch.tensor([[0.0, 0.0], [1.0, 10.0], [2.0, 20.0], [3.0, 30.0]])
@@ -42,6 +48,9 @@ def shrunk_covariance(x: Tensor) -> tuple[Tensor, Tensor]:
         >>> 0 < float(covariance[0, 1]) < 12.5  # shrunk
         True
     """
+    if weights is not None:
+        kept = weights != 0
+        x, weights = x[kept], weights[kept].double()
     n, d = x.shape
     if n == 0:
         raise DataError("the data have no rows: a covariance needs at least one row")
@@ -49,23 +58,51 @@ def shrunk_covariance(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = x.abs().amax(0).double()
     unit = torch.where(largest > 0, largest, 1.0)
     parts = torch.split(x, max(1, _COVARIANCE_CHUNK // max(1, d)))
-    mean = torch.stack([(part.double() / unit).sum(0) for part in parts]).sum(0) / n
-    square = torch.stack([(part.double() / unit - mean).square().sum(0) for part in parts]).sum(0) / n
+    shares = [None] * len(parts) if weights is None else torch.split(weights, len(parts[0]))
+    pairs = list(zip(parts, shares, strict=True))
+    total = float(n if weights is None else weights.sum())
+    mean = torch.stack([_sum(part.double() / unit, w) for part, w in pairs]).sum(0) / total
+    square = torch.stack([_sum((part.double() / unit - mean).square(), w) for part, w in pairs]).sum(0) / total
+    square = square.clamp_min(0)
     # because of rounding, the standard deviation of a constant column is up to float64's epsilon times its mean
     is_constant = square.sqrt() <= 64 * torch.finfo(torch.float64).eps * mean.abs()
     std = torch.where(is_constant, 1.0, square.sqrt())
 
     correlation = torch.zeros(d, d, dtype=torch.float64, device=x.device)
     fourth = torch.zeros((), dtype=torch.float64, device=x.device)
-    for part in parts:
+    for part, w in pairs:
         z = ((part.double() / unit - mean) / std).masked_fill(is_constant, 0.0)
-        correlation += z.T @ z
-        fourth += z.square().sum(1).square().sum()
-    correlation /= n
-    shrunk = (1 - _intensity(correlation, fourth / n, n)) * correlation
+        correlation += z.T @ z if w is None else (w.unsqueeze(1) * z).T @ z
+        fourth += _sum(z.square().sum(1).square(), w)
+    correlation /= total
+    rows = n if weights is None else effective_rows(weights)
+    shrunk = (1 - _intensity(correlation, fourth / total, rows)) * correlation
     shrunk.fill_diagonal_(1.0)
+    if weights is not None:
+        shrunk = definite(shrunk, weights)
     scale = torch.where(is_constant, 1.0, unit * std)
     return unit * mean, scale[:, None] * shrunk * scale
+
+
+def definite(covariance: Tensor, weights: Tensor | None) -> Tensor:
+    """Returns a covariance (d, d) of weighted rows, made positive definite if some weights (n,) are negative.
+
+    Eigenvalues of the correlation matrix below LEAST_CORRELATION are raised to it. The variances do not change.
+    """
+    if weights is None or not bool((weights < 0).any()):
+        return covariance
+    scale = covariance.diagonal().clamp_min(torch.finfo(covariance.dtype).tiny).sqrt()
+    values, vectors = torch.linalg.eigh(covariance / scale[:, None] / scale)
+    raised: Tensor = vectors * values.clamp_min(LEAST_CORRELATION) @ vectors.T
+    scale = scale / raised.diagonal().sqrt()
+    return scale[:, None] * raised * scale
+
+
+def _sum(values: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return values.sum(0)
+    found: Tensor = torch.tensordot(weights, values, dims=1)
+    return found
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
@@ -84,7 +121,7 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
     return log_p
 
 
-def _intensity(correlation: Tensor, fourth: Tensor, n: int) -> Tensor:
+def _intensity(correlation: Tensor, fourth: Tensor, n: float) -> Tensor:
     """Returns the shrinkage intensity, in [1/n, 1]. `fourth` is the mean of |z|^4 over the standardised rows z.
 
     In the notation of Ledoit and Wolf, the intensity is b^2 / d^2. The squared error of R is
@@ -128,18 +165,20 @@ class Affine(Bijection):
         return z.view_as(x), -self.log_diagonal.sum().expand(x.shape[0])
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         check_sample(x)
         flat = x.flatten(1)
-        centred = (flat - flat.mean(0)).double()
-        covariance = centred.T @ centred / len(x)
+        w = None if weights is None else (weights.double() / weights.double().sum()).unsqueeze(1)
+        mean = flat.mean(0) if w is None else (w * flat).sum(0).to(flat.dtype)
+        centred = (flat - mean).double()
+        covariance = centred.T @ centred / len(x) if w is None else definite((w * centred).T @ centred, weights)
         # constant columns keep a scale of 1
         variance = covariance.diagonal()
-        variance.copy_(variance.where(varies(variance.sqrt(), flat.mean(0)), 1))
+        variance.copy_(variance.where(varies(variance.sqrt(), mean), 1))
         # the covariance is singular if there are fewer rows than columns, or linearly dependent columns
         covariance.diagonal().mul_(1 + 1e-6).add_(1e-30)
         factor = torch.linalg.cholesky(covariance)
-        self.mean.copy_(flat.mean(0))
+        self.mean.copy_(mean)
         self.log_diagonal.copy_(factor.diagonal().log())
         self.below_diagonal.copy_(factor.tril(-1))
         return self.map_inverse(x, context)
@@ -180,14 +219,17 @@ class ContextShift(Bijection):
         return x - self.shift(x, context), x.new_zeros(x.shape[0])
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         check_sample(x)
         flat = x.flatten(1).double()
+        w = flat.new_full((len(x), 1), 1 / len(x))
+        if weights is not None:
+            w = (weights.double() / weights.double().sum()).unsqueeze(1)
         c = with_context(flat[:, :0], context, len(self.embedding))
-        c = c - c.mean(0)
+        c = c - (w * c).sum(0)
         # the pseudo-inverse is needed, because one-hot columns sum to 1 and features may be constant
-        inverse = torch.linalg.pinv(c.T @ c / len(x), hermitian=True)
-        self.embedding.copy_(inverse @ (c.T @ (flat - flat.mean(0))) / len(x))
+        inverse = torch.linalg.pinv((w * c).T @ c, hermitian=True)
+        self.embedding.copy_(inverse @ ((w * c).T @ (flat - (w * flat).sum(0))))
         return self.map_inverse(x, context)
 
 
@@ -355,10 +397,10 @@ class Preconditioned(Chain):
         super().__init__([model, _start(d, circular)])
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         model, start = self
-        _fit(start, *shrunk_covariance(_real_columns(start, x)))
-        return model.initialize(start.map_inverse(x), context)
+        _fit(start, *shrunk_covariance(_real_columns(start, x), weights))
+        return initialized(model, start.map_inverse(x), context, weights)
 
 
 class FromGaussian(Chain):
@@ -384,9 +426,9 @@ class FromGaussian(Chain):
         self.diagonal = diagonal
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         start, model = self
-        model.initialize(x, context)
+        initialized(model, x, context, weights)
 
         def first_context(n: int) -> Tensor | None:
             return None if context is None else context[:1].expand(n, *context.shape[1:])
@@ -396,7 +438,7 @@ class FromGaussian(Chain):
             rows = parts[-1].map_forward(parts[-1].map_inverse(x, context), first_context(len(x)))
         else:
             rows = x
-        mean, covariance = shrunk_covariance(_real_columns(start, rows))
+        mean, covariance = shrunk_covariance(_real_columns(start, rows), weights)
         if self.diagonal:
             covariance = covariance.diagonal().diag()
         std = covariance.diagonal().sqrt()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, check_sample, elements_per_channel, per_channel, varies
+from flowtrain.bijections.base import Bijection, check_sample, elements_per_channel, per_channel, var_mean, varies
 from flowtrain.utils.arguments import shape_of
 from flowtrain.utils.errors import DataError
 
@@ -51,11 +51,12 @@ class ActNorm(Bijection):
         return per_channel(v, x) if v.dim() == 1 else v
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         check_sample(x)
         shared = (0, *range(2, x.dim())) if self.shift.dim() == 1 else (0,)
-        std = x.std(shared, correction=0)
-        self.shift.copy_(x.mean(shared))
+        variance, mean = var_mean(x, shared, weights)
+        std = variance.sqrt()
+        self.shift.copy_(mean)
         self.log_scale.copy_(std.clamp_min(LEAST).log().where(varies(std, self.shift), 0))
         return self.map_inverse(x, context)
 
@@ -100,9 +101,9 @@ class BatchNorm(Bijection):
         return (elements_per_channel(x) * (variance + self.eps).log().sum() / 2).expand(x.shape[0])
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         check_sample(x)
-        variance, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
+        variance, mean = var_mean(x, (0, *range(2, x.dim())), weights)
         variance = variance.where(varies(variance.sqrt(), mean), 1)
         self.mean.copy_(mean)
         self.variance.copy_(variance)

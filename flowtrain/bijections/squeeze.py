@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.base import Bijection, Pass, as_pass
+from flowtrain.bijections.base import Bijection, Pass, as_pass, initialized
 from flowtrain.ode import AS_CONFIGURED, SolveOptions
 
 
@@ -56,9 +56,9 @@ class Wrapped(Bijection):
         return self.leave(self.inner.map_inverse(inside, context), outside)
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         inside, outside = self.enter(x)
-        return self.leave(self.inner.initialize(inside, context), outside)
+        return self.leave(initialized(self.inner, inside, context, weights), outside)
 
 
 class Squeeze(Wrapped):

@@ -25,6 +25,7 @@ from flowtrain.evaluation import NAMES, Evaluation, check_fits, evaluate
 from flowtrain.evaluation.baselines import MOST_SECONDS
 from flowtrain.evaluation.evaluate import row_spread
 from flowtrain.evaluation.report import write_report
+from flowtrain.evaluation.sbc import SAMPLES
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.plotting import pictures
 from flowtrain.plotting.density_grid import check_has_grid, density_grid
@@ -75,6 +76,9 @@ USAGE = Usage(
         "baselines": "true: also fits a Gaussian mixture and a kernel density estimate, for tables. They are fitted "
         "to the training rows of the run, in up to 20 s, and scored on the same rows. The mixture needs scikit-learn "
         "(pip install 'flowtrain[baselines]')",
+        "sbc": "true: also compares each row with samples (simulation-based calibration), for tables. The ranks of up "
+        "to 1,000 rows and the expected coverage of regions are added to the table, and plots/sbc.png is drawn",
+        "sbc_samples": "For sbc=true: number of samples for each row (default: 200)",
         "plots": "true: draws all figures of the run again, as at the end of training. With new data, samples are "
         "drawn beside the new data. Without this option, only calibration and OOD are drawn",
         "report": "true: also writes report.md and report.html. The HTML file contains its figures",
@@ -109,6 +113,8 @@ OWN: dict[str, Any] = {
     "label": None,
     "ood": None,
     "baselines": False,
+    "sbc": False,
+    "sbc_samples": None,
     "plots": False,
     "report": False,
     "dtype": "float32",
@@ -121,7 +127,7 @@ OWN: dict[str, Any] = {
 }
 
 # the keys of data=array that control how a file is read
-READ = ("key", "columns", "label", "id", "id", "header", "decimal", "missing", "na")
+READ = ("key", "columns", "label", "id", "header", "decimal", "missing", "na", "context", "weights", "signed_weights")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -137,6 +143,7 @@ def _command() -> int:
     draws, seed = whole("dequantization_samples", own["dequantization_samples"]), whole("seed", own["seed"], least=0)
     dtype, wants_report = DTYPES[one_of("dtype", own["dtype"], DTYPES)], flag("report", own["report"])
     wants_baselines, wants_plots = flag("baselines", own["baselines"]), flag("plots", own["plots"])
+    sbc = sbc_samples(flag("sbc", own["sbc"]), own["sbc_samples"])
     scores = written_as("scores", own["scores"], ".npy", *NAMED)
     grid, points = written_as("grid", own["grid"], ".npz"), whole("grid_points", own["grid_points"], least=2)
     label = None if own["label"] is None else whole("label", own["label"], least=0)
@@ -148,7 +155,7 @@ def _command() -> int:
     options = loaded_run.plot_options
     outputs = OutputPaths(loaded_run.run_dir, out, scores, set_name(loaded_run, split, overrides), options, grid)
     inputs = [*loaded_run.files, own["ood"], *paths_of(loaded_run.config["data"])]
-    outputs.check(own["ood"] is not None, wants_report, isinstance(loaded_run.flow, Ensemble), inputs)
+    outputs.check(own["ood"] is not None, bool(sbc), wants_report, isinstance(loaded_run.flow, Ensemble), inputs)
     if grid is not None:
         check_has_grid(loaded_run.flow, grid, label)
     data, other, trained_on = read_sets(loaded_run, own["ood"], split, overrides, wants_baselines)
@@ -159,10 +166,11 @@ def _command() -> int:
         loaded_run.step,
         batch_size,
         draws,
-        None if other is None else (other[0], other[1].test),
+        None if other is None else (other[0], other[1].test, other[1].test_context),
         seed,
         trained_on,
         baseline_seconds=MOST_SECONDS if wants_baselines else 0.0,
+        sbc=sbc,
     )
 
     write_json(outputs.json, result.to_dict())
@@ -195,6 +203,17 @@ def _command() -> int:
     print(result.table())
     print("\n".join(f"{'written to' if i == 0 else '':>{NAMES}}  {path}" for i, path in enumerate(written)))
     return 0
+
+
+def sbc_samples(wanted: bool, samples: Any) -> int:
+    """Returns the number of samples for each row of the SBC, 0 for no SBC.
+
+    Raises:
+        ConfigError: a number of samples without sbc=true.
+    """
+    if samples is not None and not wanted:
+        raise ConfigError(f"sbc_samples={samples}: also give sbc=true")
+    return (SAMPLES if samples is None else whole("sbc_samples", samples)) if wanted else 0
 
 
 def write_all_scores(
@@ -247,6 +266,7 @@ def data_shown(data: Dataset, split: str) -> Dataset:
         return data
     shown = copy.copy(data)
     shown.test, shown.test_labels = data.val, data.val_labels
+    shown.test_context, shown.test_weights = data.val_context, data.val_weights
     return shown
 
 
@@ -298,10 +318,11 @@ class OutputPaths:
         assert self.scores is not None
         return self.scores.with_name(f"{self.scores.stem}_members.npy")
 
-    def check(self, ood: bool, report: bool, ensemble: bool, inputs: list[Any]) -> None:
+    def check(self, ood: bool, sbc: bool, report: bool, ensemble: bool, inputs: list[Any]) -> None:
         """Checks all paths before any work is done; see `check_outputs`."""
         paths = [self.json, *self.options.files(self.figure("calibration"))]
         paths += self.options.files(self.figure("ood")) if ood else []
+        paths += self.options.files(self.figure("sbc")) if sbc else []
         paths += [] if self.scores is None else [self.scores, *([self.other_scores] if ood else [])]
         if self.scores is not None:
             paths += [] if self.scores.suffix in NAMED else [self.member_scores] * ensemble

@@ -265,6 +265,10 @@ class Dataset(ABC):
         """Returns up to `most` distinct training samples (k, *event_shape); None if the data are endless."""
         return None
 
+    def row_weights(self, most: int) -> Tensor | None:
+        """Returns the weights of `train_rows(most)`, (k,), float64; None without weights."""
+        return None
+
     def to(self, device: torch.device) -> None:  # noqa: B027
         """Moves the training samples to a device. Does nothing for data sets that store no training samples."""
 

@@ -67,6 +67,17 @@ def is_context_column(column: ContextColumn) -> bool:
     return isinstance(column.name, str) and real and names and kinds
 
 
+def context_text(columns: Sequence[ContextColumn], values: Sequence[float]) -> str:
+    """Returns one context for messages and titles.
+
+    Example:
+        >>> colour = ContextColumn("colour", "categorical", categories=("blue", "red"))
+        >>> context_text([ContextColumn("mass"), colour], [1.5, 1.0])
+        'mass = 1.5, colour = red'
+    """
+    return ", ".join(f"{column.name} = {column.text(v)}" for column, v in zip(columns, values, strict=True))
+
+
 def unnamed_context(k: int) -> tuple[ContextColumn, ...]:
     """Returns k real columns without standardization, for a flow that is built by hand."""
     return tuple(ContextColumn(f"c{i}") for i in range(k))

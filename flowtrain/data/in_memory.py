@@ -200,6 +200,9 @@ class Finite(Dataset):
     def train_rows(self, most: int) -> Tensor:
         return self.train_batch(0, min(most, self._store.n), 0)
 
+    def row_weights(self, most: int) -> Tensor | None:
+        return self.weights_share(0, min(most, self._store.n), 0, slice(None))
+
     def train_labels(self, step: int, batch_size: int, seed: int) -> Tensor | None:
         return self.labels_share(step, batch_size, seed, slice(None))
 

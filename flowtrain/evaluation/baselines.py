@@ -18,10 +18,10 @@ from flowtrain.bijections.linear import gaussian_log_prob, shrunk_covariance
 from flowtrain.data.base import Dataset, step_generator
 from flowtrain.data.tables.rows_to_score import RowsInMemory
 from flowtrain.evaluation.checks import PAIRED, PAIRED_PER_COLUMN
-from flowtrain.evaluation.error_budget import stderr
 from flowtrain.evaluation.result import Baseline, Check
 from flowtrain.flow import Density
 from flowtrain.utils.formatting import counted, with_error
+from flowtrain.utils.weighting import average, resample, stderr
 
 log = logging.getLogger("flowtrain")
 
@@ -88,9 +88,9 @@ def has_baselines(flow: Density, data: Dataset) -> bool:
     """Returns whether the mixture and the kernel density estimate can be compared with the flow.
 
     They can for vectors from a finite training set. They cannot for images, and for conditional flows, because the
-    baselines ignore labels.
+    baselines ignore the context.
     """
-    return len(data.event_shape) == 1 and data.n_train is not None and flow.classes is None
+    return len(data.event_shape) == 1 and data.n_train is not None and not flow.conditional
 
 
 def affordable_seconds(train_seconds: float) -> float:
@@ -107,7 +107,7 @@ def affordable_seconds(train_seconds: float) -> float:
 
 
 def baselines(
-    data: Dataset, points: Sequence[Tensor], log_p: Tensor, seconds: float = 0.0
+    data: Dataset, points: Sequence[Tensor], log_p: Tensor, seconds: float = 0.0, weights: Tensor | None = None
 ) -> dict[str, Baseline] | None:
     """Fits simple densities to the training rows of a table and scores points with them.
 
@@ -116,12 +116,16 @@ def baselines(
     10,000 training rows and 5,000 validation rows. Uniform noise in [0, 1) is added to whole numbers. Labels are not
     used. A density that cannot be fitted, or that needs a missing package, is left out with a log message.
 
+    If the training rows have weights, the Gaussian has their weighted moments. The other two are fitted to rows that
+    are drawn by weight (see `resample`), and are left out if weights are negative.
+
     Args:
         data: the data set.
         points: the points to score, (n, d), one tensor for each noise draw on whole numbers. p is averaged over the
             draws, as for the flow.
         log_p: log densities of the flow for these rows, (n,).
         seconds: the time limit for the mixture and the kernel density estimate. 0 means the Gaussian only.
+        weights: the weights of these rows, (n,), or None.
 
     Returns:
         Baselines by name. None for images and data sets without a finite training set.
@@ -129,15 +133,19 @@ def baselines(
     if len(data.event_shape) != 1:
         return None
     begun = time.perf_counter()
-    rows = data.train_rows(max(1, FITTED // data.event_shape[0]))
+    most = max(1, FITTED // data.event_shape[0])
+    rows, of_rows = data.train_rows(most), data.row_weights(most)
     if rows is None:
         return None
-    rows = _real(rows.cpu(), _TRAIN)
+    rows, of_rows = _real(rows.cpu(), _TRAIN), None if of_rows is None else of_rows.cpu()
     points = [x.cpu() for x in points]
-    found = {GAUSSIAN: scored(_gaussian(rows), points, log_p, begun)}
+    found = {GAUSSIAN: scored(_gaussian(rows, of_rows), points, log_p, begun, weights)}
     if seconds <= 0:
         return found
-    table = StandardisedRows(*_divided(data, rows))
+    if of_rows is not None and bool((of_rows < 0).any()):
+        log.info("baselines: the Gaussian mixture and the kernel density need weights that are not negative")
+        return found
+    table = StandardisedRows(*_divided(data, rows, of_rows))
     scoring = len(points) * len(points[0])
     fits: dict[str, Callable[[], Fitted | None]] = {
         MIXTURE: lambda: _mixture(table, MIXTURE_SHARE * seconds, scoring),
@@ -150,7 +158,7 @@ def baselines(
             fitted = fit()
             if fitted is None:
                 continue
-            one = scored(fitted, points, log_p, begun)
+            one = scored(fitted, points, log_p, begun, weights)
         except (ValueError, ArithmeticError, RuntimeError) as e:
             log.info("baselines: the %s could not be fitted: %s", display_name(name), e)
             continue
@@ -164,7 +172,9 @@ def baselines(
     return found
 
 
-def scored(fitted: Fitted, points: Sequence[Tensor], log_p: Tensor, begun: float) -> Baseline:
+def scored(
+    fitted: Fitted, points: Sequence[Tensor], log_p: Tensor, begun: float, weights: Tensor | None = None
+) -> Baseline:
     """Computes the NLL of a density at the points and compares it with the flow; see `baselines`.
 
     Args:
@@ -176,11 +186,11 @@ def scored(fitted: Fitted, points: Sequence[Tensor], log_p: Tensor, begun: float
     # a row for which log p of the flow is NaN counts as infinitely worse
     gap = torch.where(log_p.isnan(), torch.inf, simple - log_p)
     return Baseline(
-        nll=-float(simple.mean()),
-        nll_stderr=stderr(simple),
+        nll=-float(average(simple, weights)),
+        nll_stderr=stderr(simple, weights),
         seconds=time.perf_counter() - begun,
-        worse=float(gap.mean()),
-        worse_stderr=stderr(gap),
+        worse=float(average(gap, weights)),
+        worse_stderr=stderr(gap, weights),
         settings=fitted.settings,
     )
 
@@ -225,8 +235,8 @@ class StandardisedRows:
         return of_points
 
 
-def _gaussian(rows: Tensor) -> Fitted:
-    mean, covariance = shrunk_covariance(rows)
+def _gaussian(rows: Tensor, weights: Tensor | None = None) -> Fitted:
+    mean, covariance = shrunk_covariance(rows, weights)
     return Fitted(lambda x: gaussian_log_prob(x, mean, covariance))
 
 
@@ -424,19 +434,30 @@ def _limit(simple: Baseline, d: int) -> float:
     return limit
 
 
-def _divided(data: Dataset, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _divided(data: Dataset, rows: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns training rows (k, d) and validation rows (m, d) for the mixture and the kernel density estimate.
 
     Args:
         rows: all training rows, (n, d). The training rows are split if the data set has no validation set.
+        weights: the weights of the training rows, (n,), or None. With weights, rows are drawn by weight after the
+            split.
     """
     if not isinstance(data, RowsInMemory):
         # the validation rows of a file may be sorted, so a random subset is used
-        val = _real(data.val.cpu(), _VAL)
-        return rows[:MOST_TRAIN], val[_order(len(val))[:MOST_VAL]]
-    rows = rows[_order(len(rows))]
+        order = _order(len(data.val))[:MOST_VAL]
+        train, val = slice(MOST_TRAIN), _real(data.val.cpu(), _VAL)[order]
+        of_val = None if data.val_weights is None else data.val_weights[order]
+        return _drawn(rows[train], None if weights is None else weights[train]), _drawn(val, of_val)
+    order = _order(len(rows))
     held = min(MOST_VAL, math.ceil(len(rows) / HELD_OUT))
-    return rows[held:][:MOST_TRAIN] if len(rows) > 1 else rows, rows[:held]
+    parts = order[held:][:MOST_TRAIN] if len(rows) > 1 else order, order[:held]
+    train_rows, val_rows = (_drawn(rows[part], None if weights is None else weights[part]) for part in parts)
+    return train_rows, val_rows
+
+
+def _drawn(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Returns as many rows, drawn by weight, or the rows themselves without weights."""
+    return rows if weights is None else rows[resample(weights)]
 
 
 def _order(n: int) -> Tensor:

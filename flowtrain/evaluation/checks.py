@@ -22,7 +22,8 @@ from flowtrain.bases import (
     UniformBox,
 )
 from flowtrain.bijections.support import ToSupport
-from flowtrain.evaluation.error_budget import SMALL, Subset, rows_of_checks, solver_bias, stderr
+from flowtrain.data.context import context_text
+from flowtrain.evaluation.error_budget import SMALL, Subset, rows_of_checks, solver_bias
 from flowtrain.evaluation.log_likelihood import estimates_trace, marginal
 from flowtrain.evaluation.result import Budget, Check
 from flowtrain.flow import Density, Flow, rows_at_a_time
@@ -31,6 +32,7 @@ from flowtrain.ode import ode_solver
 from flowtrain.utils.errors import SolverError, first_line
 from flowtrain.utils.process import seeded
 from flowtrain.utils.status import status
+from flowtrain.utils.weighting import average, stderr
 
 # Largest deviation of the mass from 1, and error at which the grid is fine enough
 MISS, ENOUGH = 1e-3, 7e-4
@@ -188,6 +190,8 @@ LOOSE = 1e-4
 MAX_NFE = 10_000
 # Largest number of columns for which Jacobians are computed, by whether ODEs are solved. ODEs need a solve per column
 MOST_COLUMNS = {False: 1024, True: 128}
+# Number of contexts at which the mass of a flow with context columns is computed
+MASS_CONTEXTS = 3
 # Number of samples that show where the mass is, and largest number of rows in a tight solve
 SAMPLES, ROWS = 2000, 100
 # Largest tolerated bias in nats of a comparison of two flows: a constant, plus a part for each column
@@ -195,7 +199,12 @@ PAIRED, PAIRED_PER_COLUMN = 0.01, 1e-4
 
 
 def checks(
-    flow: Density, subset: Subset, budget: Budget, log_p: Tensor, kl: tuple[float | None, float | None]
+    flow: Density,
+    subset: Subset,
+    budget: Budget,
+    log_p: Tensor,
+    kl: tuple[float | None, float | None],
+    weights: Tensor | None = None,
 ) -> list[Check]:
     """Makes all checks of a flow in evaluation mode. The message of a check that was not made gives the reason.
 
@@ -207,15 +216,16 @@ def checks(
         budget: the error budget of the NLL.
         log_p: log densities of the rows that the subset is drawn from, (n,).
         kl: the KL and its standard error in nats, or (None, None).
+        weights: the weights of the rows of `log_p`, (n,), or None.
     """
-    exact, nll, nll_stderr = reference(flow), -float(log_p.mean()), stderr(log_p)
+    exact, nll, nll_stderr = reference(flow), -float(average(log_p, weights)), stderr(log_p, weights)
     drawn = cache(base_round_trip)
     # The mass needs three digits: float32 is enough, and twice as fast, unless the flow has large rounding errors
     rounded = torch.float64 if (budget.precision or 0.0) > SMALL else flow.like.dtype
     made: dict[str, Callable[[], Check | None]] = {
         "solver": lambda: check_solver(flow, budget, nll_stderr),
         "precision": lambda: check_precision(flow, budget, nll, nll_stderr),
-        "mass": lambda: check_mass(reference(flow, LOOSE).to(rounded)),
+        "mass": lambda: check_mass(reference(flow, LOOSE).to(rounded), spread_contexts(flow, subset.context)),
         "log-det": lambda: check_each_map(exact, "log-det", lambda one: check_log_det(one, subset)),
         "round trip": lambda: check_each_map(
             exact, "round trip", lambda one: check_round_trip(one, subset, drawn(one))
@@ -320,19 +330,35 @@ def largest_bias(flow: Density, nll_stderr: float) -> float:
     return max(SMALL, min(nll_stderr / 10, most)) if math.isfinite(nll_stderr) else SMALL
 
 
-def check_mass(exact: Density) -> Check | None:
+def spread_contexts(flow: Density, context: Tensor | None) -> Tensor | None:
+    """Returns contexts (MASS_CONTEXTS, k) from the rows of `context` (n, k), spread over the range of its first column.
+
+    Returns None for a flow without context columns.
+    """
+    if not flow.context or context is None:
+        return None
+    order = context[context[:, 0].argsort(stable=True)]
+    shares = torch.linspace(0.1, 0.9, MASS_CONTEXTS, dtype=context.dtype, device=context.device)
+    return order[(shares * (len(order) - 1)).round().long()]
+
+
+def check_mass(exact: Density, contexts: Tensor | None = None) -> Check | None:
     """Checks that p integrates to 1, for one or two columns.
 
     A flow with `levels` is not checked, because some mass is outside of them. A flow with circular columns without
-    types is not checked, because its circles are unknown.
+    types is not checked, because its circles are unknown. For a flow with context columns, p(x | c) is integrated over
+    x for each of the contexts c (m, k), and the mass that is farthest from 1 is returned.
     """
     if len(exact.event_shape) != 1 or exact.event_shape[0] > 2 or exact.levels is not None:
         return None
     if any(flow.base.circular for flow in exact.flows) and not exact.types:
         return None
-    found = measured_mass(exact)
-    miss = abs(1 - found.value)
-    where = f"p integrates to {found.value:.4f}"
+    each = [measured_mass(exact)] if contexts is None else [measured_mass(exact, c) for c in contexts.unsqueeze(1)]
+    misses = [abs(1 - one.value) if math.isfinite(one.value) else math.inf for one in each]
+    worst = misses.index(max(misses))
+    found, miss = each[worst], misses[worst]
+    at = "" if contexts is None else f" at {context_text(exact.context, contexts[worst].tolist())}"
+    where = f"p{at} integrates to {found.value:.4f}"
     if not math.isfinite(miss):
         return Check("mass", None, MISS, None, f"{where}: log p is not finite everywhere on the grid")
     if found.error >= ENOUGH and MISS <= miss < 10 * found.error:
@@ -342,25 +368,30 @@ def check_mass(exact: Density) -> Check | None:
     return check_limit("mass", miss, MISS, wrong)
 
 
-def measured_mass(flow: Density) -> Mass:
-    """Computes int p(x) dx of a flow over one or two columns; p is the `marginal` of a conditional flow.
+def measured_mass(flow: Density, context: Tensor | None = None) -> Mass:
+    """Computes int p(x) dx of a flow over one or two columns.
 
-    If columns have types, the integral is over their supports: int p(x(y)) |dx/dy| dy with y on the real line. A circle
-    is integrated as an interval.
+    For a flow with labels, p is the `marginal`. A flow with context columns needs one context (1, k). If columns have
+    types, the integral is over their supports: int p(x(y)) |dx/dy| dy with y on the real line. A circle is integrated
+    as an interval.
     """
+    of = marginal if context is None else partial(_conditional, context=context)
     low, high = zip(*(one.support for one in flow.types), strict=True) if flow.types else ([], [])
     support = ToSupport(low, high).to(flow.like.device) if flow.types else None
 
     @torch.no_grad()
     def log_prob(y: Tensor) -> Tensor:
         x, log_slope = (y, torch.zeros_like(y[:, 0])) if support is None else support(y)
-        parts = torch.split(x, rows_at_a_time(flow.event_shape))
-        return torch.cat([marginal(flow, part) for part in parts]) + log_slope
+        return torch.cat([of(flow, part) for part in torch.split(x, rows_at_a_time(flow.event_shape))]) + log_slope
 
     with seeded(0, flow.like.device):
-        samples = flow.sample(SAMPLES)
+        samples = flow.sample(SAMPLES, context=context)
         samples = samples if support is None else support.map_inverse(samples.double())
         return mass(log_prob, samples, max(reach_of(one.base) for one in flow.flows))
+
+
+def _conditional(flow: Density, x: Tensor, context: Tensor) -> Tensor:
+    return flow.log_prob(x, context)
 
 
 def reach_of(base: Base) -> float:

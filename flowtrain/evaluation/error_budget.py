@@ -14,6 +14,7 @@ from flowtrain.flow import Density
 from flowtrain.ode import Solver, record_solves
 from flowtrain.utils.errors import SolverError
 from flowtrain.utils.process import seeded
+from flowtrain.utils.weighting import average, effective_rows, resample, stderr
 
 # Number of draws of the trace noise from which its variance is estimated, for each row of the subset
 DRAWS = 4
@@ -39,7 +40,12 @@ class Subset:
 
 
 def subset_of(
-    flow: Density, x: Tensor, context: Tensor | None, left_out: Tensor | None = None, most: int | None = None
+    flow: Density,
+    x: Tensor,
+    context: Tensor | None,
+    left_out: Tensor | None = None,
+    most: int | None = None,
+    weights: Tensor | None = None,
 ) -> Subset:
     """Draws a random subset of the rows x (n, *event_shape) with their context or None.
 
@@ -48,13 +54,19 @@ def subset_of(
 
     Args:
         left_out: rows to exclude, (k,), because a single outlier would dominate the results.
+        weights: the weights of the rows, (n,), or None. The rows are then drawn in proportion to the absolute values of
+            their weights, so that means over the subset estimate weighted means. A row may occur several times.
     """
     device = flow.like.device
     with seeded(0, device):
         rows = torch.randperm(len(x))
         if left_out is not None:
             rows = rows[~torch.isin(rows, left_out)]
-        rows = rows[: rows_of_checks(flow.event_shape)][:most]
+        size = min(rows_of_checks(flow.event_shape), len(rows) if most is None else most)
+        if weights is not None and len(rows):
+            drawn = resample(weights[rows].abs(), min(size, len(rows)))
+            rows = rows[drawn[torch.randperm(len(drawn))]]
+        rows = rows[:size]
         raw = x[rows]
         x = flow.dequantized(raw) if flow.integer_valued else raw.to(device)
         return Subset(raw, x, None if context is None else context[rows].to(device))
@@ -65,8 +77,8 @@ def rows_of_checks(event_shape: tuple[int, ...]) -> int:
     return max(50, min(500, 20_000 // math.prod(event_shape)))
 
 
-def budget(flow: Density, subset: Subset, log_p: Tensor, draws: int) -> Budget:
-    """Measures the error budget of the NLL -mean(log_p).
+def budget(flow: Density, subset: Subset, log_p: Tensor, draws: int, weights: Tensor | None = None) -> Budget:
+    """Measures the error budget of the NLL, which is -mean(log_p), or the weighted mean.
 
     For an ensemble, the solver and precision errors are measured on log p of the ensemble. To first order, the error of
     log p is the mean of the members' errors d log p_m(x), weighted by the responsibilities r_m(x) = w_m p_m(x) / p(x).
@@ -76,9 +88,10 @@ def budget(flow: Density, subset: Subset, log_p: Tensor, draws: int) -> Budget:
         subset: the rows that solver, trace and precision errors are measured on.
         log_p: log p of all rows, (n,), each row with independent noise.
         draws: the number of draws of the dequantization noise that log_p averages.
+        weights: the weights of all rows, (n,), or None.
     """
-    n, nll = len(log_p), -float(log_p.mean())
-    over_rows = stderr(log_p)
+    n = len(log_p) if weights is None else effective_rows(weights)
+    nll, over_rows = -float(average(log_p, weights)), stderr(log_p, weights)
     trace = trace_error(flow, subset, n, draws)
     exact = copy.deepcopy(flow).double()
     in_float64, embedded = with_embedded_error(exact, subset)
@@ -127,16 +140,12 @@ def with_embedded_error(flow: Density, subset: Subset) -> tuple[Tensor, float | 
     return flow.combined(of_each), sum(known) if known else None
 
 
-def stderr(values: Tensor) -> float:
-    """Returns the standard error of the mean of values (n,); NaN if n = 1."""
-    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
+def trace_error(flow: Density, subset: Subset, n: float, draws: int) -> float:
+    """Returns the standard error of the mean of n (effective) rows due to the noise of an estimated trace.
 
-
-def trace_error(flow: Density, subset: Subset, n: int, draws: int) -> float:
-    """Returns the standard error of the mean of n rows due to the noise of an estimated trace; 0 if the trace is exact.
-
-    The error is computed from the variance of each row over DRAWS draws. With several dequantization draws, and for
-    ensembles, log p is the mean of two passes with independent probes (see `score_rows`), which halves the variance.
+    The error is 0 if the trace is exact. Otherwise, it is computed from the variance of each row over DRAWS draws. With
+    several dequantization draws, and for ensembles, log p is the mean of two passes with independent probes (see
+    `score_rows`), which halves the variance.
     """
     if not estimates_trace(flow):
         return 0.0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.base import Dataset
+from flowtrain.data.context import CATEGORICAL, ContextColumn
 from flowtrain.flow import Context, Density, Flow, rows_at_a_time
 from flowtrain.nn.divergence import TraceRule
 from flowtrain.ode import Statistics
@@ -55,6 +56,15 @@ def held_out(flow: Density, data: Dataset, split: str) -> tuple[Tensor, Tensor |
         what, key = ("context", "data.context") if flow.context else ("labels", "data.label")
         raise DataError(f"the flow is conditional, but the data have no {what}: name the column with {key}")
     return x, context
+
+
+def context_table(flow: Density, context: Tensor, data: Dataset) -> tuple[tuple[ContextColumn, ...], Tensor]:
+    """Returns the columns of a context and their values (n, k). Class labels (n,) are one categorical column."""
+    if flow.context:
+        return flow.context, context
+    assert flow.classes is not None
+    name = data.samples.label or "class"
+    return (ContextColumn(name, CATEGORICAL, categories=tuple(range(flow.classes))),), context.unsqueeze(1).double()
 
 
 def log_probs(

@@ -1,13 +1,17 @@
 """Out-of-distribution (OOD) detection: how well log p separates two sets of samples."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from flowtrain.evaluation.error_budget import stderr
 from flowtrain.evaluation.result import OODDetection
+from flowtrain.utils.weighting import stderr
 
 
-def ood_detection(name: str, inside: Tensor, outside: Tensor, entropy: float, entropy_of: str) -> OODDetection:
+def ood_detection(
+    name: str, inside: Tensor, outside: Tensor, entropy: float, entropy_of: str, weights: Tensor | None = None
+) -> OODDetection:
     """Computes the areas under the ROC curves of the scores -log p and |log p + H|, which separate two sets of samples.
 
     Args:
@@ -16,13 +20,14 @@ def ood_detection(name: str, inside: Tensor, outside: Tensor, entropy: float, en
         outside: log p of the other set, (m,), float64.
         entropy: H of the typicality score, in nats.
         entropy_of: the rows whose mean NLL is H.
+        weights: the weights of `inside`, (n,), or None.
     """
     finite = outside.isfinite()
     kept = outside[finite]
     # a point whose log p is NaN or infinite, for example by overflow, counts as the least likely
     inside, outside = (torch.where(log_p.isfinite(), log_p, -torch.inf) for log_p in (inside, outside))
-    plain, plain_error = auroc(-inside, -outside)
-    typical, typical_error = auroc((inside + entropy).abs(), (outside + entropy).abs())
+    plain, plain_error = auroc(-inside, -outside, weights)
+    typical, typical_error = auroc((inside + entropy).abs(), (outside + entropy).abs(), weights)
     return OODDetection(
         name=name,
         n=len(outside),
@@ -38,7 +43,7 @@ def ood_detection(name: str, inside: Tensor, outside: Tensor, entropy: float, en
     )
 
 
-def auroc(inside: Tensor, outside: Tensor) -> tuple[float, float]:
+def auroc(inside: Tensor, outside: Tensor, weights: Tensor | None = None) -> tuple[float, float]:
     """Computes the area under the receiver operating characteristic (ROC), and its standard error.
 
     The area is P(outside > inside) + P(outside = inside) / 2 over all pairs of scores (n,) and (m,). The area is
@@ -46,22 +51,29 @@ def auroc(inside: Tensor, outside: Tensor) -> tuple[float, float]:
     that it exceeds, and the variance of these fractions is taken over both sets (DeLong et al. 1988, Comparing the
     areas under two or more correlated ROC curves). The error is NaN if a set has fewer than two scores.
 
+    With weights of `inside` (n,), P is a weighted share, and the variance of a mean is that of
+    `flowtrain.utils.weighting.stderr`.
+
     Example:
         >>> area, error = auroc(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.5, 4.0]))
         >>> round(area, 4)  # 5 of 6 pairs
         0.8333
     """
-    below = share_below(inside, outside)
+    below = share_below(inside, outside, weights)
     above = 1 - share_below(outside, inside)
-    error = (
-        (below.var() / len(outside) + above.var() / len(inside)).sqrt() if min(len(inside), len(outside)) > 1 else None
-    )
-    return float(below.mean()), float("nan") if error is None else float(error)
+    return float(below.mean()), math.hypot(stderr(below), stderr(above, weights))
 
 
-def share_below(reference: Tensor, scores: Tensor) -> Tensor:
-    """Returns for each score the fraction of `reference` below the score. Equal values count half."""
-    ordered = reference.sort().values
+def share_below(reference: Tensor, scores: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns for each score the fraction of `reference` below the score. Equal values count half.
+
+    Args:
+        weights: the weights of `reference`, or None.
+    """
+    ordered, order = reference.sort()
     left = torch.searchsorted(ordered, scores, right=False)
     right = torch.searchsorted(ordered, scores, right=True)
-    return (left + right).double() / (2 * len(ordered))
+    if weights is None:
+        return (left + right).double() / (2 * len(ordered))
+    sums = torch.nn.functional.pad(weights.double()[order].cumsum(0), (1, 0))
+    return (sums[left] + sums[right]) / (2 * sums[-1])

@@ -5,10 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from flowtrain.evaluation.error_budget import SMALL, stderr
+from flowtrain.evaluation.error_budget import SMALL
 from flowtrain.evaluation.result import OutlierCheck, named_rows
 from flowtrain.utils.errors import NonFiniteError
 from flowtrain.utils.formatting import with_error
+from flowtrain.utils.weighting import average, stderr
 
 # The check fails if a fraction SHARE of the rows, or FEW rows of a small set, carry more than LIMIT of the variance
 LIMIT, SHARE, FEW = 0.5, 1e-3, 3
@@ -21,7 +22,11 @@ LISTED = 1000
 
 
 def concentration(
-    log_p: Tensor, where: str, unit: tuple[str, float] = ("nats", 1.0), numbers: Tensor | None = None
+    log_p: Tensor,
+    where: str,
+    unit: tuple[str, float] = ("nats", 1.0),
+    numbers: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> OutlierCheck:
     """Checks that a few outlier rows do not carry more than half of the variance of the NLL.
 
@@ -43,12 +48,19 @@ def concentration(
         where: the name of the set of rows, such as "test set".
         unit: the unit of likelihoods in messages, and the number of these units per nat.
         numbers: the number of each row in the result, (n,). None: 0, 1, ...
+        weights: the weights of the rows, (n,), or None. The variance is then the square of the standard error of the
+            weighted mean, to which a row contributes w_i^2 (log p_i - mean)^2. Rows of weight 0 are left out.
     """
     numbers = torch.arange(len(log_p)) if numbers is None else numbers
+    if weights is not None:
+        has_weight = weights != 0
+        log_p, numbers, weights = log_p[has_weight], numbers[has_weight], weights[has_weight]
     finite = log_p.isfinite()
     lost = (~finite).nonzero().flatten()
     kept = finite.nonzero().flatten()
-    share, far = outlying(log_p[kept]) if len(kept) >= LEAST else (0.0, kept[:0])
+    share, far = (
+        outlying(log_p[kept], None if weights is None else weights[kept]) if len(kept) >= LEAST else (0.0, kept[:0])
+    )
     if len(lost) == 0 and len(kept) < LEAST:
         return OutlierCheck(
             "concentration", None, LIMIT, None, f"at least {LEAST} rows are needed, but there are {len(kept)}"
@@ -60,12 +72,13 @@ def concentration(
     rest = torch.ones(len(log_p), dtype=torch.bool)
     rest[rows] = False
     others = log_p[rest]
-    without, error = (-float(others.mean()), stderr(others)) if len(others) else (math.nan, math.nan)
+    w = None if weights is None else weights[rest]
+    without, error = (-float(average(others, w)), stderr(others, w)) if len(others) else (math.nan, math.nan)
     name, scale = unit
     words = with_error(scale * without, scale * error)
     if len(lost):
         what = f"log p(x) is not finite in {_named(numbers[lost])} of the {where} ({_values(log_p[lost])})"
-        effect = f"the NLL is {-float(log_p.mean())}"
+        effect = f"the NLL is {-float(average(log_p, weights))}"
         cause = "the density of the flow is zero at these points, or it could not be computed"
     else:
         worst = scale * -float(log_p[outliers[0]])
@@ -87,11 +100,12 @@ def concentration(
     )
 
 
-def outlying(log_p: Tensor) -> tuple[float, Tensor]:
+def outlying(log_p: Tensor, weights: Tensor | None = None) -> tuple[float, Tensor]:
     """Finds outliers: a few rows, far from the others, that carry more than half of the variance.
 
     Args:
         log_p: (n,), finite, n at least LEAST.
+        weights: (n,), see `concentration`. Absolute values are used for mean and spread of the other rows.
 
     Returns:
         (share, rows). `share` is the largest fraction of the variance that a few far rows carry, and 0 if no row is far
@@ -103,12 +117,15 @@ def outlying(log_p: Tensor) -> tuple[float, Tensor]:
     # squares of values such as 1e200 overflow float64
     scale = float(log_p.abs().max()) or 1.0
     values = (log_p - log_p.median()) / scale
-    apart = (values - values.mean()).square()
+    w = torch.ones_like(values) if weights is None else weights.to(values) / float(weights.abs().max())
+    apart = (w * (values - average(values, weights))).square()
     order = apart.sort(descending=True, stable=True).indices
     # Mean and variance without the first 1, 2, ... rows. The sums start at the last row, so that huge first rows do not
     # cause rounding errors
-    ordered, left = values[order], torch.arange(n - 1, n - 1 - most, -1)
-    first, second = (each.flip(0).cumsum(0).flip(0)[1 : most + 1] / left for each in (ordered, ordered.square()))
+    ordered, w = values[order], w[order].abs()
+    sums = (w, w * ordered, w * ordered.square())
+    left, first, second = (each.flip(0).cumsum(0).flip(0)[1 : most + 1] for each in sums)
+    first, second = first / left, second / left
     spread = (second - first.square()).clamp_min(0).sqrt().clamp_min(SMALL / scale)
     far = (ordered[:most] - first).abs() > FAR * spread
     shares = torch.where(far, apart[order[:most]].cumsum(0) / apart.sum().clamp_min(torch.finfo(apart.dtype).tiny), 0.0)

@@ -8,8 +8,9 @@ from html import escape
 from pathlib import Path
 
 from flowtrain.evaluation import Check, Evaluation
+from flowtrain.evaluation.result import ContextBin, p_words
 from flowtrain.utils.files import write_text
-from flowtrain.utils.formatting import as_table, brief, cell, counted
+from flowtrain.utils.formatting import as_table, brief, cell, counted, with_error
 
 Row = tuple[str, ...]
 # figures that HTML can contain, by their endings, the preferred kind first
@@ -81,7 +82,7 @@ def chosen_figures(figures: Sequence[Path]) -> list[Path]:
 def tables_of(result: Evaluation) -> list[Table]:
     """Returns the tables of the report: the numbers, the error budget and the checks."""
     unit = result.unit[0]
-    return [
+    tables = [
         Table("Results", "", ("", ""), list(result.rows())),
         Table(
             "Error budget",
@@ -99,6 +100,31 @@ def tables_of(result: Evaluation) -> list[Table]:
             [(c.label, _number(c.value), _number(c.limit), _verdict(c), c.message or "") for c in result.checks],
         ),
     ]
+    if result.calibration.by_context:
+        tables.append(
+            Table(
+                "Calibration by context",
+                f"Rows with similar contexts. NLL is in {unit}. KS is the largest Kolmogorov-Smirnov distance of a "
+                "transform. p-values are corrected for the number of transforms and of bins.",
+                ("column", "context", "rows", "NLL", "KS", "p"),
+                [context_row(result, one) for one in result.calibration.by_context],
+            )
+        )
+    return tables
+
+
+def context_row(result: Evaluation, one: ContextBin) -> Row:
+    """Returns the cells of a bin in the table of the calibration by context."""
+    _, scale = result.unit
+    nll = with_error(scale * one.nll, scale * one.nll_stderr)
+    return (
+        one.column,
+        one.words,
+        f"{one.n:,}",
+        nll,
+        f"{one.ks:.3f} ({one.worst})",
+        p_words(one.p_value).removeprefix("= "),
+    )
 
 
 def budget_rows(result: Evaluation) -> list[Row]:

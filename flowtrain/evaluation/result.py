@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -134,6 +134,45 @@ class Member:
 
 
 @dataclass(frozen=True)
+class ContextBin:
+    """NLL and calibration of the rows with similar contexts, see `evaluation.calibration.calibration_by_context`.
+
+    Attributes:
+        column: the name of the context column.
+        low, high: the smallest and the largest value of a real column in this bin. None for a category.
+        category: the category of a categorical column. None for a real column.
+        n: the number of rows.
+        nll, nll_stderr: the NLL of these rows in nats per sample, and its standard error.
+        ks: the largest Kolmogorov-Smirnov distance of the transforms of these rows, see `Calibration`.
+        worst: the name of the transform with this distance.
+        p_value: the probability of a distance at least as large if the rows are draws from the model, with Bonferroni's
+            correction for the number of transforms and the number of bins of all columns.
+    """
+
+    column: str
+    low: float | None
+    high: float | None
+    category: str | None
+    n: int
+    nll: float
+    nll_stderr: float
+    ks: float
+    worst: str
+    p_value: float
+
+    @property
+    def words(self) -> str:
+        """The range or the category, such as "1.2 to 3.4" or "red"."""
+        if self.category is not None:
+            return self.category
+        return f"{self.low:.3g}" if self.low == self.high else f"{self.low:.3g} to {self.high:.3g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content for JSON, with either `category`, or `low` and `high`."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class Calibration:
     """A test whether latents of the data are draws from the base, see `evaluation.calibration.calibration`.
 
@@ -145,6 +184,8 @@ class Calibration:
         p_value: the probability of a distance at least as large if the data are draws from the model, with Bonferroni's
             correction for the number of transforms.
         radius: the distance of the transform "radius". None for an ensemble.
+        by_context: the same by ranges and categories of the context, in the order of the context columns. () for a flow
+            that is not conditional, and for few rows.
     """
 
     n: int
@@ -152,6 +193,12 @@ class Calibration:
     worst: str
     p_value: float
     radius: float | None
+    by_context: tuple[ContextBin, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content for JSON. Only conditional flows have the key `by_context`."""
+        content = {key: value for key, value in asdict(self).items() if key != "by_context"}
+        return content | ({"by_context": [one.to_dict() for one in self.by_context]} if self.by_context else {})
 
 
 @dataclass(frozen=True)
@@ -185,8 +232,84 @@ class OODDetection:
     entropy_of: str
 
 
+@dataclass(frozen=True)
+class RankTest:
+    """A test whether ranks of rows among samples of the flow are uniform, see `flowtrain.evaluation.sbc.rank_test`.
+
+    Attributes:
+        statistic: the largest distance sup_u |F_n(u) - u| of the ranks, scaled to [0, 1], from uniform ranks.
+        p_value: the probability of ranks at least as far from uniform if the rows are draws from the flow.
+    """
+
+    statistic: float
+    p_value: float
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """A key that sorts tests from the least to the most uniform. Of equal p-values, the statistic decides."""
+        return self.p_value, -self.statistic
+
+
+@dataclass(frozen=True)
+class Coverage(RankTest):
+    """Expected coverage of credible regions, with the test of their ranks.
+
+    Attributes:
+        levels: the probabilities of regions under the flow.
+        coverage: the share of the rows that are inside of their region, for each level.
+    """
+
+    levels: tuple[float, ...]
+    coverage: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SimulationCalibration:
+    """Simulation-based calibration (SBC) and expected coverage, see `flowtrain.evaluation.sbc`.
+
+    Attributes:
+        n: the number of rows.
+        samples: the number of samples for each row.
+        columns: the test of the ranks of each column, by its name. Its p-value is for this column alone.
+        tarp: regions around random reference points (TARP).
+        density: highest-density regions.
+    """
+
+    n: int
+    samples: int
+    columns: dict[str, RankTest]
+    tarp: Coverage
+    density: Coverage
+
+    @property
+    def worst(self) -> str:
+        """The name of the column whose ranks are the least uniform."""
+        return min(self.columns, key=lambda name: self.columns[name].order)
+
+    @property
+    def p_value(self) -> float:
+        """The p-value of all columns together, with Bonferroni's correction."""
+        return min(1.0, len(self.columns) * self.columns[self.worst].p_value)
+
+
+class Ranks(NamedTuple):
+    """The ranks of rows among samples of the flow, scaled to [0, 1]: uniform for a perfect flow.
+
+    Attributes:
+        columns: by the value of each column, (n, d).
+        tarp: by the distance to a reference point, (n,).
+        density: by -log p, (n,).
+    """
+
+    columns: Tensor
+    tarp: Tensor
+    density: Tensor
+
+
 # Attributes for figures that are not in tables or JSON
-PRIVATE = ("bits_per_nat", "scores", "sets", "pit", "member_scores")
+PRIVATE = ("bits_per_nat", "scores", "sets", "pit", "member_scores", "context_pit", "ranks")
+# Largest number of context columns in the table
+MOST_CONTEXT_COLUMNS = 3
 # Largest number of rows listed in a message
 NAMED = 5
 # Width of the column of names in tables
@@ -204,6 +327,9 @@ class Evaluation:
         nll_stderr: the standard error over the rows. It includes the noise of estimated traces and of dequantization,
             because each row has independent noise. `error` adds the errors of the solver and of the dtype.
         n: the number of rows.
+        n_effective: the effective number of weighted rows, (sum w)^2 / sum w^2 (Kish 1965, Survey sampling). None
+            without weights. With weights, all means over rows and their standard errors are weighted, see
+            `flowtrain.utils.weighting`.
         split: "val" or "test" for a held-out set of a `Dataset`; "all" for rows of a file or an array.
         step: the training step of the weights.
         bits_per_dim: nll / (D log 2) for integer-valued images, else None.
@@ -229,6 +355,7 @@ class Evaluation:
         baselines: likelihoods of simple densities on the same rows, by name. None without `trained_on`, and for images
             and toys.
         members: the members of an ensemble. None for a flow.
+        sbc: simulation-based calibration and expected coverage. None if it was not requested.
         spread: the mean over the rows of the weighted standard deviation of log p between the members of an ensemble,
             in nats. Rows are left out if log p of a member is not finite. None if only one member has a weight, and for
             a flow.
@@ -238,11 +365,15 @@ class Evaluation:
         pit: probability integral transforms of latents by name, (rows,).
         member_scores: log p of each member of an ensemble, (n, M), float64, in the order of `members`. It is NaN if it
             could not be computed. None for a flow.
+        ranks: the ranks of the rows in `sbc`. None without `sbc`.
+        context_pit: for each entry of `calibration.by_context`, the name of a transform and its values for these rows,
+            (rows,). All bins of a column have the same transform.
     """
 
     nll: float
     nll_stderr: float
     n: int
+    n_effective: float | None
     split: str
     step: int
     bits_per_dim: float | None
@@ -272,19 +403,28 @@ class Evaluation:
     sets: tuple[Tensor, Tensor] | None
     pit: dict[str, Tensor]
     member_scores: Tensor | None
+    context_pit: tuple[tuple[str, Tensor], ...] = ()
+    sbc: SimulationCalibration | None = None
+    ranks: Ranks | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of eval.json: the numbers above in this order, checks by name, and the headline.
 
-        Arrays are left out. Only ensembles have the keys `members` and `spread`.
+        Arrays are left out. Only ensembles have the keys `members` and `spread`, only weighted rows have `n_effective`,
+        and the key `sbc` exists only if SBC was requested.
         """
         content = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE}
+        content["calibration"] = self.calibration.to_dict()
         if self.baselines is not None:
             content["baselines"] = {name: found.to_dict() for name, found in self.baselines.items()}
+        if self.n_effective is None:
+            del content["n_effective"]
         if self.members is None:
             del content["members"], content["spread"]
         else:
             content["members"] = [asdict(member) for member in self.members]
+        if self.sbc is None:
+            del content["sbc"]
         content["checks"] = {c.name: {k: v for k, v in asdict(c).items() if k != "name"} for c in self.checks}
         return {**content, "headline": self.headline}
 
@@ -353,7 +493,8 @@ class Evaluation:
         rows = [("NLL", self.headline.removeprefix("NLL "))]
         if self.bits_per_nat is not None:
             rows.append(("", f"{with_error(self.nll, self.error)} nats"))
-        rows.append(("data", f"{self.rows_words}, {counted(self.n, 'row')}"))
+        effective = "" if self.n_effective is None else f", weighted ({self.n_effective:,.4g} effective rows)"
+        rows.append(("data", f"{self.rows_words}, {counted(self.n, 'row')}{effective}"))
         if self.kl is not None and self.kl_stderr is not None:
             rows.append(("KL", f"{with_error(self.kl, self.kl_error)} nats  (entropy {self.entropy:.4f})"))
         rows += self._baseline_rows()
@@ -376,6 +517,8 @@ class Evaluation:
         radius = "" if c.radius is None else f"; radius {c.radius:.3f}"
         words = f"KS {c.statistic:.3f} ({c.worst}), p {p_words(c.p_value)}{radius}"
         rows.append(("latents" if self.members is None else "density rank", words))
+        rows += self._context_rows()
+        rows += self._sbc_rows()
         if self.ood is not None:
             o = self.ood
             finite = f" over the {o.n - o.infinite:,} rows with a finite log p" if o.infinite else ""
@@ -406,6 +549,37 @@ class Evaluation:
         if self.spread is not None:
             name, scale = self.unit
             rows.append(("", f"standard deviation of log p between members {brief(scale * self.spread)} {name}"))
+        return rows
+
+    def _sbc_rows(self) -> list[tuple[str, str]]:
+        if self.sbc is None:
+            return []
+        s, name = self.sbc, self.sbc.worst
+        ranked = f"{counted(s.n, 'row')}, {counted(s.samples, 'sample')} each"
+        column = f"column {name} {s.columns[name].statistic:.3f}, p {p_words(s.p_value)}"
+        rows = [("SBC", f"{ranked}; ranks of {column}")]
+        for what, found in (("TARP", s.tarp), ("density", s.density)):
+            shares = ", ".join(f"{a:.0%}: {c:.1%}" for a, c in zip(found.levels, found.coverage, strict=True))
+            rows.append(("", f"coverage by {what} {found.statistic:.3f}, p {p_words(found.p_value)} ({shares})"))
+        return rows
+
+    def _context_rows(self) -> list[tuple[str, str]]:
+        """Returns a line for each context column, for the columns with the smallest p-values."""
+        columns: dict[str, list[ContextBin]] = {}
+        for one in self.calibration.by_context:
+            columns.setdefault(one.column, []).append(one)
+        order = sorted(columns, key=lambda name: min(one.p_value for one in columns[name]))
+        rows: list[tuple[str, str]] = []
+        for name in order[:MOST_CONTEXT_COLUMNS]:
+            best, last = (choose(columns[name], key=lambda one: one.nll) for choose in (min, max))
+            worst = min(columns[name], key=lambda one: (one.p_value, -one.ks))
+            unit, scale = self.unit
+            low, high = (with_error(scale * one.nll, scale * one.nll_stderr) for one in (best, last))
+            nll = f"NLL {low} ({best.words}) to {high} {unit} ({last.words})"
+            words = f"{name}: {nll}; KS {worst.ks:.3f} ({worst.words}), p {p_words(worst.p_value)}"
+            rows.append(("" if rows else "by context", words))
+        if len(order) > MOST_CONTEXT_COLUMNS:
+            rows.append(("", f"and {counted(len(order) - MOST_CONTEXT_COLUMNS, 'other column')}"))
         return rows
 
     def _error_words(self) -> str:

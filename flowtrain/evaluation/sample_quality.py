@@ -19,6 +19,7 @@ from flowtrain.ode import Solver, ode_solver, record_solves
 from flowtrain.utils.errors import ConfigError, NonFiniteError
 from flowtrain.utils.process import seeded
 from flowtrain.utils.status import status
+from flowtrain.utils.weighting import resample
 
 METHODS = ("euler", "midpoint")
 PROJECTIONS = 256
@@ -108,16 +109,30 @@ def quality(flow: Flow, data: Dataset, steps: Sequence[int], seed: int = 0) -> S
     n = min(len(data.test), len(data.val), ROWS)
     methods = METHODS if own.adaptive else (own.method,)
     with seeded(seed, flow.like.device):
-        real, other = (flow.dequantized(x[:n]).cpu() for x in (data.test, data.val))
+        of_test, of_val = (rows_by_weight(weights, n) for weights in (data.test_weights, data.val_weights))
+        real, other = (flow.dequantized(x).cpu() for x in (data.test[of_test], data.val[of_val]))
         # warm up, because the first solve is slower
-        flow.sample(10)
+        flow.sample(10, context=flow.some_context(10))
     # samples have the context of the test data
     _, context = held_out(flow, data, "test")
-    measured = partial(_quality_with, flow, real=real, context=None if context is None else context[:n], seed=seed)
+    measured = partial(_quality_with, flow, real=real, context=None if context is None else context[of_test], seed=seed)
     exact = measured(solver=own, steps=None)
     rows = [measured(solver=ode_solver(m, steps=k, max_nfe=own.max_nfe), steps=k) for m in methods for k in steps]
     distance, error = sliced_wasserstein(other, real), distance_error(other, real)
     return SampleQuality(n, PROJECTIONS, distance, error, exact, tuple(rows))
+
+
+def rows_by_weight(weights: Tensor | None, n: int) -> Tensor:
+    """Returns the positions of n rows: the first n, or rows that are drawn by weight.
+
+    Raises:
+        ConfigError: negative weights.
+    """
+    if weights is None:
+        return torch.arange(n)
+    if bool((weights < 0).any()):
+        raise ConfigError("quality: not possible with negative weights (data.signed_weights), which no set of rows has")
+    return resample(weights, n)
 
 
 def _quality_with(

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from flowtrain.flow import Context, Density, Flow
 from flowtrain.ode import Solver
-from flowtrain.utils.errors import FlowtrainError, NonFiniteError
+from flowtrain.utils.errors import DataError, FlowtrainError, NonFiniteError
 from flowtrain.utils.formatting import as_ranges
+from flowtrain.utils.weighting import average
 
 # EM stops if the mean log-likelihood is at most GAP nats below its maximum, or after this number of iterations
 GAP, ITERATIONS = 1e-6, 10_000
@@ -187,7 +188,7 @@ def difference_in_kind(one: Density, other: Density) -> str | None:
 
 
 @torch.no_grad()
-def stacking_weights(log_p: Tensor) -> list[float]:
+def stacking_weights(log_p: Tensor, of_rows: Tensor | None = None) -> list[float]:
     """Computes the weights w (M,) on the simplex that maximise mean_i log sum_m w_m p_m(x_i), by EM.
 
     The objective is concave. An iteration is w_m <- w_m g_m with g_m = mean_i p_m(x_i) / sum_k w_k p_k(x_i). The
@@ -198,9 +199,11 @@ def stacking_weights(log_p: Tensor) -> list[float]:
     Args:
         log_p: log p_m(x_i) in nats, (n, M), for rows that no member was trained on. A value that is not finite counts
             as zero density.
+        of_rows: the weights of the rows, (n,), with which the means are weighted, or None.
 
     Raises:
         NonFiniteError: there are no rows, or a row at which no member has a finite log p.
+        DataError: weights of rows that are negative, for which EM does not converge.
 
     Example:
         >>> log_p = torch.tensor([[0.5, 0.1], [0.5, 0.1], [0.1, 0.5]]).log()
@@ -208,6 +211,13 @@ def stacking_weights(log_p: Tensor) -> list[float]:
         [0.75, 0.25]
     """
     log_p = log_p.double()
+    if of_rows is not None:
+        if bool((of_rows < 0).any()):
+            raise DataError(
+                "the weights of the members cannot be computed, because some validation rows have negative weights "
+                "(data.signed_weights); give the weights of the members, or weights=equal"
+            )
+        log_p, of_rows = log_p[of_rows != 0], of_rows[of_rows != 0]
     log_p = torch.where(log_p.isfinite(), log_p, -torch.inf)
     best = log_p.amax(1, keepdim=True)
     lost = (~best.isfinite()).flatten().nonzero().flatten()
@@ -222,9 +232,10 @@ def stacking_weights(log_p: Tensor) -> list[float]:
             "(weights=equal)"
         )
     p = (log_p - best).exp()
+    share = p.new_full((len(p),), 1 / len(p)) if of_rows is None else (of_rows / of_rows.sum()).to(p)
     w = p.new_full((p.shape[1],), 1 / p.shape[1])
     for _ in range(ITERATIONS):
-        gain = (p / (p @ w).unsqueeze(1)).mean(0)
+        gain = share @ (p / (p @ w).unsqueeze(1))
         w = w * gain
         w = w / w.sum()
         if float(gain.max()) - 1 < GAP:
@@ -234,29 +245,32 @@ def stacking_weights(log_p: Tensor) -> list[float]:
         rest[m] = 0
         if float(rest.sum()) > 0:
             rest = rest / rest.sum()
-            loss = ((p @ w).log() - (p @ rest).log()).mean()
+            loss = share @ ((p @ w).log() - (p @ rest).log())
             w = rest if float(loss) <= LOSS else w
     return [float(each) for each in w]
 
 
-def sparse_weights(log_p: Tensor) -> list[float]:
+def sparse_weights(log_p: Tensor, of_rows: Tensor | None = None) -> list[float]:
     """Computes stacking weights with few nonzero members; see `stacking_weights`.
 
     Members are removed one by one, as long as each removal lowers the mean log p by at most SPARSE_LOSS nats.
 
     Args:
         log_p: log p of the validation rows by each member, (n, M), in nats.
+        of_rows: the weights of the rows, (n,), or None.
 
     Raises:
-        NonFiniteError: as in `stacking_weights`.
+        NonFiniteError, DataError: as in `stacking_weights`.
     """
+    if of_rows is not None:
+        log_p, of_rows = log_p[of_rows != 0], of_rows[of_rows != 0]
     log_p = torch.where(log_p.isfinite(), log_p, -math.inf)
 
     def fitted(kept: Sequence[int]) -> tuple[float, list[float]]:
         weights = [0.0] * log_p.shape[1]
-        for m, weight in zip(kept, stacking_weights(log_p[:, kept]), strict=True):
+        for m, weight in zip(kept, stacking_weights(log_p[:, kept], of_rows), strict=True):
             weights[m] = weight
-        return -float(stacked(log_p, weights).mean()), weights
+        return -float(average(stacked(log_p, weights), of_rows)), weights
 
     nll, weights = fitted(range(log_p.shape[1]))
     while True:

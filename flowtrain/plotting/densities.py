@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowtrain.plotting import points, scales, style
 from flowtrain.plotting.options import DEFAULT, PlotOptions
-from flowtrain.plotting.points import Array, LogDensity, Range
+from flowtrain.plotting.points import EVERYWHERE, Array, LogDensity, Range
 from flowtrain.plotting.scales import Scale, axis_label, set_ticks
 
 HEIGHT_1D = 3.9
@@ -30,13 +30,14 @@ def draw_flow_1d(
     *,
     data: Tensor,
     samples: Tensor,
-    log_density: LogDensity,
+    log_density: LogDensity | None,
     title: str,
     column: str = "x",
     true_log_density: LogDensity | None = None,
     resolution: int = RESOLUTION_1D,
     log_scale: bool = False,
     options: PlotOptions = DEFAULT,
+    support: Range = EVERYWHERE,
 ) -> None:
     """Draws the density of the model with histograms of data (N, 1) and samples (M, 1).
 
@@ -44,18 +45,21 @@ def draw_flow_1d(
     densities are per unit of the axis.
 
     Args:
-        log_density: maps (resolution, 1) to (resolution,), in nats. It is called once.
+        log_density: maps (resolution, 1) to (resolution,), in nats. It is called once. None: no density is drawn.
         column: the name of the column.
         true_log_density: the log density of the data if it is known.
         log_scale: whether the axis of densities is logarithmic.
+        support: the range of values, which the axis does not leave.
     """
     real, model = points.as_points(data, samples)
     points.require_width(real, 1)
     scale = scales.choose_scale(real.values[:, 0])
     real, model = (scales.on_axes([scale], each) for each in (real, model))
-    limits = points.common_range(real.values[:, 0], model.values[:, 0])
+    limits = _within(points.common_range(real.values[:, 0], model.values[:, 0]), scale, support)
     x = points.centres(limits, resolution)
-    density = points.evaluate(scales.density_on_axes([scale], log_density), x[:, None])
+    density = np.zeros_like(x)
+    if log_density is not None:
+        density = points.evaluate(scales.density_on_axes([scale], log_density), x[:, None])
     bins = points.count_bins(real.values[:, 0], limits, points.common_count(real.values, model.values))
     observed, edges = points.histogram_1d(real.values, limits, bins)
     sampled, _ = points.histogram_1d(model.values, limits, bins)
@@ -66,8 +70,9 @@ def draw_flow_1d(
         axes.stairs(observed, edges, fill=True, color=style.DATA_SHADES[0], linewidth=0, label=name)
         name = points.noted("samples", model.dropped_note(), points.outside_note(model, [limits]))
         axes.stairs(sampled, edges, color=style.SAMPLES, linewidth=1.3, baseline=None, label=name)
-        name = points.noted("model density", points.missing_note(density))
-        axes.plot(x, np.minimum(density, 1e30), color=style.DENSITY, label=name)
+        if log_density is not None:
+            name = points.noted("model density", points.missing_note(density))
+            axes.plot(x, np.minimum(density, 1e30), color=style.DENSITY, label=name)
         if true_log_density is not None:
             truth = points.evaluate(scales.density_on_axes([scale], true_log_density), x[:, None])
             axes.plot(x, np.minimum(truth, 1e30), color=style.GREEN, dashes=style.DASHES[1], label="true density")
@@ -112,13 +117,14 @@ def draw_flow_2d(
     *,
     data: Tensor,
     samples: Tensor,
-    log_density: LogDensity,
+    log_density: LogDensity | None,
     title: str,
     columns: Sequence[str] = ("x1", "x2"),
     true_log_density: LogDensity | None = None,
     resolution: int = 120,
     log_scale: bool = False,
     options: PlotOptions = DEFAULT,
+    supports: Sequence[Range] = (EVERYWHERE, EVERYWHERE),
 ) -> None:
     """Draws data (N, 2), samples (M, 2), the density of the model and the true density in a row of square panels.
 
@@ -127,16 +133,19 @@ def draw_flow_2d(
     The axis of a heavy-tailed column has an asinh scale, and densities are per unit of the axes.
 
     Args:
-        log_density: maps (resolution**2, 2) to (resolution**2,), in nats. It is called once.
+        log_density: maps (resolution**2, 2) to (resolution**2,), in nats. It is called once. None: the model has no
+            panel.
         columns: the names of the columns.
         true_log_density: the log density of the data if it is known. None: no fourth panel.
         log_scale: whether colours show log densities, from the top of the colour scale to DEPTH_2D nats below.
+        supports: the ranges of values of the columns, which the axes do not leave.
     """
     real, model = points.as_points(data, samples)
     points.require_width(real, 2)
     scaled = [scales.choose_scale(column) for column in real.values.T]
     real, model = (scales.on_axes(scaled, each) for each in (real, model))
-    limits = picture_limits(real.values, model.values)
+    across, up = map(_within, picture_limits(real.values, model.values), scaled, supports)
+    limits = across, up
     blur = points.blur_2d(points.common_count(real.values, model.values))
     panels = [
         (
@@ -154,7 +163,7 @@ def draw_flow_2d(
             panels.append((points.noted(name, points.missing_note(heights)), heights))
     peaks = [points.peak(heights) for _, heights in panels]
     # the peak of a true density is exact, but the peaks of data and model depend on noise and on the fit
-    top = (peaks[3] if len(peaks) > 3 else 0.0) or min(max(peaks), BRIGHTEST * peaks[0]) or 1.0
+    top = (peaks[-1] if true_log_density is not None else 0.0) or min(max(peaks), BRIGHTEST * peaks[0]) or 1.0
     with style.styled():
         figure, row, side = _row_of_panels(len(panels), limits, scaled, columns, title, options)
         for axes, (name, heights) in zip(row, panels, strict=True):
@@ -166,6 +175,12 @@ def draw_flow_2d(
             figure, left, side, top, brightest > top, log_scale, "area" if all(s.plain for s in scaled) else "axes"
         )
         style.save(figure, path, options)
+
+
+def _within(limits: Range, scale: Scale, support: Range) -> Range:
+    """Returns the limits of an axis, cut to a range of values."""
+    low, high = (float(place) for place in scale.places(np.array(support)))
+    return max(limits[0], low), min(limits[1], high)
 
 
 def picture_limits(values: Array, samples: Array | None = None) -> tuple[Range, Range]:

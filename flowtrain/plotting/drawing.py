@@ -1,5 +1,6 @@
 """Functions for all figures of a flow: settings during drawing, test samples, latents, and warnings on failure."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from flowtrain.ode import Solver
 from flowtrain.utils.errors import FlowtrainError
 from flowtrain.utils.process import seeded
 from flowtrain.utils.status import phase
+from flowtrain.utils.weighting import cancelled, resample
 
 AnyDensity = TypeVar("AnyDensity", bound=Density)
 
@@ -21,6 +23,8 @@ log = logging.getLogger("flowtrain")
 
 # the solver tolerance: errors of this size are invisible in a figure, and a tighter solve of a whole grid takes long
 TOLERANCE = 1e-4
+# number of rows among which negative weights are cancelled, which takes a sort of these rows for each negative weight
+MOST_CANCELLED = 4_000
 
 
 @contextmanager
@@ -56,6 +60,29 @@ def drawing(flow: AnyDensity, tolerance: float = TOLERANCE, seed: int = 0) -> It
         yield flow.with_solvers(loosened)
 
 
+def as_drawn(data: Dataset) -> Dataset:
+    """Returns the data with test rows of equal weights, because figures show each row alike.
+
+    Weighted rows are drawn by weight, see `flowtrain.utils.weighting.resample`. If weights are negative, they are first
+    cancelled with the weights of near rows, see `cancelled`, and only the first MOST_CANCELLED rows are used.
+    """
+    weights = data.test_weights
+    if weights is None:
+        return data
+    if bool((weights < 0).any()):
+        weights = weights[:MOST_CANCELLED]
+        weights = cancelled(data.test[:MOST_CANCELLED].flatten(1).double().cpu(), weights.cpu())
+    rows = resample(weights)
+    # the rows of a figure are often the first rows
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    shown = copy.copy(data)
+    shown.test, shown.test_weights = data.test[rows], None
+    for extra in ("test_labels", "test_context"):
+        values = getattr(data, extra)
+        setattr(shown, extra, None if values is None else values[rows])
+    return shown
+
+
 def first_test_samples(flow: Density, data: Dataset, n: int, label: int | None = None) -> tuple[Tensor, Tensor | None]:
     """Returns the first n test samples, and their labels for a conditional flow.
 
@@ -69,10 +96,9 @@ def first_test_samples(flow: Density, data: Dataset, n: int, label: int | None =
     return x[:n].to(device), None if flow.classes is None or labels is None else labels[:n].to(device)
 
 
-def draw_latents(flow: Flow, n: int, temperature: float = 1.0, label: int | None = None) -> Tensor:
-    """Draws samples of the base, (n, *event), for a label of a conditional flow."""
-    labels = None if label is None else flow.labels(label, flow.like.new_empty(n, 0))
-    return flow.base.given(labels).sample(n, temperature=temperature, like=flow.like)
+def draw_latents(flow: Flow, n: int, temperature: float = 1.0) -> Tensor:
+    """Draws samples of the base, (n, *event)."""
+    return flow.base.sample(n, temperature=temperature, like=flow.like)
 
 
 def evaluate_inside_range(

@@ -11,9 +11,11 @@ from flowtrain.evaluation import Evaluation
 from flowtrain.evaluation.calibration import DENSITY, RADIUS
 from flowtrain.flow import Density, Flow
 from flowtrain.plotting import image_pictures, vector_pictures
-from flowtrain.plotting.drawing import drawing, warn_if_plotting_fails
+from flowtrain.plotting.context_figures import draw_calibration_by_context
+from flowtrain.plotting.drawing import as_drawn, drawing, warn_if_plotting_fails
 from flowtrain.plotting.evaluation_figures import draw_calibration, draw_ood
 from flowtrain.plotting.options import DEFAULT, PlotOptions
+from flowtrain.plotting.sbc_figure import draw_sbc
 from flowtrain.plotting.transport_pictures import draw_transport_pictures
 from flowtrain.utils.formatting import counted
 
@@ -29,7 +31,7 @@ def draw_evaluation(
     path_of: Callable[[str], Path],
     options: PlotOptions = DEFAULT,
 ) -> list[Path]:
-    """Draws the calibration, and the OOD detection if the evaluation includes it.
+    """Draws the calibration, for a conditional flow also by context, and SBC and OOD detection if they are included.
 
     Args:
         title: the model and the data.
@@ -50,6 +52,23 @@ def draw_evaluation(
         )
         draw_calibration(path_of("calibration"), pit=pit, title=words, labels=labels, note=note, options=options)
         drawn += options.files(path_of("calibration"))
+    if found.by_context:
+        with warn_if_plotting_fails("calibration by context"):
+            draw_calibration_by_context(
+                path_of("calibration_by_context"),
+                bins=found.by_context,
+                transforms=[(RANKS if name == DENSITY else name, u) for name, u in result.context_pit],
+                labels=labels,
+                unit=result.unit,
+                title=f"{title}, calibration by context ({result.rows_words})",
+                options=options,
+            )
+            drawn += options.files(path_of("calibration_by_context"))
+    if result.sbc is not None and result.ranks is not None:
+        with warn_if_plotting_fails("sbc"):
+            words = f"{title}, {counted(result.sbc.n, 'row')} among {counted(result.sbc.samples, 'sample')} each"
+            draw_sbc(path_of("sbc"), result=result.sbc, ranks=result.ranks, title=words, options=options)
+            drawn += options.files(path_of("sbc"))
     if result.ood is None or result.sets is None:
         return drawn
     unit, scale = result.unit
@@ -90,21 +109,26 @@ def draw(
     label: int | None = None,
     log_scale: bool = False,
     options: PlotOptions = DEFAULT,
+    context: Tensor | None = None,
 ) -> None:
     """Draws data beside samples of a flow: densities of one or two columns, a corner plot of more columns, or images.
 
-    The random state of torch is unchanged. Samples of a conditional flow have the labels of the data.
+    The random state of torch is unchanged. Samples of a conditional flow that this function draws have the labels or
+    the contexts of the data.
 
     Args:
         samples: samples of the flow. None: this function draws them.
         label: the class of `samples`. Only data of this class are drawn.
         log_scale: whether densities of one or two columns are shown on a logarithmic scale.
+        context: for a flow with context columns, the context of `samples`: (1, k) for all, or (n, k). With one context,
+            only the data with the nearest contexts are drawn.
     """
+    data = as_drawn(data)
     with drawing(flow) as flow:
         if len(flow.event_shape) == 3:
             image_pictures.draw(flow, data, path, title, samples, label, options)
         else:
-            vector_pictures.draw(flow, data, path, title, samples, label, log_scale, options)
+            vector_pictures.draw(flow, data, path, title, samples, label, log_scale, options, context)
 
 
 def draw_other_figures(
@@ -121,6 +145,7 @@ def draw_other_figures(
     Returns:
         The files that were written.
     """
+    data = as_drawn(data)
     if len(flow.event_shape) == 3:
         return image_pictures.draw_other_figures(flow, data, path_of, title, options)
     return draw_transport_pictures(flow, data, path_of, title, options) if flow.event_shape == (2,) else []

@@ -48,7 +48,7 @@ class Step:
         """Whether the step is a continuous flow without layers after it."""
         return self.first is not None and not list(self.rest)
 
-    def states(self, y: Tensor, parts: list[float], label: Tensor | None) -> Iterator[Tensor]:
+    def states(self, y: Tensor, parts: list[float], context: Tensor | None) -> Iterator[Tensor]:
         """Yields the states at each of `parts` and at the end of the step. The state at the start is y (B, *event).
 
         The parts are in ascending order. A solver with fixed steps starts each time from y, because its steps depend on
@@ -58,9 +58,9 @@ class Step:
         for start, end in pairwise([0.0, *parts, 1.0]):
             if self.first is not None and end > start:
                 begin, state = (start, y) if _adaptive(self.first) else (0.0, origin)
-                y, after = between(self.first, begin, end).map_forward(state, label), None
+                y, after = between(self.first, begin, end).map_forward(state, context), None
             if after is None:
-                after = self.rest.map_forward(y, label)
+                after = self.rest.map_forward(y, context)
             yield torch.lerp(y, after, smoothstep(end))
 
 
@@ -144,41 +144,45 @@ class Trajectory:
         last = len(self.steps) - 1
         return (last, 1.0) if moment.step > last else (moment.step, moment.part)
 
-    def states(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+    def states(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns the states at all moments, (K, B, *event) in data units, from z (B, *event)."""
         found: list[Tensor] = []
-        z = self.base.map_forward(z, label)
+        z = self.base.map_forward(z, context)
         for number, step in enumerate(self.steps):
             parts = [moment.part for moment in self.moments if moment.step == number]
-            *here, z = step.states(z, parts, label)
+            *here, z = step.states(z, parts, context)
             found += here
         # the last moment is after all steps
         return torch.stack([self.frame.map_forward(y) for y in (*found, z)])
 
-    def log_density(self, x: Tensor, moment: Moment, label: Tensor | None = None) -> Tensor:
-        """Returns log p_t(x) at a moment, (B,) in nats, for x (B, *event) in data units and labels (B,)."""
+    def log_density(self, x: Tensor, moment: Moment, context: Tensor | None = None) -> Tensor:
+        """Returns log p_t(x) at a moment, (B,) in nats, for x (B, *event) in data units.
+
+        Args:
+            context: the result of `Flow.features` for each row.
+        """
         y, log_det = self.frame.inverse(x)
         number, part = moment
         if not part:
-            return log_det + self._pulled_back(y, number, label)
+            return log_det + self._pulled_back(y, number, context)
         first = self.steps[number].first
         if first is not None and self.steps[number].is_continuous:
-            start, behind = between(first, 0.0, part).inverse(y, label)
-            return log_det + behind + self._pulled_back(start, number, label)
+            start, behind = between(first, 0.0, part).inverse(y, context)
+            return log_det + behind + self._pulled_back(start, number, context)
         p = y.new_tensor(smoothstep(part))
-        before, after = (self._pulled_back(y, n, label) for n in (number, number + 1))
+        before, after = (self._pulled_back(y, n, context) for n in (number, number + 1))
         return log_det + torch.logaddexp(before + (1 - p).log(), after + p.log())
 
-    def _pulled_back(self, y: Tensor, number: int, label: Tensor | None) -> Tensor:
+    def _pulled_back(self, y: Tensor, number: int, context: Tensor | None) -> Tensor:
         """Returns the log density after the first `number` steps at y, in the coordinates before `frame`."""
         total = y.new_zeros(len(y))
         for step in reversed(self.steps[:number]):
-            y, log_det = step.whole.inverse(y, label)
+            y, log_det = step.whole.inverse(y, context)
             total = total + log_det
-        z, log_det = self.base.inverse(y, label)
-        return total + log_det + self.flow.base_log_prob(z, label)
+        z, log_det = self.base.inverse(y, context)
+        return total + log_det + self.flow.base_log_prob(z, context)
 
-    def velocity(self, x: Tensor, moment: Moment, label: Tensor | None = None) -> Tensor | None:
+    def velocity(self, x: Tensor, moment: Moment, context: Tensor | None = None) -> Tensor | None:
         """Returns dx/dt at x (B, *event) in data units, at a moment of a continuous flow; None for other steps."""
         number, time = self._within(moment)
         first = self.steps[number].first
@@ -186,7 +190,7 @@ class Trajectory:
             return None
         flow, y = innermost(first), self.frame.map_inverse(x)
         assert isinstance(flow, Continuous)
-        v = evaluate_inside(first, lambda inside: flow.velocity(label)(inside.new_tensor(time), inside), y)
+        v = evaluate_inside(first, lambda inside: flow.velocity(context)(inside.new_tensor(time), inside), y)
         if not list(self.frame):
             # v is already in data units. This avoids the first jvp of a process, which takes a second
             return v

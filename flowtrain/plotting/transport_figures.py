@@ -17,7 +17,7 @@ from flowtrain.plotting import points, style
 from flowtrain.plotting.densities import add_colour_bar, paint, picture_limits
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import Array, LogDensity, Range
-from flowtrain.plotting.scales import axis_label, set_ticks
+from flowtrain.plotting.scales import LINEAR, Scale, axis_label, set_ticks
 from flowtrain.utils.errors import FlowtrainError
 
 Velocity = Callable[[Tensor], Tensor]
@@ -71,7 +71,7 @@ def draw_transport(
         rows.append((f"Velocity (grey arrows: density below {LEAST:.0%} of its peak)", moments, False))
     rows.append(("Grid of the base, mapped by the flow (bold: axes of the base)", grids, True))
     with style.styled():
-        figure, panels = _panels(rows, names, limits, columns, title, options)
+        figure, panels = square_panels(rows, names, limits, columns, title, options)
         for axes, height, top in zip(panels[0], heights, tops, strict=True):
             paint(axes, height, limits, top)
         if velocity is not None:
@@ -91,18 +91,20 @@ def draw_transport(
 Row = tuple[str, Sequence[int], bool]
 
 
-def _panels(
+def square_panels(
     rows: Sequence[Row],
     names: Sequence[str],
     limits: tuple[Range, Range],
     columns: Sequence[str],
     title: str,
     options: PlotOptions,
+    scaled: Sequence[Scale] = (LINEAR, LINEAR),
 ) -> tuple[Figure, list[list[Axes]]]:
     """Creates square panels with the same limits.
 
     Args:
-        rows: for each row its heading, its moments, and whether the panels are named.
+        rows: for each row its heading, the positions of its panels in `names`, and whether the panels are named.
+        scaled: the scales of x and y.
     """
     sides = [min(LARGEST, (style.WIDTH - LEFT - RIGHT - GAP * (len(row[1]) - 1)) / len(row[1])) for row in rows]
     # a row below with the same number of panels shows the same moments
@@ -121,7 +123,7 @@ def _panels(
         line = []
         for column, moment in enumerate(moments):
             axes = style.add_axes(figure, LEFT + column * (side + GAP), bottom, side, side)
-            _frame(axes, limits, columns, column == 0, ticked[i], i + 1 == len(rows))
+            _frame(axes, limits, columns, scaled, column == 0, ticked[i], i + 1 == len(rows))
             if is_named:
                 words = style.literal(names[moment])
                 axes.set_title(words, size=min(9.0, side / (0.0084 * len(words) or 1)), pad=4)
@@ -132,12 +134,21 @@ def _panels(
 
 
 def _frame(
-    axes: Axes, limits: tuple[Range, Range], columns: Sequence[str], first: bool, ticked: bool, last: bool
+    axes: Axes,
+    limits: tuple[Range, Range],
+    columns: Sequence[str],
+    scaled: Sequence[Scale],
+    first: bool,
+    ticked: bool,
+    last: bool,
 ) -> None:
     """Sets limits, ticks and names. Only the first panel of a row has labels on its y axis."""
     side = axes.get_window_extent().width / style.DPI
     axes.set(xlim=limits[0], ylim=limits[1])
-    notes = [set_ticks(axis, most=5, size=7, gap=GAP) for axis in (axes.xaxis, axes.yaxis)]
+    notes = [
+        set_ticks(axis, scale, most=5, size=7, gap=GAP)
+        for axis, scale in zip((axes.xaxis, axes.yaxis), scaled, strict=True)
+    ]
     axes.tick_params(length=2.5, left=first, labelleft=first, bottom=ticked, labelbottom=ticked)
     axes.spines[:].set_visible(True)
     if last:

@@ -12,7 +12,9 @@ from flowtrain.data.tables.columns import default_names
 from flowtrain.evaluation.log_likelihood import check_samples
 from flowtrain.flow import Flow
 from flowtrain.plotting.animation import animate_flow_2d, animate_images
+from flowtrain.plotting.context_pictures import context_words, rows_near, typical_context
 from flowtrain.plotting.drawing import (
+    as_drawn,
     draw_latents,
     drawing,
     evaluate_inside_range,
@@ -44,20 +46,24 @@ POINTS = 10_000
 def draw_transport_pictures(
     flow: Flow, data: Dataset, path_of: Callable[[str], Path], title: str, options: PlotOptions = DEFAULT
 ) -> list[Path]:
-    """Draws transport.png and paths.png of a flow of two columns. For a conditional flow, they show its first class.
+    """Draws transport.png and paths.png of a flow of two columns, for a conditional flow at its `typical_context`.
 
     Returns:
         The files that were written.
     """
-    label = None if flow.classes is None else flow.seen[0]
-    words = title if label is None else f"{title}, class {label}"
-    files = []
+    context, words, files = None, title, list[Path]()
+    if flow.conditional:
+        with warn_if_plotting_fails("transport and paths"):
+            context = typical_context(flow, data)
+            words = f"{title}, {context_words(flow, context)}"
+        if context is None:
+            return []
     with warn_if_plotting_fails("transport"), drawing(flow, TOLERANCE) as flow:
-        _draw_transport(_Transport(flow, data, PANEL_MOMENTS, label), path_of("transport"), words, options)
+        _draw_transport(_Transport(flow, data, PANEL_MOMENTS, context), path_of("transport"), words, options)
         files += options.files(path_of("transport"))
     # densities along a path are drawn as lines, on which errors of TOLERANCE can be seen
     with warn_if_plotting_fails("paths"), drawing(flow) as flow:
-        _draw_paths(_Transport(flow, data, PATH_MOMENTS, label), path_of("paths"), words, options)
+        _draw_paths(_Transport(flow, data, PATH_MOMENTS, context), path_of("paths"), words, options)
         files += options.files(path_of("paths"))
     return files
 
@@ -73,6 +79,7 @@ def animate(
     temperature: float = 1.0,
     label: int | None = None,
     options: PlotOptions = DEFAULT,
+    context: Tensor | None = None,
 ) -> None:
     """Writes an animation of n particles or images on their way from the base to the data.
 
@@ -81,6 +88,7 @@ def animate(
         n: the number of particles or images; None: DOTS or IMAGES.
         label: the class of a conditional flow. None: images cycle through all classes with training rows, and points of
             two columns have the first of these classes.
+        context: the context (1, k) of a flow with context columns. None: its `typical_context`.
 
     Raises:
         ConfigError: the samples are neither images nor of two columns, n is too large, or a file of this kind cannot be
@@ -88,18 +96,23 @@ def animate(
         NonFiniteError: a sample is not finite; nothing is written.
     """
     check_animated(flow, n)
+    data = as_drawn(data)
     with drawing(flow, TOLERANCE, seed) as flow:
         if len(flow.event_shape) == 3:
             _animate_images(flow, data, paths, title, draw_latents(flow, n or IMAGES, temperature), label, options)
             return
-        label = flow.seen[0] if label is None and flow.classes is not None else label
-        transport = _Transport(flow, data, FRAMES, label)
+        if flow.classes is not None and label is not None:
+            context = flow.labels(label, flow.like.new_empty(1, 0))
+        elif flow.conditional and context is None:
+            context = typical_context(flow, data)
+            title = f"{title}, {context_words(flow, context)}"
+        transport = _Transport(flow, data, FRAMES, context)
         with status("moving samples"):
-            states = transport.states(draw_latents(flow, n or DOTS, temperature, label))
+            states = transport.states(transport.latents(n or DOTS, temperature))
         check_samples(states[-1])
         animate_flow_2d(
             paths,
-            data=transport.every_class,
+            data=transport.every_row,
             names=transport.names,
             log_density=transport.log_density,
             states=states,
@@ -129,15 +142,22 @@ class _Transport:
     """The states, densities and velocities of a flow of two columns at the moments that a picture shows.
 
     The arguments of the methods may be on the CPU.
+
+    Args:
+        context: for a conditional flow, one context (1, k) or label (1,).
     """
 
-    def __init__(self, flow: Flow, data: Dataset, moments: int, label: int | None) -> None:
-        self.flow, self.label = flow, label
+    def __init__(self, flow: Flow, data: Dataset, moments: int, context: Tensor | None) -> None:
+        self.flow = flow
+        self.context = None if context is None else flow.features(context.to(flow.like.device))
         self.trajectory = Trajectory(flow, moments)
         self.shown = self.trajectory.exact(moments)
-        self.data = flow.dequantized(first_test_samples(flow, data, POINTS, label)[0])
-        # figures start at the base, which is as wide as all classes together. So their limits use rows of all classes
-        self.every_class = self.data if label is None else flow.dequantized(first_test_samples(flow, data, POINTS)[0])
+        # figures start at the base, which is as wide as the rows of all contexts. So their limits use all rows
+        self.every_row = flow.dequantized(first_test_samples(flow, data, POINTS)[0])
+        self.data = self.every_row
+        if context is not None:
+            near = rows_near(flow, data, context.flatten()) if flow.context else _of_class(flow, data, int(context))
+            self.data = flow.dequantized(near)
         self.columns = tuple(data.columns) or default_names(range(2))
 
     @property
@@ -147,8 +167,13 @@ class _Transport:
     def states(self, z: Tensor) -> Tensor:
         """Returns the positions (K, P, 2) that base points z (P, 2) have at the K moments."""
         z = z.to(self.flow.like)
-        every = dict(zip(self.trajectory.moments, self.trajectory.states(z, self._labels(z)), strict=True))
+        every = dict(zip(self.trajectory.moments, self.trajectory.states(z, self.features(z)), strict=True))
         return torch.stack([every[moment] for moment in self.shown])
+
+    def latents(self, n: int, temperature: float = 1.0) -> Tensor:
+        """Draws samples of the base, (n, 2)."""
+        given = self.features(self.flow.like.new_empty(n, 0))
+        return self.flow.base.given(given).sample(n, temperature=temperature, like=self.flow.like)
 
     def log_density(self, x: Tensor) -> Tensor:
         """Returns log p (K, G) at x (G, 2). It is -inf outside the range of the flow."""
@@ -160,7 +185,7 @@ class _Transport:
         return torch.stack(found)
 
     def _density(self, x: Tensor, moment: Moment) -> Tensor:
-        return self.trajectory.log_density(x, moment, self._labels(x))
+        return self.trajectory.log_density(x, moment, self.features(x))
 
     def velocity(self, x: Tensor) -> Tensor:
         """Returns the velocities (K, G, 2) at x (G, 2)."""
@@ -169,18 +194,23 @@ class _Transport:
         )
 
     def _velocity(self, x: Tensor, moment: Moment) -> Tensor:
-        v = self.trajectory.velocity(x, moment, self._labels(x))
+        v = self.trajectory.velocity(x, moment, self.features(x))
         assert v is not None
         return v
 
-    def _labels(self, x: Tensor) -> Tensor | None:
-        return self.flow.labels(self.label, x)
+    def features(self, x: Tensor) -> Tensor | None:
+        """Returns what the bijections receive for the context of each row of x (B, ...), see `Flow.features`."""
+        return None if self.context is None else self.context.expand(len(x), *self.context.shape[1:])
+
+
+def _of_class(flow: Flow, data: Dataset, label: int) -> Tensor:
+    return first_test_samples(flow, data, POINTS, label)[0]
 
 
 def _draw_transport(transport: _Transport, path: Path, title: str, options: PlotOptions) -> None:
     draw_transport(
         path,
-        data=transport.every_class,
+        data=transport.every_row,
         names=transport.names,
         log_density=transport.log_density,
         velocity=transport.velocity if transport.trajectory.is_continuous else None,
@@ -193,9 +223,9 @@ def _draw_transport(transport: _Transport, path: Path, title: str, options: Plot
 
 def _draw_paths(transport: _Transport, path: Path, title: str, options: PlotOptions) -> None:
     particles = PARTICLES if transport.trajectory.is_continuous else min(STEP_PARTICLES, PARTICLES)
-    states = transport.states(draw_latents(transport.flow, particles, label=transport.label))
-    labels = transport.flow.labels(transport.label, states[0])
-    along = [transport.trajectory.log_density(x, m, labels) for x, m in zip(states, transport.shown, strict=True)]
+    states = transport.states(transport.latents(particles))
+    given = transport.features(states[0])
+    along = [transport.trajectory.log_density(x, m, given) for x, m in zip(states, transport.shown, strict=True)]
     draw_paths(
         path,
         data=transport.data,

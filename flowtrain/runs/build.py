@@ -23,6 +23,7 @@ from flowtrain.data.types import circular_columns, whole_columns_of
 from flowtrain.flow import Density, Flow
 from flowtrain.models.described import TARGET
 from flowtrain.objectives.base import Objective
+from flowtrain.objectives.flow_matching import COUPLINGS, FlowMatching
 from flowtrain.ode import Solver
 from flowtrain.training.old_checkpoints import RENAMED
 from flowtrain.training.settings import Settings
@@ -94,7 +95,24 @@ def build_objective(config: Config, flow: Flow, teacher: Flow | None = None, dat
             f"data.weights: {type(objective).__name__}.forward has no argument weights; use another objective, or omit "
             "data.weights"
         )
+    if data is not None and data.val_weights is not None:
+        check_weighted(objective)
     return objective
+
+
+def check_weighted(objective: Objective) -> None:
+    """Checks that an objective can be used with weights.
+
+    Raises:
+        ConfigError: optimal coupling. It would pair base points with rows regardless of their weights, and the base
+            points of a region with large weights would not follow the base distribution.
+    """
+    for part in objective.modules():
+        if isinstance(part, FlowMatching) and part.coupling is not COUPLINGS["independent"]:
+            raise ConfigError(
+                "objective.coupling=optimal is not possible with data.weights, because the pairing ignores the "
+                "weights; use objective.coupling=independent"
+            )
 
 
 def takes_teacher(config: Config) -> bool:

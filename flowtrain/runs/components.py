@@ -19,6 +19,7 @@ from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.formatting import counted
 from flowtrain.utils.process import seeded
 from flowtrain.utils.status import phase
+from flowtrain.utils.weighting import average, resample
 
 log = logging.getLogger("flowtrain")
 
@@ -79,6 +80,10 @@ def resolve_components(config: Mapping[str, Any], data: Dataset, seconds: float 
     train, val = data.train_rows(MOST_ROWS), data.val[:MOST_VAL]
     if train is None:
         raise ConfigError(f"model.{asked[0]}=auto is only possible for a finite training set: give a value")
+    weights, of_val = data.row_weights(MOST_ROWS), data.val_weights
+    if weights is not None:
+        # the rows to which `training.initialization` fits the mixture
+        train = train[resample(weights).to(train.device)]
     with phase("choosing the mixture"), seeded(int(config["seed"]), torch.device("cpu")):
         parts = [(part + torch.rand(part.shape) if data.integer_valued else part).flatten(1) for part in (train, val)]
         rows, held = (part.double().cpu() for part in parts)
@@ -94,6 +99,7 @@ def resolve_components(config: Mapping[str, Any], data: Dataset, seconds: float 
             covariances=COVARIANCES if "covariance" in asked else [model.get("covariance", "full")],
             priors=None if "prior" in asked else [model.get("prior", 0.0)],
             seconds=seconds,
+            weights=None if of_val is None else of_val[:MOST_VAL],
         )
     volume = float(std.log().sum())
     log.info(
@@ -111,6 +117,7 @@ def choose_mixture(
     covariances: Sequence[str] = COVARIANCES,
     priors: Sequence[float] | None = None,
     seconds: float = SECONDS,
+    weights: Tensor | None = None,
 ) -> tuple[Choice, dict[Choice, float]]:
     """Returns the mixture with the lowest validation NLL, and the NLLs of all mixtures tried, in nats.
 
@@ -124,8 +131,9 @@ def choose_mixture(
         covariances: types of covariance.
         priors: strengths of the prior. None: the strengths in `GROWING` and `BESIDE`.
         seconds: the time after which no further mixture is tried.
+        weights: the weights of the validation rows, (m,), or None.
     """
-    trials = _Trials(train, val, components[0], seconds)
+    trials = _Trials(train, val, components[0], seconds, weights)
 
     def strengths(covariance: str, shares: Mapping[str, Sequence[float]]) -> list[float]:
         each = train.shape[1] if covariance == "full" else 1
@@ -147,9 +155,11 @@ class _Trials:
     Args:
         least: the smallest number of components, to which LEAST_ROWS does not apply.
         seconds: the time limit.
+        weights: the weights of the validation rows, (m,), or None.
     """
 
-    def __init__(self, train: Tensor, val: Tensor, least: int, seconds: float) -> None:
+    def __init__(self, train: Tensor, val: Tensor, least: int, seconds: float, weights: Tensor | None = None) -> None:
+        self.weights = weights
         self.train, self.val, self.least, self.end = train, val, least, time.perf_counter() + seconds
         self.nll: dict[Choice, float] = {}
         # by family: seconds per component of the last mixture
@@ -172,7 +182,7 @@ class _Trials:
         base = GaussianMixture(self.train.shape[1], choice.components, choice.covariance, choice.prior).double()
         base.initialize(self.train)
         with torch.no_grad():
-            nll = -float(base.log_prob(self.val).mean())
+            nll = -float(average(base.log_prob(self.val), self.weights))
         self.nll[choice] = nll if math.isfinite(nll) else math.inf
         self.took[family] = (time.perf_counter() - begun) / choice.components
         return self.nll[choice]

@@ -198,7 +198,8 @@ def describe_samples(data: Dataset) -> str:
     kind = f"{shape[0]} column{'s' * (shape[0] > 1)}" if len(shape) == 1 else f"images {'x'.join(map(str, shape))}"
     known = "" if data.entropy is None else f", entropy {data.entropy:.4f} nats"
     rows = "" if data.n_train is None else f"{data.n_train:,} rows for training, "
-    return f"{kind}{known}; {rows}held out {len(data.val):,} for validation, {len(data.test):,} for the test"
+    weighted = "" if data.val_weights is None else "; the rows are weighted"
+    return f"{kind}{known}; {rows}held out {len(data.val):,} for validation, {len(data.test):,} for the test{weighted}"
 
 
 def _recipes(config: Mapping[str, Any], recipes: Mapping[str, Sequence[str]]) -> str:

@@ -163,7 +163,8 @@ def _weights_by_validation(runs: Sequence[Run], data: Callable[[], Dataset]) -> 
                 f"{e}. Restore the data, or give the weights: weights=[0.5,0.5], or weights={EQUAL}"
             ) from e
     x, label = validation_rows(flows[0], built, ROWS)
-    return stacking_weights(validation_log_probs(flows, x, label, [run.name for run in runs]))
+    log_p = validation_log_probs(flows, x, label, [run.name for run in runs])
+    return stacking_weights(log_p, validation_weights(built, ROWS))
 
 
 def validation_rows(flow: Density, data: Dataset, most: int) -> tuple[Tensor, Tensor | None]:
@@ -171,6 +172,12 @@ def validation_rows(flow: Density, data: Dataset, most: int) -> tuple[Tensor, Te
     x, label = held_out(flow, data, "val")
     every = -(-len(x) // most)
     return x[::every], None if label is None else label[::every]
+
+
+def validation_weights(data: Dataset, most: int) -> Tensor | None:
+    """Returns the weights of the rows of `validation_rows`, (n,), or None."""
+    weights = data.val_weights
+    return None if weights is None else weights[:: -(-len(weights) // most)]
 
 
 def validation_log_probs(

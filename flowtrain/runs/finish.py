@@ -11,6 +11,7 @@ from flowtrain.evaluation import NAMES, Evaluation, evaluate
 from flowtrain.evaluation.baselines import affordable_seconds, has_baselines
 from flowtrain.flow import Density, Flow
 from flowtrain.plotting import pictures
+from flowtrain.plotting.context_pictures import draw_context_pictures
 from flowtrain.plotting.curves import draw_curves
 from flowtrain.plotting.drawing import warn_if_plotting_fails
 from flowtrain.plotting.options import DEFAULT, PlotOptions
@@ -106,6 +107,7 @@ def draw_figures(
         with warn_if_plotting_fails("samples"):
             pictures.draw(flow, data, path_of("samples"), title, options=options)
             drawn += options.files(path_of("samples"))
+        drawn += draw_context_pictures(flow, data, path_of, title, options)
     drawn += pictures.draw_evaluation(result, data, title_of(config), data_name(config), path_of, options)
     if isinstance(flow, Flow) and (
         time_budget is None or time_budget.has_time_for("the flow in more detail", more=True)

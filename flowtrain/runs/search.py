@@ -37,7 +37,7 @@ from flowtrain.runs.candidates import CIRCULAR, Candidate, recommended
 from flowtrain.runs.components import resolve_components
 from flowtrain.runs.compose import options, values_of, with_choices
 from flowtrain.runs.console import as_banner, data_name, describe_device, describe_samples, prefixed, shortest
-from flowtrain.runs.ensembles import validation_log_probs, validation_rows
+from flowtrain.runs.ensembles import validation_log_probs, validation_rows, validation_weights
 from flowtrain.runs.prepare import (
     NOTHING_GIVEN,
     Parts,
@@ -67,6 +67,7 @@ from flowtrain.utils.files import config_dir, write_json
 from flowtrain.utils.formatting import counted, resume_command, with_error
 from flowtrain.utils.process import SignalReceived, choose_threads, ended_by_signals
 from flowtrain.utils.status import phase, status
+from flowtrain.utils.weighting import average, stderr
 
 log = logging.getLogger("flowtrain")
 
@@ -151,6 +152,11 @@ class Search:
         PlotOptions.of(config).positions(self.data.event_shape, self.data.columns)
         choose_threads(config.get("threads"), self.data.event_shape)
         self.models = _models(config, self.data)
+        if self.data.val_weights is not None and config["data"].get("signed_weights"):
+            raise ConfigError(
+                "data.signed_weights: model=auto stacks its models by EM, which needs weights that are not negative; "
+                "give a model, such as model=nsf"
+            )
         self.candidates: dict[str, Candidate] = {}
         # validation NLL in nats of each stack, by the name of the stage after which it was made
         self.stacks: dict[str, float] = {}
@@ -471,10 +477,10 @@ class Search:
             log_p = validation_log_probs([flow], x, label, [name]).squeeze(1)
         self._flows[name], self._log_p[name] = flow, log_p
         self._row_seconds[name] = (time.perf_counter() - begun) / len(x)
-        candidate.nll, candidate.step = -float(log_p.mean()), saved["step"]
-        candidate.nll_stderr = float(log_p.std() / math.sqrt(len(x))) if len(x) > 1 else math.nan
-        kept = log_p.nan_to_num(-math.inf).sort(descending=True).values[: math.ceil((1 - TRIMMED) * len(log_p))]
-        candidate.trimmed = -float(kept.mean())
+        weights = validation_weights(self.data, ROWS)
+        candidate.nll, candidate.step = -float(average(log_p, weights)), saved["step"]
+        candidate.nll_stderr = stderr(log_p, weights)
+        candidate.trimmed = -trimmed_mean(log_p.nan_to_num(-math.inf), weights)
 
     def _scored(self, name: str) -> Tensor:
         """Returns log p of the validation rows under a candidate, (n,), in nats."""
@@ -511,20 +517,21 @@ class Search:
             return
         self._stacked = trained
         log_p = torch.stack([self._scored(name) for name in names], 1)
-        weights = sparse_weights(log_p)
+        of_rows = validation_weights(self.data, ROWS)
+        weights = sparse_weights(log_p, of_rows)
         for name, weight in zip(names, weights, strict=True):
             self.candidates[name].weight = weight
         members = [(name, weight) for name, weight in zip(names, weights, strict=True) if weight > 0]
         combined = stacked(log_p, weights)
-        self.stacks[after] = nll = -float(combined.mean())
+        self.stacks[after] = nll = -float(average(combined, of_rows))
         self.best = {"nll": nll, "step": self.step}
         density = self._density(members)
         self._write(density)
-        stderr = float(combined.std() / math.sqrt(len(combined))) if len(combined) > 1 else math.nan
+        nll_stderr = stderr(combined, of_rows)
         bits = in_bits(density, nll)
-        self.metrics.write(step=self.step, split="val", nll=nll, nll_stderr=stderr, seconds=self.seconds, **bits)
+        self.metrics.write(step=self.step, split="val", nll=nll, nll_stderr=nll_stderr, seconds=self.seconds, **bits)
         words = ", ".join(f"{weight:.2f} {name}" for name, weight in members)
-        log.info("stack: validation NLL %s (%s)", with_error(nll, stderr), words)
+        log.info("stack: validation NLL %s (%s)", with_error(nll, nll_stderr), words)
         self._write_state()
         seconds = self.given_config.get("time_budget")
         if seconds is not None:
@@ -645,6 +652,18 @@ class Search:
         for c in sorted(self.candidates.values(), key=lambda c: math.inf if c.nll is None else c.nll):
             lines.append(f"{c.name:>{NAMES}}  weight {c.weight:.3f}, {c.description}")
         return "\n".join(lines)
+
+
+def trimmed_mean(log_p: Tensor, weights: Tensor | None = None) -> float:
+    """Returns the (weighted) mean of log_p (n,) without the rows with the lowest values, a share TRIMMED of the weight.
+
+    Without weights, the number of rows that are left out is rounded down.
+    """
+    w = torch.ones_like(log_p) if weights is None else weights.to(log_p) / weights.to(log_p).mean()
+    order = log_p.argsort(descending=True, stable=True)
+    kept = (1 - TRIMMED) * len(log_p)
+    left = (math.ceil(kept) if weights is None else kept) - (w[order].cumsum(0) - w[order])
+    return float(average(log_p[order], w[order].minimum(left.clamp_min(0))))
 
 
 def _is_leftover(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from flowtrain.data.base import STEP_STREAM, Dataset, step_generator
@@ -54,7 +55,10 @@ class Batches:
         return Batch(*self.draw(step, self.size, self.share), self.seed_of(step))
 
     def draw(self, step: int, size: int, share: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Returns the rows in the slice `share` of a batch of `size` rows, their context and their weights."""
+        """Returns the rows in the slice `share` of a batch of `size` rows, their context and their weights.
+
+        Rows of weight 0 are replaced by another row of the slice.
+        """
         x = self.data.train_share(step, size, self.seed, share).to(self.device, non_blocking=True)
         context = None
         if self.flow.context:
@@ -62,5 +66,18 @@ class Batches:
         elif self.flow.classes is not None:
             context = self.data.labels_share(step, size, self.seed, share)
         weights = self.data.weights_share(step, size, self.seed, share)
-        moved = [None if v is None else v.to(self.device, non_blocking=True) for v in (context, weights)]
-        return x, moved[0], moved[1]
+        context, weights = (None if v is None else v.to(self.device, non_blocking=True) for v in (context, weights))
+        if weights is not None:
+            rows = _stand_ins(weights)
+            x, context = x[rows], None if context is None else context[rows]
+        return x, context, weights
+
+
+def _stand_ins(weights: Tensor) -> Tensor:
+    """Returns for each row its position, or the position of a row with a weight if its own weight is 0.
+
+    A row of weight 0 may have a loss or a gradient that is not finite, and 0 times such a value is NaN.
+    """
+    has_weight = weights != 0
+    positions = torch.arange(len(weights), device=weights.device)
+    return torch.where(has_weight, positions, has_weight.to(torch.uint8).argmax())

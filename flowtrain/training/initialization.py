@@ -1,10 +1,12 @@
 """Preparation of training: checks of the settings, data-dependent initialization and compilation."""
 
+import inspect
 import math
 
 import torch
 
 from flowtrain.bases import Base
+from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.scale import Standardize
 from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
@@ -13,6 +15,7 @@ from flowtrain.training.settings import Settings
 from flowtrain.training.time_budget import TimeBudget
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import ConfigError, NonFiniteError
+from flowtrain.utils.weighting import resample
 
 # size of the batch for data-dependent initialization: the number of elements, the least and the largest number of rows
 INITIALIZATION, LEAST_ROWS, MOST_ROWS = 2**23, 500, 10_000
@@ -39,6 +42,9 @@ def check_trainable(flow: Flow, settings: Settings) -> None:
 def initialize(flow: Flow, batches: Batches, time_budget: TimeBudget | None = None) -> None:
     """Sets statistics and data-dependent parameters from the same rows of the training data on every rank.
 
+    With weights, the moments of bijections are weighted means. A base that is fitted gets rows that are drawn by
+    weight, see `resample`.
+
     Args:
         time_budget: limits the number of rows, but not below LEAST_ROWS, and not if the base is fitted to the rows.
 
@@ -59,11 +65,33 @@ def initialize(flow: Flow, batches: Batches, time_budget: TimeBudget | None = No
     if batches.data.n_train is not None:
         # repeated rows are left out, because the shrinkage of a covariance depends on the number of distinct rows
         rows = min(rows, batches.data.n_train)
-    x, context, _ = batches.draw(0, rows, slice(None))
+    x, context, weights = batches.draw(0, rows, slice(None))
     if not bool(torch.isfinite(x).all()):
         raise NonFiniteError("the training data contain NaN or infinite values: remove these rows")
     features = flow.features(flow.context_of(context, x))
-    flow.base.initialize(flow.bijection.initialize(flow.dequantized(x), features))
+    if weights is None:
+        flow.base.initialize(flow.bijection.initialize(flow.dequantized(x), features))
+        return
+    _check_takes_weights(flow)
+    if not float(weights.sum()) > 0:
+        # with signed weights, some rows can have a negative sum although the sum of all rows is positive
+        weights = weights.clamp_min(0)
+    z = flow.bijection.initialize(flow.dequantized(x), features, weights)
+    flow.base.initialize(z[resample(weights).to(z.device)])
+
+
+def _check_takes_weights(flow: Flow) -> None:
+    """Checks that `initialize` of each bijection has an argument for weights.
+
+    Raises:
+        ConfigError: a bijection of the user without this argument.
+    """
+    for module in flow.bijection.modules():
+        if isinstance(module, Bijection) and "weights" not in inspect.signature(module.initialize).parameters:
+            raise ConfigError(
+                f"data.weights: {type(module).__name__}.initialize has no argument weights; add weights=None after "
+                "context, and weight the moments of the data with it"
+            )
 
 
 def compile_parts(objective: Objective, flow: Flow) -> None:

@@ -206,7 +206,9 @@ class TimeBudget:
         chosen = torch.linspace(0, n - 1, rows).round().long()
         fewer = copy.copy(self.data)
         fewer.test = self.data.test[chosen]
-        fewer.test_labels = None if self.data.test_labels is None else self.data.test_labels[chosen]
+        for extra in ("test_labels", "test_context", "test_weights"):
+            values = getattr(self.data, extra)
+            setattr(fewer, extra, None if values is None else values[chosen])
         return fewer, thorough
 
     def warn_if_over(self) -> None:

@@ -16,7 +16,8 @@ from flowtrain.training.progress import Progress
 from flowtrain.training.settings import Settings
 from flowtrain.training.train_state import TrainState
 from flowtrain.utils import ranks
-from flowtrain.utils.errors import FlowtrainError, NonFiniteError
+from flowtrain.utils.errors import DataError, FlowtrainError, NonFiniteError
+from flowtrain.utils.weighting import average, stderr
 
 # the largest and smallest number of validation rows that are compared row by row
 MOST_COMPARED, LEAST_ROWS_RISEN = 2000, 5
@@ -35,8 +36,10 @@ def margin(max_rise: float, d: int) -> float:
     return max_rise * max(1.0, d / MARGIN_COLUMNS)
 
 
-def clearly_worse(best: Tensor, now: Tensor, least: float) -> bool:
+def clearly_worse(best: Tensor, now: Tensor, least: float, weights: Tensor | None = None) -> bool:
     """Returns whether log p of the same rows, (n,) each, is significantly worse by more than `least` nats.
+
+    Means, shares and standard errors are weighted if `weights` (n,) are given.
 
     The mean difference must exceed `least`. In addition, either a share MANY_WORSE of the rows must be worse by more
     than `least`, or the mean of the clipped differences must exceed `least` and SIGMAS of its standard errors. A single
@@ -52,14 +55,13 @@ def clearly_worse(best: Tensor, now: Tensor, least: float) -> bool:
     worse = (best - now).double()
     if len(worse) < LEAST_ROWS_RISEN or not bool(worse.isfinite().all()):
         return False
-    if float(worse.mean()) <= least:
+    if float(average(worse, weights)) <= least:
         return False
-    if float((worse > least).double().mean()) >= MANY_WORSE:
+    if float(average((worse > least).double(), weights)) >= MANY_WORSE:
         return True
     limit = float(CLIP * worse.abs().median())
     clipped = worse.clamp(-limit, limit)
-    mean, error = float(clipped.mean()), float(clipped.std()) / math.sqrt(len(clipped))
-    return mean > max(least, SIGMAS * error)
+    return float(average(clipped, weights)) > max(least, SIGMAS * stderr(clipped, weights))
 
 
 def some_rows(log_p: Tensor, start: int, n: int) -> Tensor:
@@ -140,6 +142,8 @@ class Validation:
         self.seconds = 0.0
         # the last validation: log p of this rank's rows, the index of the first of them, and the number of all rows
         self.scored, self.start, self.n = torch.zeros(0, dtype=torch.float64), 0, 0
+        # the weights of all rows of the last validation, or None
+        self.weights: Tensor | None = None
         # whether the NLL has clearly risen, which ends the run
         self.risen = False
 
@@ -185,7 +189,8 @@ class Validation:
         worse = False
         if s.max_rise is not None and rows is not None and p.best_rows is not None and len(rows) == len(p.best_rows):
             least = margin(s.max_rise, math.prod(self.flow.event_shape))
-            worse = self.train_state.may_overfit(p.step) and clearly_worse(p.best_rows, rows, least)
+            weights = None if self.weights is None else some_rows(self.weights, 0, self.n)
+            worse = self.train_state.may_overfit(p.step) and clearly_worse(p.best_rows, rows, least, weights)
         p.worse = [*p.worse, p.val_nll] if worse else []
         self.risen = len(p.worse) > 2 or p.worse != sorted(p.worse, reverse=True)
 
@@ -201,9 +206,11 @@ class Validation:
         return patience is not None and self.progress.stale >= patience
 
     def nll(self) -> tuple[float, float]:
-        """Returns the NLL of the validation set and its standard error, in nats. Each rank scores its own rows."""
-        x, context = held_out(self.flow, self.data, "val")
-        x = x[: self.size]
+        """Returns the NLL of the validation set and its standard error, in nats. Each rank scores its own rows.
+
+        With weights, rows of weight 0 are not scored. The standard error is that of `flowtrain.utils.weighting.stderr`.
+        """
+        x, context, weights = self.rows()
         begun = time.perf_counter()
         share = ranks.share(len(x))
         context = None if context is None else context[share]
@@ -214,11 +221,32 @@ class Validation:
             check_finite(log_p, "val", share.start)
         except FlowtrainError as e:
             failure = e
-        self.scored, self.start, self.n = log_p, share.start, len(x)
+        self.scored, self.start, self.n, self.weights = log_p, share.start, len(x), weights
         self.seconds = time.perf_counter() - begun
-        sums = [log_p.sum().item(), log_p.square().sum().item(), len(log_p), failure is not None]
-        total, squares, n, failures = ranks.summed(sums)
+        w = torch.ones_like(log_p) if weights is None else weights[share][: len(log_p)].cpu()
+        [failures] = ranks.summed([float(failure is not None)])
         if failures:
             raise ranks.gather_errors(failure) or NonFiniteError("the validation failed")
-        variance = max(0.0, squares - total**2 / n) / (n - 1) if n > 1 else math.nan
-        return -total / n, math.sqrt(variance / n)
+        total, of_weights, of_squares = ranks.summed([float(part) for part in ((w * log_p).sum(), w.sum(), w @ w)])
+        mean = total / of_weights
+        [apart] = ranks.summed([float((w * (log_p - mean)).square().sum())])
+        effective = of_weights**2 / of_squares
+        if not effective > 1:
+            return -mean, math.nan
+        return -mean, math.sqrt(effective / (effective - 1) * apart) / abs(of_weights)
+
+    def rows(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns the first `size` validation rows with a weight other than 0, their context and their weights."""
+        x, context = held_out(self.flow, self.data, "val")
+        weights = self.data.val_weights
+        if weights is not None:
+            kept = weights != 0
+            x, context, weights = x[kept], None if context is None else context[kept], weights[kept]
+            first = slice(self.size)
+            if not float(weights[first].sum()) > 0:
+                raise DataError(
+                    f"the weights of the {len(weights[first]):,} validation rows do not have a positive sum, so the "
+                    "NLL is not defined; give a larger data.val_fraction or trainer.val_size"
+                )
+        context, weights = (None if v is None else v[: self.size] for v in (context, weights))
+        return x[: self.size], context, weights

@@ -1,6 +1,7 @@
 """Initialization of bijections: buffers, bounds, and parameters fitted to the first data."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from helpers.flows import perturbed
 from torch import Tensor
 
 from flowtrain.bijections.base import Bijection, Chain
-from flowtrain.bijections.linear import Affine, Permutation
+from flowtrain.bijections.columns import OnColumns
+from flowtrain.bijections.linear import Affine, ContextShift, FromGaussian, Permutation
 from flowtrain.bijections.scale import ActNorm, BatchNorm, Standardize
+from flowtrain.bijections.squeeze import Squeeze
 from flowtrain.models.realnvp import realnvp
 from flowtrain.utils.errors import DataError, FlowtrainError
 
@@ -33,6 +36,50 @@ def test_actnorm_initialization_standardizes_the_latents() -> None:
     z = bijection.map_inverse(x)
     torch.testing.assert_close(z.mean(0), torch.zeros(4), atol=1e-9, rtol=0)
     torch.testing.assert_close(z.std(0, correction=0), torch.ones(4), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ActNorm(3),
+        lambda: BatchNorm(3),
+        lambda: Affine(3),
+        lambda: Chain([Affine(3), ActNorm(3)]),
+        lambda: realnvp((3,), layers=2, hidden=(4,), batch_norm=True).bijection,
+        lambda: FromGaussian(Affine(3), 3, diagonal=True),
+    ],
+)
+def test_integer_weights_initialize_as_repeated_rows(make: Callable[[], Bijection]) -> None:
+    x, k = 3 * torch.randn(50, 3) @ torch.randn(3, 3) + 5, torch.randint(0, 4, (50,))
+    torch.manual_seed(0)
+    weighted = make()
+    repeated = copy.deepcopy(weighted)
+    kept = k > 0
+    z = weighted.initialize(x[kept], None, k[kept] / 1.7)
+    expected = repeated.initialize(x.repeat_interleave(k, 0))
+    for key, value in weighted.state_dict().items():
+        torch.testing.assert_close(value, repeated.state_dict()[key], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(z.repeat_interleave(k[kept], 0), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_integer_weights_give_the_regression_on_the_context_of_repeated_rows() -> None:
+    x, c, k = torch.randn(50, 3), torch.randn(50, 2), torch.randint(1, 4, (50,))
+    x[:, :2] += c
+    weighted = OnColumns(ContextShift(2, classes=2), [0, 2])
+    repeated = copy.deepcopy(weighted)
+    weighted.initialize(x, c, k / 3)
+    repeated.initialize(x.repeat_interleave(k, 0), c.repeat_interleave(k, 0))
+    torch.testing.assert_close(weighted.inner.embedding, repeated.inner.embedding)
+    assert float(weighted.inner.embedding[0, 0].detach()) == pytest.approx(1.0, abs=0.5)
+
+
+def test_images_are_initialized_with_weights() -> None:
+    x, k = torch.randn(20, 2, 4, 4).cumsum(-1), torch.randint(1, 4, (20,))
+    weighted = Squeeze(ActNorm(8))
+    repeated = copy.deepcopy(weighted)
+    weighted.initialize(x, None, k.double())
+    repeated.initialize(x.repeat_interleave(k, 0))
+    torch.testing.assert_close(weighted.state_dict(), repeated.state_dict())
 
 
 def test_chunked_initialization_equals_initialization_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

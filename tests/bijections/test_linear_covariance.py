@@ -91,3 +91,34 @@ def test_gaussian_start_inverse_is_accurate_in_float64() -> None:
     torch.testing.assert_close(log_det_back, -log_det)
     # the density in float64 is close to the density in float32
     torch.testing.assert_close(exact.inverse(x)[0].float(), single.inverse(x.float())[0], rtol=1e-3, atol=1e-3)
+
+
+def test_weights_give_the_moments_of_repeated_rows_and_shrink_by_effective_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, k = correlated(60, 4), torch.arange(60) % 4
+    mean, shrunk = shrunk_covariance(x, k / 3)
+    repeated = x.repeat_interleave(k, 0)
+    assert torch.allclose(mean, repeated.mean(0))
+    std = repeated.std(0, correction=0)
+    assert torch.allclose(shrunk.diagonal().sqrt(), std)
+    correlation, found = torch.corrcoef(repeated.T), shrunk / std / std[:, None]
+    kept = found.triu(1)[0, 1] / correlation[0, 1]
+    off = ~torch.eye(4, dtype=torch.bool)
+    assert torch.allclose(found[off], kept * correlation[off])
+    # fewer effective rows than repeated rows give a stronger shrinkage
+    assert float(kept) < float(shrunk_covariance(repeated)[1][0, 1] / std[0] / std[1] / correlation[0, 1])
+    monkeypatch.setattr(linear, "_COVARIANCE_CHUNK", 28)
+    assert torch.allclose(shrunk_covariance(x, k / 3)[1], shrunk)
+    assert torch.allclose(shrunk_covariance(x, torch.full((60,), 0.5))[1], shrunk_covariance(x)[1])
+
+
+def test_covariance_of_signed_weights_is_positive_definite() -> None:
+    x = torch.cat([correlated(50, 3), correlated(40, 3, seed=1)])
+    weights = torch.cat([torch.ones(50), torch.full((40,), -0.7)])
+    mean, covariance = shrunk_covariance(x, weights)
+    assert float(torch.linalg.eigvalsh(covariance).min()) > 0
+    assert bool(gaussian_log_prob(x, mean, covariance).isfinite().all())
+    affine = linear.Affine(3).double()
+    affine.initialize(x, None, weights)
+    assert bool(affine.factor().isfinite().all())

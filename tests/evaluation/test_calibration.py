@@ -1,4 +1,4 @@
-"""Calibration of latents agrees with SciPy."""
+"""Calibration of latents, of all rows and by context, agrees with SciPy."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,19 @@ import torch
 from scipy import stats
 
 from flowtrain.bases import Base, ConditionalMixture, GaussianMixture, StandardNormal, StudentT, UniformBox
-from flowtrain.evaluation.calibration import calibration, density_calibration, ks_distance, ks_p_value
+from flowtrain.data.context import ContextColumn
+from flowtrain.evaluation.calibration import (
+    Transformed,
+    calibration,
+    calibration_by_context,
+    context_groups,
+    density_calibration,
+    density_ranks,
+    ks_distance,
+    ks_p_value,
+    transforms,
+    warn_if_miscalibrated,
+)
 
 
 @pytest.mark.parametrize("n", [5, 40, 2000])
@@ -84,3 +96,60 @@ def test_density_calibration_matches_the_two_sample_ks_test() -> None:
     assert found.p_value == pytest.approx(expected.pvalue, abs=0.02)
     lost, _ = density_calibration(torch.full((4,), torch.nan), samples)
     assert (lost.n, lost.worst) == (0, "density")
+
+
+def test_rows_are_grouped_by_quartiles_values_and_categories() -> None:
+    columns = [
+        ContextColumn("mass"),
+        ContextColumn("flag"),
+        ContextColumn("kind", "categorical", categories=(*"abcdefgh", 2.5)),
+    ]
+    n = 400
+    kind = torch.cat([torch.arange(9).repeat_interleave(torch.tensor([90, 80, 70, 60, 40, 30, 20, 5, 5]))]).double()
+    values = torch.stack([torch.randperm(n) / n, (torch.arange(n) % 2).double(), kind], 1)
+    groups = context_groups(columns, values)
+    mass = [group for group in groups if group.column == "mass"]
+    assert [int(group.rows.sum()) for group in mass] == [100] * 4
+    for group in mass:
+        assert (values[group.rows, 0].min(), values[group.rows, 0].max()) == (group.low, group.high)
+    assert [(group.low, group.high) for group in groups if group.column == "flag"] == [(0, 0), (1, 1)]
+    # the most frequent categories, of at least 20 rows
+    assert [group.category for group in groups if group.column == "kind"] == list("abcdef")
+    # few rows have fewer bins, and very few rows have none
+    assert [int(group.rows.sum()) for group in context_groups(columns[:1], values[:50, :1])] == [25, 25]
+    assert context_groups(columns[:1], values[:19, :1]) == []
+
+
+def test_calibration_by_context_finds_the_bin_with_wrong_latents(caplog: pytest.LogCaptureFixture) -> None:
+    n, columns = 2000, [ContextColumn("mass")]
+    c, z, log_p = torch.rand(n, 1), torch.randn(n, 3), torch.randn(n)
+    z[c[:, 0] > 0.75, 1] *= 2
+    u = transforms(z, StandardNormal((3,)))
+    bins, shown = calibration_by_context(
+        context_groups(columns, c), log_p, lambda rows: Transformed(u[rows], None, int(rows.sum()))
+    )
+    assert [one.p_value > 0.05 for one in bins] == [True, True, True, False]
+    last = (c[:, 0] >= bins[3].low) & (c[:, 0] <= bins[3].high)
+    assert (bins[3].column, bins[3].n, bins[3].category) == ("mass", int(last.sum()), None)
+    assert bins[3].nll == pytest.approx(-float(log_p[last].mean()))
+    assert bins[3].nll_stderr == pytest.approx(float(log_p[last].std()) / int(last.sum()) ** 0.5)
+    # SciPy's test, corrected for 4 transforms and 4 bins
+    tests = [stats.kstest(u[last, j].numpy(), "uniform") for j in range(4)]
+    worst = max(range(4), key=lambda j: tests[j].statistic)
+    assert bins[3].ks == pytest.approx(tests[worst].statistic, abs=1e-12)
+    assert bins[3].worst == ("z1", "z2", "z3", "radius")[worst]
+    assert bins[3].p_value == pytest.approx(16 * tests[worst].pvalue, rel=0.1)
+    # all bins of a column are drawn with the same transform
+    assert {name for name, _ in shown} == {bins[3].worst}
+    torch.testing.assert_close(shown[3][1], u[last, worst])
+    warn_if_miscalibrated(bins[:3])
+    assert not caplog.records
+    warn_if_miscalibrated(bins)
+    assert "mass from" in caplog.text
+
+
+def test_density_ranks_are_uniform_and_have_the_size_of_two_samples() -> None:
+    u, _, size = density_ranks(torch.randn(300), torch.randn(900))
+    assert stats.kstest(u.numpy(), "uniform").pvalue > 0.001
+    assert size == 225
+    assert density_ranks(torch.full((3,), torch.nan), torch.randn(9)).size == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import Run
+from helpers.contexts import conditional, drawn_from
 from torch import Tensor
 
 from flowtrain.bijections.base import Chain
@@ -128,3 +129,17 @@ def test_the_standard_error_needs_enough_rows_and_ignores_their_order() -> None:
     x, y = torch.randn(400, 2).sort(0).values, torch.randn(400, 2).sort(0).values + 1
     shuffled = distance_error(x[torch.randperm(400)], y[torch.randperm(400)])
     assert distance_error(x, y) == pytest.approx(shuffled, rel=0.8)
+
+
+def test_samples_of_a_flow_with_context_columns_have_the_contexts_of_the_test_data(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flow, given = conditional("ffjord"), []
+    data, sample = drawn_from(flow, 60), Flow.sample
+    monkeypatch.setattr(
+        Flow, "sample", lambda self, n, context: (given.append(context), sample(self, n, context=context))[1]
+    )
+    quality(flow, data, [2])
+    # the first samples only warm up
+    assert len(given) == 4
+    assert all(torch.equal(context, data.test_context) for context in given[1:])

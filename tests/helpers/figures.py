@@ -10,4 +10,5 @@ def skip_figures(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pictures, "draw", lambda *arguments, **named: None)
     patch.setattr(pictures, "draw_other_figures", lambda *arguments, **named: [])
     patch.setattr(pictures, "draw_evaluation", lambda *arguments, **named: [])
+    patch.setattr(finish, "draw_context_pictures", lambda *arguments, **named: [])
     patch.setattr(finish, "draw_curves", lambda *arguments, **named: None)

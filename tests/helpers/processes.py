@@ -18,6 +18,7 @@ from flowtrain.cli.config_files import compose_defaults
 from flowtrain.data.base import Dataset
 from flowtrain.ode import SolveOptions
 from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings
+from flowtrain.training.batches import Batch
 from flowtrain.training.trainer import Trainer
 from flowtrain.training.update import average_gradients
 from flowtrain.utils import ranks
@@ -37,6 +38,7 @@ EQUAL = {
     "fixed": [*FFJORD, "solver=rk4", "solver.steps=4", "trainer.guard_every=5"],
     "plateau": ["model=affine", "trainer.lr_decay=plateau", "trainer.lr_plateau_patience=1", "trainer.lr=1.0"],
 }
+EQUAL["weighted"] = [*REALNVP, "trainer.accumulate=2"]
 IMAGES = ["model.hidden=[4]", "model.scales=1", "trainer.lr=0.01"]
 EQUAL |= {"images": ["model=realnvp", *IMAGES], "glow": ["model=glow", "model.steps=2", *IMAGES]}
 # flow matching does not use the ActNorm of the pixels. If its parameters had a gradient, weight decay would shrink them
@@ -55,6 +57,27 @@ class Images(Dataset):
     def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(step + 2)
         return torch.randn(batch_size, 1, 4, 4, generator=generator, dtype=torch.float64).cumsum(-1)
+
+
+class Weighted(Dataset):
+    """Weighted rows, some with the weight 0 and a value whose log p is not finite."""
+
+    event_shape = (2,)
+
+    def __init__(self) -> None:
+        self.val = self.test = self.train_batch(-1, 21, 0)
+        self.val_weights = self.test_weights = self.weights_share(-1, 21, 0, slice(None))
+
+    def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step + 2)
+        x = torch.randn(batch_size, 2, generator=generator, dtype=torch.float64)
+        if step:
+            # the batch of the initialization has ordinary values
+            x[self.weights_share(step, batch_size, seed, slice(None)) == 0] = 1e300
+        return x
+
+    def weights_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
+        return (torch.arange(batch_size, dtype=torch.float64) % 4 * (2 / 3))[share]
 
 
 class Poisoned(Dataset):
@@ -96,10 +119,10 @@ def trainer_of(
     torch.manual_seed(config["seed"])
     data = data or build_data(config)
     flow = build_flow(config, data.samples)
-    return Trainer(build_objective(config, flow), flow, data, build_settings(config), run_dir, config, saved)
+    return Trainer(build_objective(config, flow, data=data), flow, data, build_settings(config), run_dir, config, saved)
 
 
-DATA: dict[str, Dataset] = {"images": Images(), "glow": Images()}
+DATA: dict[str, Dataset] = {"images": Images(), "glow": Images(), "weighted": Weighted()}
 
 
 def trainer(
@@ -174,8 +197,8 @@ def _trainer_with_failing_solve(run_dir: Path, rank: int) -> Trainer:
     run = trainer(run_dir, *FFJORD, "solver=rk4", "solver.steps=2")
     take = run.update.backward
 
-    def backward(x: Tensor, label: Tensor | None, options: SolveOptions) -> dict[str, Tensor]:
-        terms = take(x, label, options)
+    def backward(batch: Batch, options: SolveOptions) -> dict[str, Tensor]:
+        terms = take(batch, options)
         if rank == 1 and run.step == 6:
             raise SolverError("the field is too stiff.")
         return terms

@@ -18,7 +18,7 @@ from flowtrain import Ensemble, Flow
 from flowtrain.bijections import Affine, Bijection, Chain
 from flowtrain.data.base import Samples
 from flowtrain.models.ensemble import sparse_weights, stacking_weights
-from flowtrain.utils.errors import FlowtrainError, NonFiniteError
+from flowtrain.utils.errors import DataError, FlowtrainError, NonFiniteError
 
 NAMES = ["ffjord", "realnvp", "glow"]
 WEIGHTS = [0.2, 0.5, 0.3]
@@ -275,3 +275,12 @@ def test_sparse_weights_drop_useless_members() -> None:
     assert sparse_weights(torch.stack([half, other], 1)) == pytest.approx([share, 1 - share], abs=1e-6)
     with pytest.raises(NonFiniteError):
         sparse_weights(torch.full((3, 2), -math.inf))
+
+
+@pytest.mark.parametrize("fit", [stacking_weights, sparse_weights])
+def test_weighted_rows_give_the_weights_of_repeated_rows(fit: Callable[..., list[float]]) -> None:
+    log_p, k = torch.randn(40, 3), torch.randint(0, 4, (40,))
+    log_p[k == 0] = -torch.inf
+    assert fit(log_p, k / 2.0) == pytest.approx(fit(log_p.repeat_interleave(k, 0)), abs=1e-4)
+    with pytest.raises(DataError):
+        fit(log_p, k - 1.0)

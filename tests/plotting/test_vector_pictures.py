@@ -81,3 +81,22 @@ def test_samples_of_one_class_are_beside_data_of_that_class(drawn: dict[str, Any
     x = torch.randn(4, 2)
     with torch.no_grad():
         torch.testing.assert_close(drawn["log_density"](x), flow.log_prob(x, 2))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_weighted_rows_are_drawn_by_weight(signed: bool, drawn: dict[str, Any], tmp_path: Path) -> None:
+    data = Rows(3)
+    weights = torch.where(data.test[:, 0] == 1, 1.0, 0.0)
+    if signed:
+        # the weights of each of the other classes cancel
+        others = (data.test[:, 0] != 1).nonzero().flatten()
+        weights[others] = torch.where(torch.arange(len(others)) // 2 % 2 == 0, 1.0, -1.0)
+        data.test[:, 1:] = 0
+    data.test_weights = weights
+    pictures.draw(Flow((3,), Affine(3)), data, tmp_path / "p.png", "")
+    share = float((drawn["data"][:, 0] == 1).double().mean())
+    assert share == 1.0
+    assert len(drawn["data"]) == len(drawn["classes"].data) == 60
+    assert bool((drawn["classes"].data == drawn["data"][:, 0]).all())
+    # the data set itself is unchanged
+    assert data.test_weights is weights

@@ -1,6 +1,7 @@
 """model=auto: successive halving, stacking, resume, and refused settings."""
 
 import json
+import math
 import os
 import signal
 from itertools import pairwise
@@ -16,7 +17,7 @@ import flowtrain
 from flowtrain.models.ensemble import SPARSE_LOSS, Ensemble
 from flowtrain.runs.compose import compose
 from flowtrain.runs.fit import fit
-from flowtrain.runs.search import Search
+from flowtrain.runs.search import Search, trimmed_mean
 from flowtrain.training import checkpoint
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils.errors import ConfigError, DataError, SolverError
@@ -349,3 +350,29 @@ def test_damaged_search_state_is_refused(clusters: np.ndarray, tmp_path: Path, r
         assert (code, "Traceback" in err) == (2, False), err
     code, _, err = run("floweval", f"ckpt={tmp_path}/r")
     assert code == 0, err
+
+
+def test_trimmed_mean_of_integer_weights_equals_that_of_repeated_rows() -> None:
+    log_p, k = torch.randn(500), torch.randint(0, 4, (500,))
+    assert trimmed_mean(log_p, k / 3.0) == pytest.approx(trimmed_mean(log_p.repeat_interleave(k)), abs=1e-2)
+    expected = log_p.sort(descending=True).values[: math.ceil(0.99 * 500)].mean()
+    assert trimmed_mean(log_p) == pytest.approx(float(expected))
+    log_p[log_p.argmin()] = -math.inf
+    assert math.isfinite(trimmed_mean(log_p))
+
+
+def test_search_with_weights_stacks_by_weighted_validation_rows(clusters: np.ndarray, tmp_path: Path) -> None:
+    """The weights leave one cluster, which a Gaussian fits."""
+    weights = np.where(clusters[:, 0] > 0, 1.0, 1e-6)
+    np.save(tmp_path / "w.npy", np.column_stack([clusters, weights]))
+    keys = {"data.weights": 3, "model.candidates": ["affine", "mixture"], **STEPS}
+    flow = fit(tmp_path / "w.npy", run_dir=tmp_path / "r", progress=False, overrides=keys)
+    state = search_state(tmp_path / "r")
+    assert all(c["nll_stderr"] > 0 for c in state["candidates"])
+    samples = flow.sample(200)
+    assert float((samples[:, 0] > 0).double().mean()) > 0.9
+    result = json.loads((tmp_path / "r/result.json").read_text())
+    assert result["n_effective"] < result["n"]
+    signed = {**keys, "data.signed_weights": True}
+    with pytest.raises(ConfigError, match=r"data\.signed_weights"):
+        fit(tmp_path / "w.npy", progress=False, overrides=signed)

@@ -34,6 +34,7 @@ from flowtrain.data.tables.streaming import Moments, StreamedTable, is_streamed
 from flowtrain.data.tables.table_checks import (
     check_context,
     check_enough_rows,
+    check_held_out_weights,
     check_mean_weight,
     check_same_columns,
     check_spread,
@@ -42,6 +43,7 @@ from flowtrain.data.tables.table_checks import (
     warn_of_dependence,
     warn_of_repeats,
     warn_of_sentinels,
+    warn_of_signed_weights,
     warn_of_unseen,
     whole_columns,
 )
@@ -272,9 +274,8 @@ class ArrayData(Finite):
             raise ConfigError(
                 "data.path is not set: data=array reads your own file; give data.path=FILE, such as mine.csv"
             )
-        for name, given in (("path", path), ("val_path", val_path), ("test_path", test_path)):
-            if given is not None and not isinstance(given, str | Table):
-                raise ConfigError(f"data.{name}={given}: give the path of a file")
+        paths = {"path": path, "val_path": val_path, "test_path": test_path}
+        _check_settings(paths, types, levels, event_shape, dequantize)
         self.levels = None if levels is None else whole("data.levels", levels, least=2)
         self.alpha = below_half("data.alpha", alpha)
         self._standardize = _standardizes(standardize, levels)
@@ -282,11 +283,6 @@ class ArrayData(Finite):
         text_format, absent = format_of(header, decimal), missing_of(missing, na)
         if not isinstance(path, Table):
             check_format(path, text_format)
-        if types and (levels is not None or event_shape is not None or dequantize is True):
-            raise ConfigError(
-                "data.types cannot be combined with data.levels, data.event_shape or data.dequantize=true: omit one of "
-                "them; the type integer adds noise to a column"
-            )
         roles = Roles(label, context, weights, flag("data.signed_weights", signed_weights), id, asked_types(types))
         first = _source(path, memory_map, key, columns, roles, text_format, absent)
         # memory_map=true is for the training file only: held-out files are streamed if they are large
@@ -314,9 +310,8 @@ class ArrayData(Finite):
         spec = SampleSpec(self.event_shape, self.integer_valued, self.levels, self.noisy, types=self.types)
 
         most = max(1, min(MOST_HELD_OUT, HELD_OUT_BYTES // (8 * width)))
-        have = [other is not None for other in others]
         cap = most if isinstance(first, StreamedTable) else None
-        sizes = held_out(first.n, first.table.path, have, (val_fraction, test_fraction), cap)
+        sizes = held_out(first.n, first.table.path, [o is not None for o in others], (val_fraction, test_fraction), cap)
         training, spec = self._divide(first, spec, sizes, seed)
         own = [None if o is None else o.all(spec, most, seed, _STREAM, _OWN, i) for i, o in enumerate(others)]
         self.gaussian_start = _starts(gaussian_start, self.event_shape)
@@ -333,6 +328,10 @@ class ArrayData(Finite):
         self.record = record_of((first.n, training.checksum), ((name, part.rows) for name, part in sets.items()))
         self.held_rows = {n: first.in_file(part.rows) for n, part in sets.items() if not isinstance(part.rows, tuple)}
         self._check_held_out(first.table, training, spec, sets)
+        if training.look_extras.weights is not None:
+            held_weights = {n: p.extras.weights.numpy() for n, p in sets.items() if p.extras.weights is not None}
+            check_held_out_weights(first.table.path, held_weights)
+            warn_of_signed_weights(first.table.path, [training.look_extras.weights.numpy(), *held_weights.values()])
         self.n_train = training.n
         if cap in sizes:
             _log.info(
@@ -481,6 +480,20 @@ def _with_categories(table: Table, types: Sequence[ColumnType]) -> tuple[ColumnT
         one.with_categories(categories_of(table, i)) if one.kind == CATEGORICAL and len(table.values) else one
         for i, one in enumerate(types)
     )
+
+
+def _check_settings(
+    paths: Mapping[str, object], types: object, levels: object, event_shape: object, dequantize: object
+) -> None:
+    """Checks the paths, and that `data.types` is not combined with settings that apply to all columns."""
+    for name, path in paths.items():
+        if path is not None and not isinstance(path, str | Table):
+            raise ConfigError(f"data.{name}={path}: give the path of a file")
+    if types and (levels is not None or event_shape is not None or dequantize is True):
+        raise ConfigError(
+            "data.types cannot be combined with data.levels, data.event_shape or data.dequantize=true: omit one of "
+            "them; the type integer adds noise to a column"
+        )
 
 
 def _name_of(table: Table | None) -> str | None:

@@ -100,6 +100,9 @@ class RowsInMemory(ScoredRows):
     def train_rows(self, most: int) -> Tensor:
         return self.test[:most]
 
+    def row_weights(self, most: int) -> Tensor | None:
+        return None if self.test_weights is None else self.test_weights[:most]
+
 
 class RowsToScore(ScoredRows):
     """The rows of a file as samples to score. There are no training batches.

@@ -523,7 +523,7 @@ class Moments:
     def __init__(self, d: int) -> None:
         self.n, self.total, self.mean, self._squares = 0, 0.0, np.zeros(d), np.zeros(d)
         # for weighted rows, the sum of the weighted distances to a fixed point near the mean
-        self._near, self._sum = np.zeros(d), np.zeros(d)
+        self._near, self._sum, self._near_is_set = np.zeros(d), np.zeros(d), False
 
     def add(self, values: Values, weights: Values | None = None) -> None:
         """Adds rows (n, d) with weights (n,), or with weights of 1. n may be 0."""
@@ -540,9 +540,14 @@ class Moments:
 
     def _add_weighted(self, values: Values, weights: Values) -> None:
         """Adds weighted rows. Sums are used instead of means, because signed weights of a chunk may have the sum 0."""
-        if self.n == 0:
-            self._near = values.mean(0)
-        self.n, self.total = self.n + len(values), self.total + float(weights.sum())
+        self.n += len(values)
+        kept = weights != 0
+        values, weights = values[kept], weights[kept]
+        if not len(values):
+            return
+        if not self._near_is_set:
+            self._near, self._near_is_set = values.mean(0), True
+        self.total += float(weights.sum())
         apart = values - self._near
         self._sum += weights @ apart
         self._squares += weights @ apart**2

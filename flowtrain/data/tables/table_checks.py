@@ -235,6 +235,32 @@ def check_mean_weight(path: str, mean: float) -> float:
     return mean
 
 
+def check_held_out_weights(path: str, held: Mapping[str, NDArray[np.float64]]) -> None:
+    """Checks that the weights of each held-out set, by name, have a positive sum.
+
+    Raises:
+        DataError: the sum is not positive.
+    """
+    for name, weights in held.items():
+        if weights.sum() <= 0:
+            raise DataError(
+                f"{path}: the weights of the {counted(len(weights), 'row')} of the {name} set have the sum "
+                f"{weights.sum():g}, but it must be positive: give a larger data.{name}_fraction or other rows"
+            )
+
+
+def warn_of_signed_weights(path: str, weights: Iterable[NDArray[np.float64]]) -> None:
+    """Warns once if some weights are negative."""
+    every = np.concatenate([np.empty(0), *weights])
+    share = float((every < 0).mean()) if len(every) else 0.0
+    if share:
+        _log.warning(
+            f"{path}: {share:.1%} of the weights are negative. The loss has no lower bound where they outweigh the "
+            "positive weights, so compare train and validation NLL. Effective numbers of rows and p-values are "
+            "approximate"
+        )
+
+
 def check_context(table: Table, mean: NDArray[np.float64], std: NDArray[np.float64]) -> None:
     """Checks the context columns.
 

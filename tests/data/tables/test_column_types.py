@@ -19,7 +19,11 @@ from flowtrain.data.tables.column_types import guessed_type
 from flowtrain.data.tables.from_memory import table_of, write_table
 from flowtrain.data.tables.rows_to_score import RowsToScore
 from flowtrain.data.types import circular_columns, whole_columns_of
-from flowtrain.utils.errors import ConfigError, DataError
+from flowtrain.evaluation.evaluate import evaluate
+from flowtrain.models.ensemble import Ensemble
+from flowtrain.runs.fit import fit
+from flowtrain.runs.load import load
+from flowtrain.utils.errors import CheckpointError, ConfigError, DataError
 
 N = 200
 TYPES = {"age": "positive", "p": "interval(0,1)", "phase": "circular(360)", "n": "integer", "colour": "categorical"}
@@ -256,3 +260,50 @@ def test_hint_has_the_option_for_columns_without_a_type(tmp_path: Path, caplog: 
     caplog.clear()
     ArrayData(csv(tmp_path / "t.csv", table), types={"age": "positive", "a b": "interval(0,1)"})
     assert "data.types" not in caplog.text
+
+
+# In Python
+
+
+def test_frames_with_text_are_fitted_scored_saved_and_loaded(tmp_path: Path, refused: Refused) -> None:
+    frame = pl.DataFrame(columns())
+    small = {"model.layers": 2, "model.hidden": [4], "model.bins": 4}
+    flow = fit(frame, model="nsf", steps=5, progress=False, overrides={"data.types": TYPES, **small})
+    flow.save(tmp_path / "f.pt")
+    again = load(tmp_path / "f.pt")
+    assert again.types == flow.types
+    scores = []
+    for one in (flow, again):
+        torch.manual_seed(0)
+        scores.append(one.log_prob(frame))
+    np.testing.assert_array_equal(*scores)
+    assert np.isfinite(scores[0]).all()
+    assert evaluate(flow, frame).nll == pytest.approx(-scores[0].mean(), abs=1)
+    refused(lambda: flow.log_prob(frame.with_columns(colour=pl.lit("pink"))), DataError, ["'pink'", "'colour'"])
+    ensemble = Ensemble([flow, again])
+    assert ensemble.types == flow.types
+    assert set(ensemble.quantized(ensemble.sample(50))[:, 5].tolist()) <= {0.0, 1.0, 2.0}
+
+
+def test_damaged_types_in_a_file_are_refused(tmp_path: Path) -> None:
+    frame = pl.DataFrame(columns()).select("x", "age")
+    flow = fit(frame, model="affine", steps=2, progress=False, overrides={"data.types": {"age": "positive"}})
+    flow.save(tmp_path / "f.pt")
+    saved = torch.load(tmp_path / "f.pt", weights_only=True)
+    saved["samples"]["types"][1]["low"] = float("nan")
+    torch.save(saved, tmp_path / "f.pt")
+    with pytest.raises(CheckpointError):
+        load(tmp_path / "f.pt")
+
+
+def test_search_uses_models_that_can_have_circular_columns(tmp_path: Path) -> None:
+    frame = pl.DataFrame(columns()).select("x", "phase")
+    flow = fit(frame, steps=2, minutes=0.5, progress=False, overrides={"data.types": {"phase": "circular(360)"}})
+    assert all(one.base.circular == (1,) for one in flow.flows)
+
+
+@pytest.mark.parametrize("model", ["realnvp", "affine", "mixture", "glow"])
+def test_other_models_refuse_circular_columns_by_name(model: str, refused: Refused) -> None:
+    frame = pl.DataFrame(columns()).select("x", "phase")
+    keys = {"data.types": {"phase": "circular(360)"}}
+    refused(lambda: fit(frame, model=model, steps=2, overrides=keys), ConfigError, [model, "phase"])

@@ -1,0 +1,82 @@
+"""The tasks of the SBI benchmark: simulators agree with likelihoods, and exact posteriors with the benchmark's."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from scipy import stats
+
+BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
+NAMES = ["two_moons", "slcp", "gaussian_mixture", "gaussian_linear_uniform"]
+
+
+@pytest.fixture
+def tasks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import sbi_tasks
+
+    return sbi_tasks
+
+
+@pytest.mark.parametrize(("name", "half"), [("two_moons", 0.16), ("gaussian_mixture", 4.5)])
+def test_simulations_have_the_density_of_the_likelihood(tasks: ModuleType, name: str, half: float) -> None:
+    task, rng = tasks.TASKS[name], np.random.default_rng(0)
+    theta = 0.5 * task.prior(1, rng)
+    x = task.simulate(np.repeat(theta, 20_000, 0), rng)
+    centre = x.mean(0)
+    # the sum of the density over a fine grid in each of 6 x 6 cells
+    edges, fine = np.linspace(-half, half, 7), 120
+    grid = -half + 2 * half * (np.arange(fine) + 0.5) / fine
+    points = centre + np.stack(np.meshgrid(grid, grid, indexing="ij"), 2).reshape(-1, 2)
+    density = np.exp([task.log_likelihood(theta, point)[0] for point in points]) * (2 * half / fine) ** 2
+    expected = density.reshape(6, fine // 6, 6, fine // 6).sum((1, 3))
+    assert expected.sum() == pytest.approx(1, abs=0.01)
+    found = np.histogram2d(*(x - centre).T, (edges, edges))[0] / len(x)
+    assert found == pytest.approx(expected, abs=0.015)
+
+
+def test_slcp_draws_four_points_of_a_normal_distribution(tasks: ModuleType) -> None:
+    task, rng = tasks.TASKS["slcp"], np.random.default_rng(0)
+    theta = np.array([0.7, -2.9, -1.0, 0.8, 0.6])
+    x = task.simulate(np.repeat(theta[None], 50_000, 0), rng)
+    s1, s2, rho = 1.0, 0.64, np.tanh(0.6)
+    covariance = np.array([[s1**2, rho * s1 * s2], [rho * s1 * s2, s2**2]])
+    assert x.mean(0) == pytest.approx(np.tile(theta[:2], 4), abs=0.02)
+    assert np.cov(x.T) == pytest.approx(np.kron(np.eye(4), covariance), abs=0.03)
+    for row in x[:5]:
+        exact = stats.multivariate_normal(theta[:2], covariance).logpdf(row.reshape(4, 2)).sum()
+        assert task.log_likelihood(theta[None], row)[0] == pytest.approx(exact)
+
+
+def test_the_linear_task_has_normal_noise(tasks: ModuleType) -> None:
+    task, rng = tasks.TASKS["gaussian_linear_uniform"], np.random.default_rng(0)
+    theta = task.prior(2000, rng)
+    x = task.simulate(theta, rng)
+    assert stats.kstest(((x - theta) / 0.1**0.5).ravel(), "norm").pvalue > 0.001
+    exact = stats.norm(theta, 0.1**0.5).logpdf(x[0]).sum(1)
+    assert task.log_likelihood(theta, x[0]) == pytest.approx(exact)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_posteriors_agree_with_the_reference(
+    tasks: ModuleType, real: Callable[..., list[str]], real_data: Path, name: str
+) -> None:
+    real(f"sbibm/{name}/1")
+    task, rng = tasks.TASKS[name], np.random.default_rng(0)
+    x, theta, reference = tasks.observation(name, 1, real_data)
+    assert max(np.abs(reference).max(), np.abs(theta).max()) <= task.bound
+    exact = task.posterior(x, 500, rng)
+    for column in range(task.d):
+        assert stats.ks_2samp(exact[:, column], reference[:, column]).pvalue > 1e-3, column
+    likelihoods = [task.log_likelihood(part, x) for part in (exact, reference)]
+    assert stats.ks_2samp(*likelihoods).pvalue > 1e-3
+
+
+def test_c2st_of_equal_and_different_sets(tasks: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 600, 1))
+    assert tasks.c2st(a, b) == pytest.approx(0.5, abs=0.06)
+    # the best possible accuracy for two normals at a distance of 2 is Phi(1)
+    assert tasks.c2st(a, b + 2) == pytest.approx(stats.norm.cdf(1), abs=0.03)
