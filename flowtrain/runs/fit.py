@@ -427,7 +427,7 @@ def _held_out(
         if missing:
             raise DataError(f"{key} has no column {missing[0]!r}; it needs the columns of x")
         held = held.only([held.columns.index(name) for name in table.columns])
-        return replace(held, indices=table.indices)
+        return held.with_indices(table.indices)
     if is_named and len(held.columns) == len(table.columns):
         return replace(held, columns=table.columns)
     return held
@@ -448,7 +448,8 @@ def _data_settings(flow: Flow) -> dict[str, Any]:
         "data.gaussian_start": any(isinstance(part, FromGaussian | Preconditioned) for part in parts),
         "data.center": flow.centered,
         "data.levels": flow.levels,
-        "data.dequantize": list(flow.noisy) or (flow.integer_valued and flow.levels is None),
+        "data.dequantize": not flow.types and (list(flow.noisy) or (flow.integer_valued and flow.levels is None)),
+        "data.types": {str(i): str(one) for i, one in enumerate(flow.types)} or None,
     }
 
 

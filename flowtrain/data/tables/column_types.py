@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowtrain.data.tables.columns import first_of, listed
+from flowtrain.data.tables.table_checks import MOST_WHOLE
 from flowtrain.data.tables.table_reader import Table
 from flowtrain.data.types import (
     CATEGORICAL,
@@ -189,14 +190,27 @@ def encoded(table: Table, types: Sequence[ColumnType]) -> Table:
 # Checks
 
 
-def check_types(table: Table, types: Sequence[ColumnType]) -> None:
-    """Checks that the values of a training table, or of a block of it, are in the ranges of their types.
+def check_types(table: Table, types: Sequence[ColumnType], ranges: bool = True) -> None:
+    """Checks that the values of a table, or of a block of it, fit their types.
+
+    Args:
+        ranges: whether values outside of the range of their type are refused.
 
     Raises:
-        DataError: a value outside of its range. The message names the place.
+        DataError: a value outside of its range, or a value of a column of whole numbers that is not a whole number or
+            too large for noise. The message names the place.
     """
     for i, one in enumerate(types):
-        bad = np.flatnonzero(~one.contains(table.values[:, i]))
+        column = table.values[:, i]
+        odd = np.flatnonzero(((column != np.rint(column)) | (np.abs(column) > MOST_WHOLE)) & one.is_whole)
+        if len(odd):
+            value = float(column[odd[0]])
+            what = "too large" if value == round(value) else "not a whole number"
+            raise DataError(
+                f"{table.place(int(odd[0]), i)}: {value:.17g} is {what}; the type {one} that data.types gives the "
+                f"column needs whole numbers up to {MOST_WHOLE:,}"
+            )
+        bad = np.flatnonzero(~one.contains(column) & ranges)
         if len(bad):
             value = float(table.values[bad[0], i])
             raise DataError(

@@ -21,7 +21,7 @@ from flowtrain.data.tables.rows_to_score import RowsToScore
 from flowtrain.data.types import circular_columns, whole_columns_of
 from flowtrain.evaluation.evaluate import evaluate
 from flowtrain.models.ensemble import Ensemble
-from flowtrain.runs.fit import fit
+from flowtrain.runs.fit import fit, train
 from flowtrain.runs.load import load
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError
 
@@ -307,3 +307,21 @@ def test_other_models_refuse_circular_columns_by_name(model: str, refused: Refus
     frame = pl.DataFrame(columns()).select("x", "phase")
     keys = {"data.types": {"phase": "circular(360)"}}
     refused(lambda: fit(frame, model=model, steps=2, overrides=keys), ConfigError, [model, "phase"])
+
+
+def test_held_out_frames_may_have_another_order_of_columns() -> None:
+    frame = pl.DataFrame(columns()).select("x", "colour", "age")
+    held = frame[:20].select("age", "colour", "x")
+    types = {"age": "positive", "colour": "categorical"}
+    flow = fit(frame, model="affine", val=held, test=held, steps=2, progress=False, overrides={"data.types": types})
+    assert flow.types[1].categories == ("blue", "dark green", "red")
+
+
+def test_flows_with_types_are_trained_further() -> None:
+    frame = pl.DataFrame(columns()).select("x", "colour", "age")
+    types = {"age": "positive", "colour": "categorical"}
+    flow = fit(frame, model="affine", steps=2, progress=False, overrides={"data.types": types})
+    train(flow, frame, steps=3, progress=False)
+    assert flow.log_prob(frame).shape == (N,)
+    with pytest.raises(DataError, match=r"data\.types"):
+        train(flow, frame.filter(pl.col("colour") != "red"), steps=3, progress=False)
