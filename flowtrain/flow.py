@@ -815,9 +815,9 @@ class Flow(Density):
 
         `flow.pt2` is log_prob: x (B, *event_shape) -> log p(x) in nats, (B,). In the same folder, `flow.inverse.pt2` is
         x -> z, and `flow.sample.pt2` is z -> x. With the ending .onnx the programs are written in ONNX, which needs the
-        extra `onnx`. The programs run on a CPU and accept batches of any size. For a conditional flow, labels (B,),
-        int64, are a second input. The programs draw no random numbers: the caller draws z for `sample`, and adds the
-        noise u to whole numbers.
+        extra `onnx`. The programs run on a CPU and accept batches of any size. For a conditional flow, the
+        context is a second input: values (B, k), float64, or labels (B,), int64. The programs draw no random numbers:
+        the caller draws z for `sample`, and adds the noise u to whole numbers.
 
         ODEs are solved with fixed steps. The bias of log p is measured against an accurate adaptive solve and is stored
         in the metadata of each file. Before the files are written, the programs are compared with this flow, with the

@@ -265,6 +265,10 @@ class Dataset(ABC):
         """Returns up to `most` distinct training samples (k, *event_shape); None if the data are endless."""
         return None
 
+    def train_context(self, most: int) -> Tensor | None:
+        """Returns the context of the rows of `train_rows`, (k, n_context); None without context."""
+        return None
+
     def row_weights(self, most: int) -> Tensor | None:
         """Returns the weights of `train_rows(most)`, (k,), float64; None without weights."""
         return None

@@ -382,7 +382,8 @@ def measured_mass(flow: Density, context: Tensor | None = None) -> Mass:
     @torch.no_grad()
     def log_prob(y: Tensor) -> Tensor:
         x, log_slope = (y, torch.zeros_like(y[:, 0])) if support is None else support(y)
-        return torch.cat([of(flow, part) for part in torch.split(x, rows_at_a_time(flow.event_shape))]) + log_slope
+        parts = torch.split(x, rows_at_a_time(flow.event_shape))
+        return torch.cat([of(flow, part) for part in parts]) + log_slope
 
     with seeded(0, flow.like.device):
         samples = flow.sample(SAMPLES, context=context)

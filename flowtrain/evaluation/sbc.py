@@ -62,7 +62,8 @@ def simulation_calibration(
         names: the names of the columns of x. () means x1, x2, ...
         samples: L, the number of samples for each row.
         options: batch size, draws and seed: arguments of `score_rows`.
-        weights: weights of the rows, (n,). Rows are then drawn by weight.
+        weights: weights of the rows, (n,). Rows are then drawn by weight, at most as many as make no row occur twice,
+            because the ranks of a repeated row are not independent.
 
     Returns:
         (result of the tests, ranks).
@@ -76,7 +77,8 @@ def simulation_calibration(
     elif bool((weights < 0).any()):
         raise ConfigError("sbc: rows are drawn by weight, but some weights are negative; leave out sbc")
     else:
-        kept = kept[resample(weights[kept], min(len(kept), ROWS))]
+        w = weights[kept]
+        kept = kept[resample(w, min(ROWS, int(w.sum() / w.max())))]
     device = flow.like.device
     x, log_p = x[kept].to(device), log_p[kept].to(device)
     context = None if context is None else context[kept].to(device)

@@ -33,7 +33,7 @@ from flowtrain.utils.errors import ConfigError, first_line
 Config = Mapping[str, Any]
 
 # arguments that are passed in addition to the keys of a group; messages do not list them
-GIVEN = ("event_shape", "solver", "classes", "circular")
+GIVEN = ("event_shape", "solver", "classes", "context", "circular")
 # attributes of a flow that describe its samples
 OF_SAMPLES = ("integer_valued", "levels", "centered", "noisy", "class_counts", "types")
 # keys that are not arguments, as in hydra.utils.instantiate
@@ -157,11 +157,9 @@ def build_density(config: Config, samples: Samples) -> Density:
     offered: dict[str, Any] = {"solver": build_solver(config), "classes": samples.classes}
     kind = {key: getattr(samples, key) for key in OF_SAMPLES}
     if samples.context:
-        # the networks of a model receive the features of the context in place of one-hot labels
-        kind |= {"classes": None, "context": samples.context, "context_rows": samples.context_rows}
+        kind |= {"context": samples.context, "context_rows": samples.context_rows}
         if not is_description(config["model"]):
-            offered |= {"classes": feature_count(samples.context), "conditional": True}
-            config = {**config, "model": {k: v for k, v in config["model"].items() if k != "conditional"}}
+            offered |= {"classes": None, "context": feature_count(samples.context)}
     angles = circular_columns(samples.types)
     if angles and not is_description(config["model"]):
         offered["circular"] = angles
@@ -172,10 +170,10 @@ def build_density(config: Config, samples: Samples) -> Density:
             f"data.types: model={config['model'].get('name')} cannot have circular columns ({', '.join(names)}); use "
             "model=nsf, maf or ffjord"
         )
-    if samples.context and "conditional" in offered and not {"classes", "conditional"} <= set(wanted):
+    if samples.context and offered.get("context") and "context" not in wanted:
         raise ConfigError(
             f"data.context: model={config['model'].get('name')} cannot be conditional; use a model with the argument "
-            "conditional, such as nsf, maf, realnvp, glow or ffjord"
+            "context, such as nsf, maf, realnvp, ffjord, affine or mixture"
         )
     found = cast(Density, _call(config, "model", event_shape=samples.event_shape, **wanted))
     if is_description(config["model"]) or not isinstance(found, Flow):

@@ -213,17 +213,20 @@ class OneHotShift(Shifted):
         return super().inverse(x, context.unsqueeze(1))
 
 
-def test_rows_of_sbc_are_drawn_by_weight() -> None:
-    """Half of the rows are far too wide. With weight 0 they do not count, and without weights they do."""
-    x = torch.randn(800, 2)
+def test_rows_of_sbc_are_drawn_by_weight_and_no_row_twice() -> None:
+    x = normal(800, 2).float()
+    # half of the rows are far too wide. With weight 0 they do not count
     x[::2] *= 3
     flow = Flow((2,), Affine(2)).eval()
     log_p = flow.log_prob(x).detach()
-    weights = torch.ones(800)
+    weights = torch.ones(800, dtype=torch.float64)
     weights[::2] = 0
     plain, _ = simulation_calibration(flow, x, None, log_p, ("a", "b"), 100)
     weighted, _ = simulation_calibration(flow, x, None, log_p, ("a", "b"), 100, weights=weights)
     assert plain.p_value < 1e-3
     assert weighted.p_value > 0.01
+    assert weighted.n == 400
+    weights[1] = 4
+    assert simulation_calibration(flow, x, None, log_p, ("a", "b"), 100, weights=weights)[0].n == 100
     with pytest.raises(ConfigError, match="weights"):
         simulation_calibration(flow, x, None, log_p, ("a", "b"), 100, weights=-weights)

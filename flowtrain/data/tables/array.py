@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -270,12 +270,8 @@ class ArrayData(Finite):
         types: Mapping[str | int, Any] | None = None,
         id: str | int | None = None,
     ) -> None:
-        if path is None:
-            raise ConfigError(
-                "data.path is not set: data=array reads your own file; give data.path=FILE, such as mine.csv"
-            )
-        paths = {"path": path, "val_path": val_path, "test_path": test_path}
-        _check_settings(paths, types, levels, event_shape, dequantize)
+        path = _checked_paths(path, val_path, test_path)
+        _check_types_alone(types, levels, event_shape, dequantize)
         self.levels = None if levels is None else whole("data.levels", levels, least=2)
         self.alpha = below_half("data.alpha", alpha)
         self._standardize = _standardizes(standardize, levels)
@@ -482,13 +478,26 @@ def _with_categories(table: Table, types: Sequence[ColumnType]) -> tuple[ColumnT
     )
 
 
-def _check_settings(
-    paths: Mapping[str, object], types: object, levels: object, event_shape: object, dequantize: object
-) -> None:
-    """Checks the paths, and that `data.types` is not combined with settings that apply to all columns."""
-    for name, path in paths.items():
-        if path is not None and not isinstance(path, str | Table):
-            raise ConfigError(f"data.{name}={path}: give the path of a file")
+def _checked_paths(path: Any, val_path: Any, test_path: Any) -> str | Table:
+    """Returns the training file, after a check of all paths.
+
+    Raises:
+        ConfigError: no training file, or a path that is neither text nor a table.
+    """
+    for name, given in (("path", path), ("val_path", val_path), ("test_path", test_path)):
+        if given is not None and not isinstance(given, str | Table):
+            raise ConfigError(f"data.{name}={given}: give the path of a file")
+    if path is None:
+        raise ConfigError("data.path is not set: data=array reads your own file; give data.path=FILE, such as mine.csv")
+    return cast(str | Table, path)
+
+
+def _check_types_alone(types: object, levels: object, event_shape: object, dequantize: object) -> None:
+    """Checks that `data.types` is not combined with settings that apply to all columns.
+
+    Raises:
+        ConfigError: there is such a setting.
+    """
     if types and (levels is not None or event_shape is not None or dequantize is True):
         raise ConfigError(
             "data.types cannot be combined with data.levels, data.event_shape or data.dequantize=true: omit one of "

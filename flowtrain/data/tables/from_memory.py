@@ -1,6 +1,7 @@
 """Tables from arrays, tensors and data frames in memory, and the .npz file that stores a table in a run directory."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -43,11 +44,12 @@ def column_names(frame: Any) -> tuple[str, ...]:
     return tuple(map(str, frame.columns))
 
 
-def columns_of(frame: Any, columns: Sequence[str], name: str = "x") -> NDArray[Any]:
+def columns_of(frame: Any, columns: Sequence[str], name: str = "x", na: Collection[str] | None = None) -> NDArray[Any]:
     """Returns the values of these columns of a data frame, (n, d), in this order. The other columns are not read.
 
     Args:
         name: the name of the frame in messages.
+        na: see `as_array`.
 
     Raises:
         DataError: a column is missing, occurs twice, or has values that are not real numbers.
@@ -260,35 +262,24 @@ def _first_text(array: NDArray[Any]) -> str:
     return "a value"
 
 
-def table_of(x: Rows, name: str = "x", label: Any = None, label_name: str = "label", na: Collection[str] = ()) -> Table:
-    """Converts rows in memory to a table. If there are labels, they are the last column.
+def table_of(x: Rows, name: str = "x", na: Collection[str] = ()) -> Table:
+    """Converts rows in memory to a table.
 
     Args:
         x: (n, d), (n,) for one column, or (n, C, H, W) for images, whose elements become columns.
         name: the name of x in messages.
-        label: (n,), or None.
         na: text that counts as missing. Missing values become NaN; `read_table` refuses them or leaves out their rows.
 
     Text in a data frame is stored in `Table.labels`. `read_table` refuses it unless the column is categorical.
 
     Raises:
-        DataError: an array of another rank, without rows, or with values that are not real numbers; labels of another
-            length.
+        DataError: an array of another rank, without rows, or with values that are not real numbers.
     """
     names = column_names(x) if is_frame(x) else ()
     array, labels = _with_codes(x, name, na) if names else (as_array(x, name, na), {})
     if array.ndim not in (1, 2, 4) or not array.size:
         raise DataError(f"{name} has shape {array.shape}; give rows (n, d), or images (n, C, H, W), with n > 0")
     values = np.ascontiguousarray(array.reshape(len(array), -1), dtype=np.float64)
-    if label is not None:
-        classes = as_array(label, f"the label of {name}", na)
-        if classes.shape not in ((len(values),), (len(values), 1)):
-            raise DataError(
-                f"label has shape {classes.shape}; give one label for each of the {len(values)} rows of {name}"
-            )
-        values = np.column_stack([values, classes.reshape(-1, 1).astype(np.float64)])
-        if names:
-            names = (*names, label_name)
     indices = tuple(range(values.shape[1]))
     return Table(values, names or default_names(indices), indices, name, labels=labels)
 
@@ -323,6 +314,51 @@ def _texts_of(column: NDArray[Any], na: Collection[str]) -> list[str | None] | N
     if not all(isinstance(cell, str | int | float | np.number) for cell in present):
         return None
     return [None if lost else str(cell) for cell, lost in zip(cells, absent, strict=True)]
+
+
+def with_columns(
+    table: Table, given: Any, name: str, columns: Sequence[str] | None = None, na: Collection[str] = ()
+) -> Table:
+    """Appends columns to a table.
+
+    Args:
+        given: an array (n, k) or (n,), or a data frame.
+        name: the name of `given` in messages.
+        columns: the k names. They are read from a data frame. None means all columns of a data frame.
+        na: text that counts as missing.
+
+    Raises:
+        DataError: another number of rows or columns, a name that the table has already, or values that are not real
+            numbers.
+    """
+    other = table_of(given, name, na)
+    if is_frame(given):
+        columns = other.columns if columns is None else columns
+        if missing := [column for column in columns if column not in other.columns]:
+            raise DataError(f"{name} lacks the columns {listed(missing)}; it has {listed(other.columns, most=50)}")
+        other = other.only([other.columns.index(column) for column in columns])
+    columns = tuple(columns or ())
+    n, k = len(table.values), len(columns)
+    if other.values.shape != (n, k):
+        one = " or (n,)" if k == 1 else ""
+        raise DataError(
+            f"{name} has shape {other.values.shape}; give shape (n, {k}){one} with n = {n}, one row for each row of "
+            f"{table.path}"
+        )
+    if twice := [column for column in columns if column in table.columns]:
+        raise DataError(
+            f"{name} and {table.path} both have a column {twice[0]!r}: rename one, or give the name of the column of "
+            f"{table.path}"
+        )
+    added = range(len(table.indices), len(table.indices) + k)
+    texts = {new: other.labels[old] for new, old in zip(added, other.indices, strict=True) if old in other.labels}
+    return replace(
+        table,
+        values=np.column_stack([table.values, other.values]),
+        columns=(*table.columns, *columns),
+        indices=(*table.indices, *added),
+        labels={**table.labels, **texts},
+    )
 
 
 def event_shape_of(x: Rows) -> list[int] | None:

@@ -100,6 +100,9 @@ class RowsInMemory(ScoredRows):
     def train_rows(self, most: int) -> Tensor:
         return self.test[:most]
 
+    def train_context(self, most: int) -> Tensor | None:
+        return None if self.test_context is None else self.test_context[:most]
+
     def row_weights(self, most: int) -> Tensor | None:
         return None if self.test_weights is None else self.test_weights[:most]
 
@@ -326,7 +329,9 @@ class _Selection:
         trained = [column.name for column in self.samples.context]
         if not trained:
             return []
-        if "context" not in self.asked and named and all(names.count(name) == 1 for name in trained):
+        # if the training file had names, its positions mean nothing in a file with names
+        by_name = bool(self.samples.columns) or all(names.count(name) == 1 for name in trained)
+        if "context" not in self.asked and named and by_name:
             return pick(trained, names, self.file, "data.context")
         wanted = trained if self.roles.context is None else self.roles.context
         positions = pick(wanted, names, self.file, "data.context")

@@ -164,11 +164,6 @@ class Table:
         names, indices = tuple(self.columns[i] for i in kept), tuple(self.indices[i] for i in kept)
         return replace(self, values=self.values[:, kept], columns=names, indices=indices)
 
-    def with_indices(self, indices: Sequence[int]) -> "Table":
-        """Returns the table with other positions of its columns in the file."""
-        labels = {new: self.labels[old] for old, new in zip(self.indices, indices, strict=True) if old in self.labels}
-        return replace(self, indices=tuple(indices), labels=labels)
-
     def place(self, row: int, column: int) -> str:
         """Describes the place of a value for messages: the file, the line or the row, and the column."""
         return f"{self.path}, {self.row_name(row)}, column {self.columns[column]!r}"

@@ -226,6 +226,13 @@ def test_rows_with_missing_categories_are_left_out(tmp_path: Path) -> None:
     assert (data.n_train or 0) + len(data.val) + len(data.test) == N - 4
 
 
+def test_numbers_that_count_as_missing_are_not_codes_of_text(tmp_path: Path) -> None:
+    table = {"x": np.arange(40.0) + 0.5, "k": ["a", "b", "7", "c"] * 10}
+    data = ArrayData(csv(tmp_path / "t.csv", table), types={"k": "categorical"}, missing="drop", na=[0, 7])
+    assert data.types[1].categories == ("a", "b", "c")
+    assert (data.n_train or 0) + len(data.val) + len(data.test) == 30
+
+
 # Hints
 
 RNG = np.random.default_rng(0)
