@@ -719,6 +719,13 @@ def check_fits(flow: Density, data: Dataset, dequantization_samples: int = 1) ->
             f"the flow was made for {_kind(flow.integer_valued, flow.levels, flow.noisy)}, but these data have "
             f"{_kind(data.integer_valued, data.levels, data.noisy)}; change data.dequantize or data.levels"
         )
+    kinds = [[(one.kind, one.categories) for one in each.types] for each in (flow, data)]
+    if kinds[0] != kinds[1]:
+        types = [", ".join(map(str, each.types)) or "real" for each in (flow, data)]
+        raise DataError(
+            f"the flow was made for columns of the types {types[0]}, but these data have {types[1]}, or other "
+            "categories; change data.types"
+        )
     if dequantization_samples > 1 and not flow.integer_valued:
         why = "the noise on its columns is drawn once" if flow.noisy else "no noise is added to its data"
         raise ConfigError(
