@@ -200,6 +200,9 @@ class Finite(Dataset):
     def train_rows(self, most: int) -> Tensor:
         return self.train_batch(0, min(most, self._store.n), 0)
 
+    def train_context(self, most: int) -> Tensor | None:
+        return self.context_share(0, min(most, self._store.n), 0, slice(None))
+
     def row_weights(self, most: int) -> Tensor | None:
         return self.weights_share(0, min(most, self._store.n), 0, slice(None))
 

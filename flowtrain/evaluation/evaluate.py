@@ -251,6 +251,7 @@ def dataset_of(
         columns=() if flow.record is None else flow.record.samples.columns,
         context=flow.context,
         context_rows=flow.context_rows,
+        types=flow.types,
     )
     width = math.prod(flow.event_shape)
     table = table_of(rows.reshape(len(rows), width), name)
@@ -350,7 +351,14 @@ def _evaluate(
     simple = None
     if fitted is not None and len(flow.event_shape) == 1:
         with phase("fitting the baselines"):
-            simple = baselines(fitted, dequantized_draws(flow, x, options), log_p, baseline_seconds, weights)
+            simple = baselines(
+                fitted,
+                dequantized_draws(flow, x, options),
+                log_p,
+                baseline_seconds,
+                weights,
+                context if flow.context else None,
+            )
     d = math.prod(flow.event_shape)
     all_checks = [concentrated, check_baseline(nll, nll_stderr, (simple or {}).get(GAUSSIAN), d)]
     if thorough:

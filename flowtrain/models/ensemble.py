@@ -85,6 +85,7 @@ class Ensemble(Density):
             one.noisy,
             one.class_counts,
             one.context,
+            one.types,
         )
         self.context_rows = one.context_rows
         self.members = nn.ModuleList(members)
@@ -178,7 +179,7 @@ def _check_members(members: Sequence[Any]) -> None:
 
 def difference_in_kind(one: Density, other: Density) -> str | None:
     """Returns the first difference between the kinds of samples, such as "classes (None and 3)", or None."""
-    names = ("event_shape", "classes", "integer_valued", "levels", "noisy", "centered")
+    names = ("event_shape", "classes", "context", "integer_valued", "levels", "noisy", "types", "centered")
     for name in names:
         a, b = (tuple(v) if isinstance(v := getattr(flow, name), list) else v for flow in (one, other))
         if a != b:

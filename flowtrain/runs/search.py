@@ -771,7 +771,13 @@ def _models(config: Mapping[str, Any], data: Dataset) -> list[str]:
     """
     given = config["model"].get("candidates")
     names = [name for name in options("model", [config_dir()]) if name != AUTO]
-    if config["model"].get("conditional") and data.classes is None:
+    labelled = bool(config["model"].get("conditional"))
+    if labelled and data.context:
+        raise ConfigError(
+            "model.conditional=true is for data.label, but the data have the context "
+            f"{', '.join(column.name for column in data.context)}: omit it. A label can be a categorical context column"
+        )
+    if labelled and data.classes is None:
         raise DataError("model.conditional=true needs labels: give data.label")
     if given is None:
         return [*CHEAP, *recommended(data.n_train, data.event_shape)]

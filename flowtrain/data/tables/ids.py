@@ -9,21 +9,21 @@ from numpy.typing import NDArray
 
 from flowtrain.data.base import Ids
 from flowtrain.data.tables.columns import pick
-from flowtrain.data.tables.csv_reader import TextFormat, read_text_column
+from flowtrain.data.tables.csv_reader import ChooseColumns, Chosen, TextFormat, read_text_column
 from flowtrain.data.tables.table_reader import ARRAYS, ending_of, read_array
 from flowtrain.data.tables.typed_files import TYPED, read_raw_column
 from flowtrain.utils.errors import ConfigError, DataError
 
 
 def read_ids(
-    path: str | Path, key: str | None, column: str | int, text_format: TextFormat, n: int | None = None
+    path: str | Path, key: str | None, column: str | int | ChooseColumns, text_format: TextFormat, n: int | None = None
 ) -> Ids:
     """Reads the column of ids of a file, which may contain anything. Text is not changed, except for blanks around it.
 
     Args:
         path: a file that `read_table` reads.
         key: the array of an .npz file or the sheet of an .xlsx file, see `read_table`.
-        column: the name or the position of the column.
+        column: the name or the position of the column, or a function that returns its position, see `ChooseColumns`.
         text_format: the format with which the samples of the file were read.
         n: the number of rows when the samples were read; None if it is not known.
 
@@ -34,15 +34,18 @@ def read_ids(
     file = Path(path).expanduser()
     name = ""
 
-    def choose(names: Sequence[str], left_out: Sequence[int]) -> list[int]:
+    def choose(names: Sequence[str], left_out: Sequence[int]) -> Chosen:
         nonlocal name
-        position = id_position(column, names, path)
+        position = column(names, left_out).indices[0] if callable(column) else id_position(column, names, path)
         name = names[position]
-        return [position]
+        return Chosen([position], [position])
 
     ending = ending_of(file)
     if ending in ARRAYS:
-        values: NDArray[Any] = read_array(file, key, choose).values[:, 0]
+        table = read_array(file, key, choose)
+        values: NDArray[Any] = table.values[:, 0]
+        for texts in table.labels.values():
+            values = np.array([None if np.isnan(code) else texts[int(code)] for code in values], object)
     elif ending in TYPED:
         values = read_raw_column(file, key, choose, text_format.header)
     else:

@@ -31,7 +31,8 @@ def named_columns(
 ) -> dict[str, NDArray[Any]]:
     """Returns samples as columns with the names and the types of the training file, in the order of the file to write.
 
-    Columns of whole numbers are int64, other columns have the dtype of the samples. The pixels of an image are columns
+    Columns of whole numbers are int64, categories have their names, and other columns have the dtype of the samples.
+    The pixels of an image are columns
     c0, c1, ..., channel by channel and row by row, which `data.event_shape` reads again.
 
     Args:
@@ -51,6 +52,10 @@ def named_columns(
     whole = range(values.shape[1]) if description.integer_valued else description.noisy
     columns = [] if context is None else _context_columns(description.context, context.detach().cpu().numpy())
     columns += [column.astype(np.int64) if i in whole else column for i, column in enumerate(values.T)]
+    first = len(columns) - values.shape[1]
+    for i, one in enumerate(description.types):
+        if one.kind == CATEGORICAL:
+            columns[first + i] = np.array(one.categories)[columns[first + i]]
     if label is not None:
         columns.append(label.detach().cpu().numpy())
     return dict(zip(column_names(description, label is not None), columns, strict=True))
