@@ -21,8 +21,8 @@ def tasks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return sbi_tasks
 
 
-# a square of half width 0.3 has the probabilities (2 Phi(0.3) - 1)^2 and (2 Phi(3) - 1)^2 under the two components, which
-# gives 0.525
+# a square of half width 0.3 has the probabilities (2 Phi(0.3) - 1)^2 and (2 Phi(3) - 1)^2 under the two components
+# of the mixture. Their mean is 0.525
 @pytest.mark.parametrize(
     ("name", "half", "inside"),
     [("two_moons", 0.16, 1.0), ("gaussian_mixture", 4.5, 1.0), ("gaussian_mixture", 0.3, 0.525)],
