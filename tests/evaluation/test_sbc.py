@@ -91,7 +91,7 @@ def test_the_statistic_is_that_of_kolmogorov_and_smirnov() -> None:
 
 
 def test_tarp_finds_a_wrong_correlation_that_the_ranks_of_columns_do_not_show() -> None:
-    correlated = torch.linalg.cholesky(torch.tensor([[1.0, 0.8], [0.8, 1.0]], dtype=torch.float64))
+    correlated = torch.linalg.cholesky(torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64))
     x, independent = normal(N, 2) @ correlated.T, normal(N, L, 2, seed=1)
     for samples, passes in ((independent @ correlated.T, True), (independent, False)):
         assert all(rank_test(u).p_value > 0.01 for u in jittered_ranks(x, samples, generator()).T)
