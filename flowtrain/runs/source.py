@@ -56,7 +56,7 @@ def source_of(
     test: Any = None,
     overrides: Mapping[str, Any] | Sequence[str] | None = None,
 ) -> Source:
-    """Converts the data arguments of `fit`. Of the overrides, only `data.na` is used.
+    """Converts the data arguments of `fit`. `data.na` is the only override that is used.
 
     Args:
         roles: the arguments label, context and weights.
@@ -68,7 +68,7 @@ def source_of(
     roles = {role: plain(given) for role, given in (roles or {}).items() if given is not None}
     if {"label", "context"} <= roles.keys():
         raise ConfigError(
-            "label and context exclude each other: give the labels as a column of the context (as a categorical column)"
+            "label and context exclude each other: give one of them. A label can be a categorical column of the context"
         )
     if not isinstance(x, str | Path | Dataset):
         na = missing_of(None, flattened(as_mapping(overrides)).get("data.na")).texts
@@ -80,7 +80,7 @@ def source_of(
     if isinstance(x, Dataset) or named:
         label = roles.pop("label", None)
         if label is not None and label is not True:
-            raise ConfigError("label: this data set has its own labels; give label=True to use them")
+            raise ConfigError("label: this data set contains labels; give label=True to use them")
         if roles:
             raise ConfigError(f"{next(iter(roles))}: only for rows in memory and for files, not for a data set")
         chosen = _settings_of(x) if isinstance(x, Dataset) else {"data": str(x)}
@@ -101,7 +101,7 @@ def source_of(
 
 def _by_overrides(x: Any, name: str) -> str:
     if isinstance(x, Dataset):
-        return "a Dataset has its own held-out sets"
+        return "a Dataset contains its held-out sets"
     return f"for data by name or path, give overrides={{'data.{name}_path': FILE}}"
 
 
@@ -153,7 +153,7 @@ def _in_memory(x: Any, roles: Mapping[str, Any], val: Any, test: Any, na: Collec
             held = _held_out(key, parts, rows, event_shape, is_frame(x), na)
             for role, columns in layout.items():
                 held = with_columns(held, arrays[role], f"{role} of {key}", columns, na)
-            # another number of columns is refused by the data set
+            # the data set refuses another number of columns
             alike = len(held.columns) == len(own.columns)
             tables[f"{key}_path"] = replace(held, indices=own.indices) if alike else held
     return Source(settings, tables, labelled="label" in roles)
