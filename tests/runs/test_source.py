@@ -67,7 +67,7 @@ def test_every_way_to_give_a_context_gives_the_same_flow(x: np.ndarray, context:
     assert [column.name for column in flows["frames"].context] == ["m", "k"]
     assert [column.name for column in flows["array"].context] == ["context_0", "context_1"]
     assert flows["array"].record is not None
-    # the names of the context are no names of the samples
+    # the columns of the context are not columns of the samples
     assert flows["array"].record.samples.columns == ()
     assert flows["names"].sample(2, context={"m": 50.0, "k": 0.0}).shape == (2, 3)
 
