@@ -151,8 +151,8 @@ def baselines(
     points = [x.cpu() for x in points]
     given, settings = None if context is None else data.train_context(most), ""
     if context is not None and given is not None:
-        h, own = (features(data.context, values.cpu(), torch.float64) for values in (given, context))
-        rows, points, settings = *residuals(rows, points, h, own, of_rows), LINEAR
+        h, h_points = (features(data.context, values.cpu(), torch.float64) for values in (given, context))
+        rows, points, settings = *residuals(rows, points, h, h_points, of_rows), LINEAR
     found = {GAUSSIAN: scored(_gaussian(rows, of_rows)._replace(settings=settings), points, log_p, begun, weights)}
     if seconds <= 0:
         return found

@@ -226,12 +226,12 @@ def calibration_by_context(
     distances = [ks_distance(tested.u, tested.weights) for _, tested in made]
     chosen: dict[str, int] = {}
     for column in {group.column for group, _ in made}:
-        own = [
+        deviations = [
             d * math.sqrt(tested.size)
             for (group, tested), d in zip(made, distances, strict=True)
             if group.column == column
         ]
-        chosen[column] = int(torch.stack(own).amax(0).argmax())
+        chosen[column] = int(torch.stack(deviations).amax(0).argmax())
     bins, shown = [], []
     for (group, (u, of_rows, size)), distance in zip(made, distances, strict=True):
         names = names_of_transforms(u) if u.shape[1] > 1 else [DENSITY]

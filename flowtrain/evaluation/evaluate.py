@@ -409,7 +409,7 @@ def _evaluate(
         log.warning("%s: %s", check.label, check.message)
     warn_if_better(nll, nll_stderr, simple or {}, d)
     if len(flow.event_shape) == 1:
-        # the latents of images are hardly ever calibrated
+        # latents of images are rarely calibrated
         warn_if_miscalibrated(calibrated.by_context)
     return result
 

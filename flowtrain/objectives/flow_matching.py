@@ -277,11 +277,11 @@ class Rectified(Matching):
     ) -> None:
         super().__init__(flow, regularizer)
         whole("objective.pairs", pairs)
-        own, taught = flow.base, teacher.base
-        if type(own) is not type(taught) or own.circular != taught.circular:
+        base, taught = flow.base, teacher.base
+        if type(base) is not type(taught) or base.circular != taught.circular:
             raise ConfigError(
                 f"the teacher has the base {type(taught).__name__}({taught.extra_repr()}) and the flow has the base "
-                f"{type(own).__name__}({own.extra_repr()}): use the same base for both"
+                f"{type(base).__name__}({base.extra_repr()}): use the same base for both"
             )
         begun = time.perf_counter()
         with seeded(seed, teacher.like.device):

@@ -113,7 +113,7 @@ def _contexts_1d(
     figure.text(
         0.2 / style.WIDTH,
         (BOTTOM + HEIGHT / 2) / figure.get_size_inches()[1],
-        "density (own scale)",
+        "density (separate scale)",
         rotation=90,
         va="center",
         ha="center",

@@ -1,4 +1,4 @@
-"""The density of one or two columns on a grid, as arrays for figures of the user's own."""
+"""The density of one or two columns on a grid, as arrays for figures that the user draws."""
 
 from typing import Any
 

@@ -74,8 +74,8 @@ class Roles:
         Raises:
             ConfigError: a column of ids that the table does not have, or no column is left.
         """
-        own = None if self.id is None else id_position(self.id, names, path)
-        left = [i for i in indices if i != own]
+        of_ids = None if self.id is None else id_position(self.id, names, path)
+        left = [i for i in indices if i != of_ids]
         if not left:
             raise ConfigError(f"data.id={self.id} is the only column of {path}: there are no columns for samples")
         return left

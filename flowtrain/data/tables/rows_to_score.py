@@ -280,13 +280,14 @@ class _Selection:
         return indices
 
     def _without_others(self, indices: list[int], names: Sequence[str]) -> list[int]:
+        """Returns the positions without the columns of other roles."""
         others: list[int] = []
         for role in ("label", "context", "weights", "id"):
             wanted = getattr(self.roles, role)
             try:
                 others += [] if wanted is None else pick(wanted, names, self.file, f"data.{role}")
             except ConfigError:
-                # a file without labels, weights or ids
+                # files of new rows may lack labels, weights and ids
                 continue
         return [i for i in indices if i not in others]
 
@@ -330,7 +331,7 @@ class _Selection:
         trained = [column.name for column in self.samples.context]
         if not trained:
             return []
-        # if the training file had names, its positions mean nothing in a file with names
+        # positions in the training file do not apply to another file with names, whose columns may have another order
         by_name = bool(self.samples.columns) or all(names.count(name) == 1 for name in trained)
         if "context" not in self.asked and named and by_name:
             return pick(trained, names, self.file, "data.context")
