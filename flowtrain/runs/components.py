@@ -35,7 +35,7 @@ BESIDE: dict[str, tuple[float, ...]] = {"full": (0.1, 1.0), "diagonal": (0.5, 2.
 MOST_ROWS, MOST_VAL = 10_000, 5_000
 # smallest number of training rows for each component
 LEAST_ROWS = 10
-# a conditional mixture has this number of components by default, and full covariances up to this number of columns
+# for a conditional mixture, the number of components, and the largest number of columns with full covariances
 CONDITIONAL_COMPONENTS, MOST_COLUMNS = 8, 32
 # seconds after which no further mixture is tried
 SECONDS = 60.0

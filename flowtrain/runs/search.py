@@ -655,7 +655,7 @@ class Search:
 
 
 def trimmed_mean(log_p: Tensor, weights: Tensor | None = None) -> float:
-    """Returns the (weighted) mean of log_p (n,) without the rows with the lowest values, a share TRIMMED of the weight.
+    """Returns the (weighted) mean of log_p (n,) without the lowest values, which have the share TRIMMED of the weight.
 
     Without weights, the number of rows that are left out is rounded down.
     """

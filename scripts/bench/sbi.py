@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--simulated", action="store_true", help="simulates observations instead of the benchmark's")
     parser.add_argument("--simulations", type=int, default=10_000)
     parser.add_argument("--members", type=int, default=1, help="the number of flows in the mixture")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings that replace the recipe's")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings that override the recipe")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="the results file")
     parser.add_argument("--check", action="store_true", help="uses exact posteriors instead of flows")

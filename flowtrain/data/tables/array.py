@@ -204,8 +204,8 @@ class ArrayData(Finite):
             files of other formats ignore it.
         decimal: the decimal mark of text files, point or comma. None means detected. Held-out files of other formats
             ignore it.
-        missing: "refuse" refuses a table with missing values, "drop" leaves out its rows that have one in the used
-            columns. A file that is read in blocks is always refused.
+        missing: "refuse" refuses a table with missing values. "drop" leaves out rows that have a missing value in the
+            used columns. A file that is read in blocks is refused in both cases.
         na: numbers and text that count as missing values, besides NaN, empty cells and words such as NA.
         label: name or position of a column of class labels 0, 1, ..., which is not part of a sample. None means that
             there are no labels.
@@ -506,7 +506,7 @@ def _check_types_alone(types: object, levels: object, event_shape: object, dequa
 
 
 def _name_of(table: Table | None) -> str | None:
-    """Returns the name of the only column of a table; None if the file has no names, or for None."""
+    """Returns the name of the only column of a table; None if the file has no names, or without a table."""
     return table.columns[0] if table is not None and table.named else None
 
 

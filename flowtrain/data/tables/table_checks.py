@@ -255,9 +255,9 @@ def warn_of_signed_weights(path: str, weights: Iterable[NDArray[np.float64]]) ->
     share = float((every < 0).mean()) if len(every) else 0.0
     if share:
         _log.warning(
-            f"{path}: {share:.1%} of the weights are negative. The loss has no lower bound where they outweigh the "
-            "positive weights, so compare train and validation NLL. Effective numbers of rows and p-values are "
-            "approximate"
+            f"{path}: {share:.1%} of the weights are negative. The loss has no lower bound in regions where they "
+            "outweigh the positive weights, so compare train and validation NLL. Effective numbers of rows and "
+            "p-values are approximate"
         )
 
 
