@@ -389,7 +389,7 @@ class Density(Recorded, nn.Module):
     def _drawn(
         self, n: int, temperature: float, chunk: int | None, context: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
-        """Draws n samples (n, *event_shape) for the contexts of `context_of`, or None if there are none."""
+        """Draws n samples (n, *event_shape) for contexts in the form of `context_of`, or without context for None."""
 
     def distribution(self, context: Context = None, *, label: int | None = None) -> "FlowDistribution":
         """Returns the flow as a `torch.distributions.Distribution`. A conditional flow needs one context.
@@ -456,8 +456,8 @@ class Density(Recorded, nn.Module):
     def some_context(self, n: int) -> Tensor | None:
         """Returns contexts for n samples, in the form of `context_of`, for checks and figures.
 
-        Labels, and the contexts of the stored training rows, are repeated in turn. Without stored rows, real columns
-        have their mean, and categorical columns their first category.
+        The contexts cycle through the contexts of the stored training rows, or through the labels. Without stored rows,
+        real columns have their mean, and categorical columns their first category.
         """
         if not self.context:
             return None if self.classes is None else self.in_turn(n)
@@ -815,9 +815,9 @@ class Flow(Density):
 
         `flow.pt2` is log_prob: x (B, *event_shape) -> log p(x) in nats, (B,). In the same folder, `flow.inverse.pt2` is
         x -> z, and `flow.sample.pt2` is z -> x. With the ending .onnx the programs are written in ONNX, which needs the
-        extra `onnx`. The programs run on a CPU and accept batches of any size. For a conditional flow, the
-        context is a second input: values (B, k), float64, or labels (B,), int64. The programs draw no random numbers:
-        the caller draws z for `sample`, and adds the noise u to whole numbers.
+        extra `onnx`. The programs run on a CPU and accept batches of any size. For a conditional flow, the context is a
+        second input: values (B, k), float64, or labels (B,), int64. The programs draw no random numbers: the caller
+        draws z for `sample`, and adds the noise u to whole numbers.
 
         ODEs are solved with fixed steps. The bias of log p is measured against an accurate adaptive solve and is stored
         in the metadata of each file. Before the files are written, the programs are compared with this flow, with the
@@ -951,7 +951,7 @@ def _distribution(*arguments: Any) -> FlowDistribution:
 
 
 def either(context: Context, label: Context) -> Context:
-    """Returns the context, which may be given by either name.
+    """Returns the context that a caller gave as `context` or as `label`; None if both are None.
 
     Raises:
         FlowtrainError: both are given.

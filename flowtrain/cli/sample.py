@@ -116,7 +116,7 @@ def write_animation(
     if label is not None:
         flow.check_label(label)
     if isinstance(context, str):
-        raise ConfigError("animate=true shows one context: give it by names, as in 'context={mass: 1.5}'")
+        raise ConfigError("animate=true shows a single context: give one by names, as in 'context={mass: 1.5}'")
     contexts = None if context is None and label is None else contexts_of(flow, context, label)
     out = loaded_run.run_dir / "animation.gif"
     paths = [given] if given else [out, *([out.with_suffix(".mp4")] if can_write_mp4() else [])]
@@ -167,7 +167,7 @@ USAGE = Usage(
         "label": "The class, for a conditional model. Default: classes are drawn by their frequency in training",
         "context": "For a model that was trained with data.context. FILE, such as new.csv: n samples for each row of "
         "the file, in the order of its rows. The columns of the context are found by name, and other columns are "
-        "ignored. '{mass: 1.5, kind: red}': n samples at one context. An .npy file contains the samples only, "
+        "ignored. '{mass: 1.5, kind: red}': n samples at one context. A .npy file contains the samples only, "
         "(rows * n, columns). A .csv or .parquet file begins with the columns of the context",
         "out": "The .npy, .csv or .parquet file (default: samples.npy in the run directory). Samples have the units of "
         "the data. Pixels and counts are whole numbers. .csv and .parquet have the column names of the training file, "

@@ -125,8 +125,8 @@ def context_values(columns: Sequence[ContextColumn], given: Any, n: int, checked
             mapping or a data frame from names to values or columns. In mappings and in arrays of text, categories are
             given by name. In tensors and in arrays of numbers, they are given by position.
         n: the number of rows.
-        checked: whether the values are checked. Training values were checked when they were read, and a check would
-            wait for the device.
+        checked: whether the values are checked. In training they are not, because they were checked when they were
+            read, and a check would wait for the device.
 
     Raises:
         DataError: columns that are missing or unknown, another number of rows, values that are not finite, or unknown

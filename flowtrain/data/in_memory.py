@@ -105,7 +105,7 @@ def _fraction(name: str, fraction: float) -> float:
 
 
 class Extras(NamedTuple):
-    """The values of some rows that are not part of the samples.
+    """The labels, context and weights of some rows. They are not part of the samples.
 
     Attributes:
         label: class labels (n,), int64, or None.

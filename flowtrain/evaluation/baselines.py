@@ -90,7 +90,7 @@ class Fitted(NamedTuple):
 def has_baselines(flow: Density, data: Dataset) -> bool:
     """Returns whether the mixture and the kernel density estimate can be compared with the flow.
 
-    They can for vectors from a finite training set. They cannot for images, and for conditional flows, because these
+    The samples must be vectors from a finite training set, and the flow must not be conditional, because these
     baselines ignore the context.
     """
     return len(data.event_shape) == 1 and data.n_train is not None and not flow.conditional
@@ -151,8 +151,8 @@ def baselines(
     points = [x.cpu() for x in points]
     given, settings = None if context is None else data.train_context(most), ""
     if context is not None and given is not None:
-        h, own = (features(data.context, values.cpu(), torch.float64) for values in (given, context))
-        rows, points, settings = *residuals(rows, points, h, own, of_rows), LINEAR
+        h, h_points = (features(data.context, values.cpu(), torch.float64) for values in (given, context))
+        rows, points, settings = *residuals(rows, points, h, h_points, of_rows), LINEAR
     found = {GAUSSIAN: scored(_gaussian(rows, of_rows)._replace(settings=settings), points, log_p, begun, weights)}
     if seconds <= 0:
         return found
@@ -250,17 +250,17 @@ class StandardisedRows:
 
 
 def residuals(
-    rows: Tensor, points: Sequence[Tensor], h: Tensor, own: Tensor, weights: Tensor | None = None
+    rows: Tensor, points: Sequence[Tensor], h: Tensor, h_points: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """Subtracts a linear regression on features h: x - A (h - mean h), with A by least squares on the training rows.
 
-    The map has slope 1 in x. So the density of a point given its context is the density of the residuals.
+    The map from x to the residual has slope 1, so p(x | context) is the density of the residual.
 
     Args:
         rows: training rows, (n, d).
         points: points to score, (m, d) each.
         h: features of the training rows, (n, F).
-        own: features of the points, (m, F).
+        h_points: features of the points, (m, F).
         weights: weights of the training rows, (n,), or None.
 
     Returns:
@@ -272,7 +272,7 @@ def residuals(
     moments = (w * (h - mean)).T @ torch.cat([h - mean, x - center], 1)
     # gelsd also solves for columns that are constant or depend on each other, such as one-hot features
     slope = torch.linalg.lstsq(moments[:, : h.shape[1]], moments[:, h.shape[1] :], driver="gelsd").solution
-    return x - (h - mean) @ slope, [point.double() - (own - mean) @ slope for point in points]
+    return x - (h - mean) @ slope, [point.double() - (h_points - mean) @ slope for point in points]
 
 
 def _gaussian(rows: Tensor, weights: Tensor | None = None) -> Fitted:
@@ -497,7 +497,7 @@ def _divided(data: Dataset, rows: Tensor, weights: Tensor | None = None) -> tupl
 
 
 def _drawn(rows: Tensor, weights: Tensor | None) -> Tensor:
-    """Returns as many rows, drawn by weight, or the rows themselves without weights."""
+    """Returns n rows that are drawn by weight from the n rows, or the unchanged rows without weights."""
     return rows if weights is None else rows[resample(weights)]
 
 

@@ -346,9 +346,8 @@ def check_mass(exact: Density, contexts: Tensor | None = None) -> Check | None:
     """Checks that p integrates to 1, for one or two columns.
 
     A flow with `levels` is not checked, because some mass is outside of them. A flow with circular columns without
-    types is not checked, because its circles are unknown.
-    For a flow with context columns, p(x | c) is integrated over x for each of the contexts c (m, k), and the mass that
-    is farthest from 1 is returned.
+    types is not checked, because its circles are unknown. For a flow with context columns, p(x | c) is integrated over
+    x for each of the contexts c (m, k), and the mass that is farthest from 1 is returned.
     """
     if len(exact.event_shape) != 1 or exact.event_shape[0] > 2 or exact.levels is not None:
         return None
@@ -370,10 +369,11 @@ def check_mass(exact: Density, contexts: Tensor | None = None) -> Check | None:
 
 
 def measured_mass(flow: Density, context: Tensor | None = None) -> Mass:
-    """Computes int p(x) dx of a flow over one or two columns; p is the `marginal` of a conditional flow.
+    """Computes int p(x) dx of a flow over one or two columns.
 
-    If columns have types, the integral is over their supports: int p(x(y)) |dx/dy| dy with y on the real line. A circle
-    is integrated as an interval. A flow with context columns needs one context (1, k).
+    For a flow with labels, p is the `marginal`. A flow with context columns needs one context (1, k). If columns have
+    types, the integral is over their supports: int p(x(y)) |dx/dy| dy with y on the real line. A circle is integrated
+    as an interval.
     """
     of = marginal if context is None else partial(_conditional, context=context)
     low, high = zip(*(one.support for one in flow.types), strict=True) if flow.types else ([], [])

@@ -101,7 +101,7 @@ def ffjord(
     )
     if of_images("ffjord", event_shape, least=1):
         if circular:
-            raise ConfigError(f"model.circular={circular}: only vectors have circular columns, and these are images")
+            raise ConfigError(f"model.circular={circular}: only vectors have circular columns, but these are images")
         return over_images(event_shape, made.scale, scales, made.actnorm, kind)
     d = event_shape[0]
     settings = hidden, field, activation, made.classes, init_scale
@@ -109,7 +109,7 @@ def ffjord(
         return Flow(event_shape, Chain(made.flow(MLPField(d, *settings)) for _ in range(flows)), **kind)
     angles = circular_indices(circular, d, "model.circular")
     stack = (made.flow(PeriodicField(d, angles, *settings)) for _ in range(flows))
-    # an ODE moves angles on the real line, so they are wrapped at both ends
+    # an ODE moves angles on the real line, so angles are wrapped on the side of the base and on the side of the data
     parts = [WrapAngles(d, angles), *stack, WrapAngles(d, angles)]
     return Flow(NormalUniform(d, angles), Chain(parts), **kind)
 

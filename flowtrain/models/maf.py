@@ -106,9 +106,9 @@ def maf(
 
 
 def permuted(mixing: str, n: int, m: int) -> list[Bijection]:
-    """Returns a random permutation of n real columns and m circular columns, each kind among itself, if there is one.
+    """Returns a list with a random permutation that maps n real columns to real columns, and m angles to angles.
 
-    With the mixing `linear`, only the circular columns are permuted, and with `alternate`, none.
+    With the mixing `linear`, only the circular columns are permuted. With `alternate`, the list is empty.
     """
     if mixing == "alternate" or max(m, n if mixing == "permutation" else 0) < 2:
         return []

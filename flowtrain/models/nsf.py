@@ -71,7 +71,7 @@ def nsf(
         context: the number of real features c of a flow p(x | c), in place of labels. None: no context.
         circular: the indices of columns that are angles in radians. Each coupling has circular splines for them, see
             `CircularSpline`, and its conditioner receives their cosines and sines. Their base is uniform on [-pi, pi).
-            Of two couplings, the second one transforms the columns that the first one keeps. These halves are random
+            Every second coupling transforms the columns that the coupling before it keeps. These halves are random
             unless `mixing` is `alternate`. The invertible matrices mix the other columns only.
 
     Raises:
@@ -123,7 +123,7 @@ def mixed(mixing: str, d: int) -> list[Bijection]:
 
 
 def mixed_real(mixing: str, n: int) -> list[Bijection]:
-    """Returns the invertible matrix that mixes the first n columns, which are real, if `mixing` is `linear`."""
+    """Returns a list with an invertible matrix for the first n columns if `mixing` is `linear`, else an empty list."""
     if mixing != "linear" or n < 2:
         return []
     return [OnColumns(InvertibleLinear(n, "permutation"), list(range(n)))]

@@ -190,7 +190,7 @@ def _prepared(flow: Flow, samples: Samples) -> Bijection:
     """Returns the bijection of a model, extended by the preprocessing of the samples; see `build_flow`."""
     bijection, circular = flow.bijection, flow.base.circular
     d = math.prod(samples.event_shape)
-    # circular columns already have a scale, and no Gaussian
+    # the Gaussian applies to the other columns only
     if samples.gaussian_start and len(circular) < d:
         if flow.ode_blocks:
             bijection = Preconditioned(bijection, d, circular)

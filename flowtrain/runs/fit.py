@@ -298,7 +298,8 @@ def _data_settings(flow: Flow) -> dict[str, Any]:
         "data.gaussian_start": any(isinstance(part, FromGaussian | Preconditioned) for part in parts),
         "data.center": flow.centered,
         "data.levels": flow.levels,
-        "data.dequantize": list(flow.noisy) or (flow.integer_valued and flow.levels is None),
+        "data.dequantize": not flow.types and (list(flow.noisy) or (flow.integer_valued and flow.levels is None)),
+        "data.types": {str(i): str(one) for i, one in enumerate(flow.types)} or None,
     }
 
 

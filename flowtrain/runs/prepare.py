@@ -196,7 +196,7 @@ def _for_teacher(data: Dataset, before: Samples, is_new: bool) -> Dataset:
 
 
 def _for_trained(data: Dataset, saved: Mapping[str, Any] | None, given: Parts) -> Dataset:
-    """Returns the data set for a flow that was trained before. Of a resumed run, the data must not have changed.
+    """Returns the data set for a flow that was trained before. The data of a resumed run must not have changed.
 
     Raises:
         ConfigError, DataError: see `check_same` and `check_unchanged`.
@@ -204,7 +204,7 @@ def _for_trained(data: Dataset, saved: Mapping[str, Any] | None, given: Parts) -
     if saved is None:
         return data if given.flow is None or given.initialize else with_context(data, given.flow.context)
     before = load.samples_of(saved)
-    # the context columns may be those of an earlier training: of a run `from`, or of a flow built by hand
+    # the description may come from an earlier training: from a run `from`, or from a flow built by hand
     data = with_context(data, before.context)
     check_same("resume", before, data.samples)
     check_unchanged(before, data.samples)
@@ -212,9 +212,9 @@ def _for_trained(data: Dataset, saved: Mapping[str, Any] | None, given: Parts) -
 
 
 def with_context(data: Dataset, context: tuple[ContextColumn, ...]) -> Dataset:
-    """Returns the data set with the description of its context columns by a trained flow.
+    """Returns the data set with the context columns of a trained flow, which have the moments of earlier data.
 
-    The description in the data set is kept if the number or the categories of the columns differ.
+    The data set keeps its context columns if their number, kinds or categories differ from the flow.
     """
     alike = [(column.kind, column.categories) for column in context]
     if not context or alike != [(column.kind, column.categories) for column in data.context]:

@@ -56,7 +56,7 @@ def source_of(
     test: Any = None,
     overrides: Mapping[str, Any] | Sequence[str] | None = None,
 ) -> Source:
-    """Converts the data arguments of `fit`. Of the overrides, only `data.na` is used.
+    """Converts the data arguments of `fit`. `data.na` is the only override that is used.
 
     Args:
         roles: the arguments label, context and weights.
@@ -68,7 +68,7 @@ def source_of(
     roles = {role: plain(given) for role, given in (roles or {}).items() if given is not None}
     if {"label", "context"} <= roles.keys():
         raise ConfigError(
-            "label and context exclude each other: give the labels as a column of the context (as a categorical column)"
+            "label and context exclude each other: give one of them. A label can be a categorical column of the context"
         )
     if not isinstance(x, str | Path | Dataset):
         na = missing_of(None, flattened(as_mapping(overrides)).get("data.na")).texts
@@ -80,7 +80,7 @@ def source_of(
     if isinstance(x, Dataset) or named:
         label = roles.pop("label", None)
         if label is not None and label is not True:
-            raise ConfigError("label: this data set has its own labels; give label=True to use them")
+            raise ConfigError("label: this data set contains labels; give label=True to use them")
         if roles:
             raise ConfigError(f"{next(iter(roles))}: only for rows in memory and for files, not for a data set")
         chosen = _settings_of(x) if isinstance(x, Dataset) else {"data": str(x)}
@@ -101,7 +101,7 @@ def source_of(
 
 def _by_overrides(x: Any, name: str) -> str:
     if isinstance(x, Dataset):
-        return "a Dataset has its own held-out sets"
+        return "a Dataset contains its held-out sets"
     return f"for data by name or path, give overrides={{'data.{name}_path': FILE}}"
 
 
@@ -119,7 +119,7 @@ def _settings_of(data: Dataset) -> dict[str, Any]:
 def _in_memory(x: Any, roles: Mapping[str, Any], val: Any, test: Any, na: Collection[str]) -> Source:
     """Converts rows in memory to tables that replace the files of data=array. `na` is text that counts as missing."""
     settings: dict[str, Any] = {"data": "array"}
-    rows = own = table_of(x, "x", na)
+    rows = extended = table_of(x, "x", na)
     layout: dict[str, tuple[str, ...]] = {}
     for role in ROLES:
         given = roles.get(role)
@@ -130,10 +130,10 @@ def _in_memory(x: Any, roles: Mapping[str, Any], val: Any, test: Any, na: Collec
         if _is_column(given) or (role == "context" and _is_columns(given) and len(given) != len(rows.values)):
             settings[f"data.{role}"] = _in_frame(given, x)
             continue
-        before = len(own.columns)
-        own = with_columns(own, given, role, _names(role, given, x, before), na)
-        layout[role] = own.columns[before:]
-        # positions, because the names of an array are free
+        before = len(extended.columns)
+        extended = with_columns(extended, given, role, _names(role, given, x, before), na)
+        layout[role] = extended.columns[before:]
+        # if x has no column names, labels and weights are given by position
         added = list(layout[role]) if role == "context" or is_frame(x) else [before]
         settings[f"data.{role}"] = added if role == "context" else added[0]
     event_shape = event_shape_of(x)
@@ -144,7 +144,7 @@ def _in_memory(x: Any, roles: Mapping[str, Any], val: Any, test: Any, na: Collec
                 f"x has images of shape {tuple(event_shape)}, read as {event_shape[0]} channels. If the channels are "
                 "last, give x.transpose(0, 3, 1, 2)"
             )
-    tables = {"path": own}
+    tables = {"path": extended}
     for key, given in (("val", plain(val)), ("test", plain(test))):
         if isinstance(given, int | float):
             settings[f"data.{key}_fraction"] = given
@@ -153,9 +153,9 @@ def _in_memory(x: Any, roles: Mapping[str, Any], val: Any, test: Any, na: Collec
             held = _held_out(key, parts, rows, event_shape, is_frame(x), na)
             for role, columns in layout.items():
                 held = with_columns(held, arrays[role], f"{role} of {key}", columns, na)
-            # another number of columns is refused by the data set
-            alike = len(held.columns) == len(own.columns)
-            tables[f"{key}_path"] = replace(held, indices=own.indices) if alike else held
+            # the data set refuses another number of columns
+            alike = len(held.columns) == len(extended.columns)
+            tables[f"{key}_path"] = replace(held, indices=extended.indices) if alike else held
     return Source(settings, tables, labelled="label" in roles)
 
 
@@ -170,11 +170,11 @@ def _is_columns(given: Any) -> bool:
 
 
 def _in_frame(given: Any, x: Any) -> Any:
-    """Returns names and positions of columns, with names that are numbers in a data frame replaced by positions."""
+    """Converts names and positions of columns: a number that is a name in the data frame x becomes its position."""
     if isinstance(given, list | tuple):
         return [_in_frame(each, x) for each in given]
-    own = list(x.columns) if is_frame(x) and not isinstance(given, str) else []
-    return own.index(given) if given in own else given
+    names = list(x.columns) if is_frame(x) and not isinstance(given, str) else []
+    return names.index(given) if given in names else given
 
 
 def _names(role: str, given: Any, x: Any, before: int) -> tuple[str, ...] | None:
@@ -188,8 +188,8 @@ def _names(role: str, given: Any, x: Any, before: int) -> tuple[str, ...] | None
         if is_frame(given):
             return None
         shape: tuple[int, ...] = np.shape(given)
-        own = getattr(given, "name", None)
-        names = [own] if isinstance(own, str) else []
+        name = getattr(given, "name", None)
+        names = [name] if isinstance(name, str) else []
         names = names or [f"context_{i}" for i in range(shape[1] if len(shape) > 1 else 1)]
         return tuple(name if name not in taken else f"_{name}" for name in names)
     if not taken:

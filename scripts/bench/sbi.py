@@ -21,7 +21,6 @@ import argparse
 import json
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,8 +76,8 @@ def main() -> None:
     parser.add_argument("--observations", nargs="*", type=int, default=list(OBSERVATIONS))
     parser.add_argument("--simulated", action="store_true", help="simulates observations instead of the benchmark's")
     parser.add_argument("--simulations", type=int, default=10_000)
-    parser.add_argument("--members", type=int, default=3, help="the number of flows in the mixture")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings that replace the recipe's")
+    parser.add_argument("--members", type=int, default=1, help="the number of flows in the mixture")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings that override the recipe")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="the results file")
     parser.add_argument("--check", action="store_true", help="uses exact posteriors instead of flows")
@@ -134,20 +133,13 @@ def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 
 def fit(y: Any, x: Any, seed: int, member: int, settings: Mapping[str, Any]) -> Any:
     """Returns a flow p(y | x), fitted to rows y (n, d) and x (n, k)."""
-    import numpy as np
-
     import flowtrain
 
-    names = [[f"{name}{i}" for i in range(part.shape[1])] for name, part in (("y", y), ("x", x))]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "simulations.csv"
-        np.savetxt(path, np.concatenate([y, x], 1), delimiter=",", header=",".join([*names[0], *names[1]]), comments="")
-        # the test set of a fit is not used here, so it has two rows
-        data = {"data.context": names[1], "data.seed": member, "data.test_fraction": 2 / len(y)}
-        flow = flowtrain.fit(path, seed=100 * seed + member, progress=False, overrides={**data, **settings})
-    record = flow.record
-    assert record is not None
-    progress(f"best step {record.step}, {record.seconds:.0f} s")
+    # the test set of a fit is not used here, so it has two rows
+    data = {"data.seed": member, "data.test_fraction": 2 / len(y)}
+    flow = flowtrain.fit(y, context=x, seed=100 * seed + member, progress=False, overrides={**data, **settings})
+    assert flow.record is not None
+    progress(f"best step {flow.record.step}, {flow.record.seconds:.0f} s")
     return flow
 
 

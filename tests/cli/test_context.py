@@ -94,7 +94,7 @@ def test_new_files_are_scored_by_the_names_of_their_columns(run: Run, trained_ru
 
 
 def test_a_file_without_a_context_column_is_refused_by_name(run: Run, table: Path, tmp_path: Path) -> None:
-    # the context of the training file is given by positions, which mean nothing in another file with names
+    # the context is given by positions in the training file, which do not apply to another file with names
     code, _, err = run(
         "flowtrain", *LINEAR, "data=array", f"data.path={table}", "data.context=[0,2]", "hydra.run.dir=r"
     )
@@ -170,7 +170,7 @@ def test_labels_and_a_context_exclude_each_other(run: Run, table: Path) -> None:
         assert "categorical" in err
 
 
-def test_a_run_with_context_is_resumed_and_begun_from(run: Run, trained_run: str, tmp_path: Path) -> None:
+def test_a_run_with_context_is_resumed_and_used_by_from(run: Run, trained_run: str, tmp_path: Path) -> None:
     code, _, err = run("flowtrain", "resume=r", "trainer.steps=80")
     assert code == 0, err
     context = flowtrain.load("r").context

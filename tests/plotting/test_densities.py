@@ -298,3 +298,12 @@ def test_true_density_of_one_column_is_a_line(tmp_path: Path, monkeypatch: pytes
     shown = np.asarray(two.lines[1].get_xydata())
     np.testing.assert_allclose(shown[:, 1], wave(torch.from_numpy(shown[:, :1])).exp(), rtol=1e-4)
     assert "height" in one.get_xlabel()
+
+
+def test_limits_of_few_rows_reach_over_the_samples() -> None:
+    samples = np.linspace(-5.0, 5.0, 1000)
+    low, high = points.common_range(np.array([0.0, 0.1, 0.2]), samples)
+    assert low < -4.9
+    assert high > 4.9
+    low, high = points.common_range(np.linspace(0.0, 0.2, 100), samples)
+    assert -0.1 < low < high < 0.3

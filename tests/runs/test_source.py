@@ -67,7 +67,7 @@ def test_every_way_to_give_a_context_gives_the_same_flow(x: np.ndarray, context:
     assert [column.name for column in flows["frames"].context] == ["m", "k"]
     assert [column.name for column in flows["array"].context] == ["context_0", "context_1"]
     assert flows["array"].record is not None
-    # the names of the context are no names of the samples
+    # the columns of the context are not columns of the samples
     assert flows["array"].record.samples.columns == ()
     assert flows["names"].sample(2, context={"m": 50.0, "k": 0.0}).shape == (2, 3)
 
@@ -83,8 +83,8 @@ def test_one_column_of_context_and_weights(x: np.ndarray, context: np.ndarray) -
     np.testing.assert_allclose(scores(by_name, x, context[:, 0]), scores(flow, x, context[:, 0]), atol=1e-3)
 
 
-def best(flow: Flow) -> float:
-    """Returns the validation NLL of the weights."""
+def best_nll(flow: Flow) -> float:
+    """Returns the lowest validation NLL of a fit."""
     assert flow.record is not None
     return min(float(row["nll"]) for row in flow.record.metrics if row["split"] == "val")
 
@@ -94,11 +94,11 @@ def test_held_out_sets_have_a_context(x: np.ndarray, context: np.ndarray) -> Non
     other, theirs = rng.normal(size=(30, 3)), rng.normal(50, 20, size=(30, 2))
     flow = fit_small(x, context=context, val=(other, theirs), test={"x": other, "context": theirs})
     nll = -scores(flow, other, theirs).mean()
-    assert best(flow) == pytest.approx(nll, abs=1e-3)
+    assert best_nll(flow) == pytest.approx(nll, abs=1e-3)
     # columns are found by name
     named = Frame(theirs[:, ::-1], ["k", "m"])
     by_name = fit_small(x, context=Frame(context, ["m", "k"]), val=(other, named), test=(other, named))
-    assert best(by_name) == pytest.approx(nll, abs=1e-3)
+    assert best_nll(by_name) == pytest.approx(nll, abs=1e-3)
 
 
 def test_text_in_a_data_frame_is_a_categorical_context(x: np.ndarray, context: np.ndarray, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_flow_built_by_hand_is_trained_with_context(x: np.ndarray, context: np
     assert flow.context[0].mean == pytest.approx(50, abs=5)
     wanted = scores(flow, x, context)
     np.testing.assert_allclose(scores(flowtrain.load(tmp_path / "r"), x, context), wanted, atol=1e-5)
-    # training goes on with the same description of the context
+    # further training keeps the description of the context
     before = flow.context
     record = train(flow, x, context=3 * context, steps=5, progress=False)
     assert flow.context == before == record.samples.context

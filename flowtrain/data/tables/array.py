@@ -16,7 +16,7 @@ from torch import Tensor
 from flowtrain.data.base import ALPHA, Checksum, Ids, Samples, record_of
 from flowtrain.data.context import ContextColumn
 from flowtrain.data.in_memory import Finite, InMemoryStore, held_out, split
-from flowtrain.data.tables.column_types import asked_types, categories_of, encoded
+from flowtrain.data.tables.column_types import asked_types, categories_of, encoded, hint_of_types
 from flowtrain.data.tables.columns import Columns, listed
 from flowtrain.data.tables.csv_reader import DETECTED, TextFormat
 from flowtrain.data.tables.ids import read_ids
@@ -205,8 +205,8 @@ class ArrayData(Finite):
             files of other formats ignore it.
         decimal: the decimal mark of text files, point or comma. None means detected. Held-out files of other formats
             ignore it.
-        missing: "refuse" refuses a table with missing values, "drop" leaves out its rows that have one in the used
-            columns. A file that is read in blocks is always refused.
+        missing: "refuse" refuses a table with missing values. "drop" leaves out rows that have a missing value in the
+            used columns. A file that is read in blocks is refused in both cases.
         na: numbers and text that count as missing values, besides NaN, empty cells and words such as NA.
         label: name or position of a column of class labels 0, 1, ..., which is not part of a sample. None means that
             there are no labels.
@@ -273,6 +273,7 @@ class ArrayData(Finite):
         id: str | int | None = None,
     ) -> None:
         path = _checked_paths(path, val_path, test_path)
+        _check_types_alone(types, levels, event_shape, dequantize)
         self.levels = None if levels is None else whole("data.levels", levels, least=2)
         self.alpha = below_half("data.alpha", alpha)
         self._standardize = _standardizes(standardize, levels)
@@ -280,11 +281,6 @@ class ArrayData(Finite):
         text_format, absent = format_of(header, decimal), missing_of(missing, na)
         if not isinstance(path, Table):
             check_format(path, text_format)
-        if types and (levels is not None or event_shape is not None or dequantize is True):
-            raise ConfigError(
-                "data.types cannot be combined with data.levels, data.event_shape or data.dequantize=true: omit one of "
-                "them; the type integer adds noise to a column"
-            )
         roles = Roles(label, context, weights, flag("data.signed_weights", signed_weights), id, asked_types(types))
         first = _source(path, memory_map, key, columns, roles, text_format, absent)
         # memory_map=true is for the training file only: held-out files are streamed if they are large
@@ -312,9 +308,8 @@ class ArrayData(Finite):
         spec = SampleSpec(self.event_shape, self.integer_valued, self.levels, self.noisy, types=self.types)
 
         most = max(1, min(MOST_HELD_OUT, HELD_OUT_BYTES // (8 * width)))
-        have = [other is not None for other in others]
         cap = most if isinstance(first, StreamedTable) else None
-        sizes = held_out(first.n, first.table.path, have, (val_fraction, test_fraction), cap)
+        sizes = held_out(first.n, first.table.path, [o is not None for o in others], (val_fraction, test_fraction), cap)
         training, spec = self._divide(first, spec, sizes, seed)
         own = [None if o is None else o.all(spec, most, seed, _STREAM, _OWN, i) for i, o in enumerate(others)]
         self.gaussian_start = _starts(gaussian_start, self.event_shape)
@@ -389,6 +384,8 @@ class ArrayData(Finite):
         codes = warn_of_sentinels(table, training.look) if self.levels is None else {}
         if self.integer_valued:
             return
+        if len(self.event_shape) == 1:
+            hint_of_types(table, training.look, self.types, {*self.noisy, *codes})
         few = warn_of_repeats(table, training.look, training.whole, set(self.noisy), codes)
         if len(self.event_shape) == 1:
             warn_of_dependence(table, training.look, spec.noise(len(table.columns)))
@@ -500,8 +497,21 @@ def _checked_paths(path: Any, val_path: Any, test_path: Any) -> str | Table:
     return cast(str | Table, path)
 
 
+def _check_types_alone(types: object, levels: object, event_shape: object, dequantize: object) -> None:
+    """Checks that `data.types` is not combined with settings that apply to all columns.
+
+    Raises:
+        ConfigError: there is such a setting.
+    """
+    if types and (levels is not None or event_shape is not None or dequantize is True):
+        raise ConfigError(
+            "data.types cannot be combined with data.levels, data.event_shape or data.dequantize=true: omit one of "
+            "them; the type integer adds noise to a column"
+        )
+
+
 def _name_of(table: Table | None) -> str | None:
-    """Returns the name of the only column of a table; None if the file has no names, or for None."""
+    """Returns the name of the only column of a table; None if the file has no names, or without a table."""
     return table.columns[0] if table is not None and table.named else None
 
 

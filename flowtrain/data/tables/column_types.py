@@ -1,16 +1,21 @@
 """The setting `data.types`: the types of the columns of a table, and the codes of categories."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flowtrain.data.tables.columns import listed
+from flowtrain.data.tables.columns import first_of, listed
+from flowtrain.data.tables.table_checks import MOST_WHOLE
 from flowtrain.data.tables.table_reader import Table
 from flowtrain.data.types import (
     CATEGORICAL,
+    CIRCULAR,
     INTEGER,
     INTERVAL,
     POSITIVE,
@@ -20,6 +25,8 @@ from flowtrain.data.types import (
 )
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.formatting import counted
+
+_log = logging.getLogger("flowtrain")
 
 # largest number of categories of a column
 MOST_CATEGORIES = 1000
@@ -183,14 +190,27 @@ def encoded(table: Table, types: Sequence[ColumnType]) -> Table:
 # Checks
 
 
-def check_types(table: Table, types: Sequence[ColumnType]) -> None:
-    """Checks that the values of a training table, or of a block of it, are in the ranges of their types.
+def check_types(table: Table, types: Sequence[ColumnType], ranges: bool = True) -> None:
+    """Checks that the values of a table, or of a block of it, fit their types.
+
+    Args:
+        ranges: whether values outside of the range of their type are refused.
 
     Raises:
-        DataError: a value outside of its range. The message names the place.
+        DataError: a value outside of its range, or a value of a column of whole numbers that is not a whole number or
+            too large for noise. The message names the place.
     """
     for i, one in enumerate(types):
-        bad = np.flatnonzero(~one.contains(table.values[:, i]))
+        column = table.values[:, i]
+        odd = np.flatnonzero(((column != np.rint(column)) | (np.abs(column) > MOST_WHOLE)) & one.is_whole)
+        if len(odd):
+            value = float(column[odd[0]])
+            what = "too large" if value == round(value) else "not a whole number"
+            raise DataError(
+                f"{table.place(int(odd[0]), i)}: {value:.17g} is {what}; the type {one} that data.types gives the "
+                f"column needs whole numbers up to {MOST_WHOLE:,}"
+            )
+        bad = np.flatnonzero(~one.contains(column) & ranges)
         if len(bad):
             value = float(table.values[bad[0], i])
             raise DataError(
@@ -208,3 +228,93 @@ def _advice(one: ColumnType, value: float) -> str:
     if one.kind in (POSITIVE, INTERVAL, INTEGER):
         return ". Remove these rows, or give the column another type or range"
     return ""
+
+
+# Hints
+
+# circumferences of common angles, as they are written in the setting
+_CIRCLES = (360.0, 2 * math.pi)
+# a column looks circular if each of the first and last parts of the circle has this fraction of its share of the rows
+_PART, _SHARE = 0.02, 0.2
+# a column looks positive if it has at least this skewness, and its logarithm has less than half of it
+_SKEWNESS = 1.5
+# a column looks like an interval if its values come this close to both ends
+_NEAR = 0.02
+# smallest number of rows for a hint
+_LEAST_ROWS = 50
+
+
+def hint_of_types(
+    table: Table, values: NDArray[np.float64], types: Sequence[ColumnType], skipped: Collection[int]
+) -> None:
+    """Logs which columns without a type look like they have one, and the option that sets these types.
+
+    Args:
+        table: gives the names of the columns.
+        values: some training rows, (n, d).
+        types: the types of the columns; () if all are real.
+        skipped: positions of columns for which no hint is given.
+    """
+    if len(values) < _LEAST_ROWS:
+        return
+    found = {
+        i: guess
+        for i in range(values.shape[1])
+        if i not in skipped and (not types or types[i].kind == REAL) and (guess := guessed_type(values[:, i]))
+    }
+    if found:
+        given = {i: one for i, one in enumerate(types) if one.kind != REAL}
+        chosen = {**{i: str(one) for i, one in given.items()}, **found}
+        each = [f"{setting_key(table, i)}: {chosen[i]}" for i in sorted(chosen)]
+        looks = {POSITIVE: "positive", INTERVAL: "bounded", CIRCULAR: "circular", INTEGER: "integer"}
+        words = [f"{table.columns[i]!r} looks {looks[kind.partition('(')[0]]}" for i, kind in found.items()]
+        _log.info(
+            f"{table.path}: {first_of(words[:_MOST_LISTED], len(words))}. If this is so, give the types of columns: "
+            f"'data.types={{{', '.join(each)}}}'"
+        )
+
+
+def setting_key(table: Table, column: int) -> str:
+    """Returns the key of a column in `data.types`: its name, or its position if the name needs quotes."""
+    name = table.columns[column]
+    is_plain = re.fullmatch(r"[A-Za-z_]\w*", name) and table.columns.count(name) == 1 and table.named
+    return name if is_plain else str(table.indices[column])
+
+
+def guessed_type(column: NDArray[np.float64]) -> str | None:
+    """Returns the type that a column (n,) of real numbers looks like, as in `data.types`; None for a real column.
+
+    Example:
+        >>> guessed_type(np.linspace(0, 1, 101)), guessed_type(np.linspace(0, 360, 100, endpoint=False))
+        ('interval(0,1)', 'circular(360)')
+    """
+    low, high = float(column.min()), float(column.max())
+    if circle := _circle(column, low, high):
+        return circle
+    if (column == np.rint(column)).all():
+        return INTEGER if len(np.unique(column)) <= len(column) // 20 else None
+    if low >= 0 and high <= 1 and low <= _NEAR and high >= 1 - _NEAR:
+        return "interval(0,1)"
+    if low > 0:
+        skewness = _skewness(column)
+        if skewness > _SKEWNESS and abs(_skewness(np.log(column))) < skewness / 2:
+            return POSITIVE
+    return None
+
+
+def _circle(column: NDArray[np.float64], low: float, high: float) -> str | None:
+    """Returns the circular type of a column whose values cover a circle of a usual circumference, or None."""
+    for period in _CIRCLES:
+        for start in (0.0, -period / 2):
+            if low < start or high > start + period:
+                continue
+            turns = (column - start) / period
+            ends = ((turns < _PART).mean(), (turns > 1 - _PART).mean())
+            if min(ends) >= _SHARE * _PART and high - low > (1 - 2 * _PART) * period:
+                return f"circular({period:.16g})"
+    return None
+
+
+def _skewness(column: NDArray[np.float64]) -> float:
+    std = float(column.std())
+    return float((((column - column.mean()) / std) ** 3).mean()) if std > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Reads the context columns of a file of contexts, at which a flow is sampled."""
+"""Reads the file of contexts of `flowsample context=FILE`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +45,7 @@ def read_context(path: str | Path, columns: Sequence[ContextColumn]) -> Tensor:
 
 
 def _chooser(path: str | Path, names: Sequence[str], wanted: Sequence[str]) -> ChooseColumns:
-    """Returns a function that finds the `wanted` columns, which are some of the `names` of the context."""
+    """Returns a function that finds the columns `wanted`, a part of the columns `names` of the context."""
 
     def choose(there: Sequence[str], left_out: Sequence[int]) -> Chosen:
         missing = [name for name in wanted if name not in there]

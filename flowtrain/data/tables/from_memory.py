@@ -94,7 +94,7 @@ def rows_and_labels(
             are given by name. In other rows, they are given by position.
 
     Raises:
-        DataError: columns are missing, values are not real numbers, or unknown categories.
+        DataError: columns are missing, values are not real numbers, or categories are unknown.
     """
     if not is_frame(x):
         if isinstance(label, str):

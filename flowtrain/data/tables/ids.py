@@ -18,7 +18,7 @@ from flowtrain.utils.errors import ConfigError, DataError
 def read_ids(
     path: str | Path, key: str | None, column: str | int | ChooseColumns, text_format: TextFormat, n: int | None = None
 ) -> Ids:
-    """Reads the column of ids of a file, which may contain anything. Text is not changed, except for blanks around it.
+    """Reads the column of ids of a file. The column may contain any values. Blanks around text are removed.
 
     Args:
         path: a file that `read_table` reads.
@@ -51,7 +51,10 @@ def read_ids(
     else:
         values = _as_whole(read_text_column(file, choose, text_format))
     if n is not None and len(values) != n:
-        raise DataError(f"{file} has {len(values):,} rows, but had {n:,} when the samples were read; run this again")
+        raise DataError(
+            f"{file} has {len(values):,} rows, but had {n:,} when the samples were read. The file was changed in "
+            "between: repeat the command"
+        )
     return Ids(name, whole_ids(values))
 
 
@@ -74,7 +77,7 @@ def id_position(column: str | int, names: Sequence[str], path: object) -> int:
 
 
 def _as_whole(cells: Sequence[str]) -> NDArray[Any]:
-    """Returns text as int64 if this changes no cell, as it would change 007, else as objects with None for empty."""
+    """Converts text to int64 if no cell would change (007 would), else to objects with None for an empty cell."""
     if all(cell.removeprefix("-").isdecimal() and cell.isascii() and len(cell) < 19 for cell in cells):
         numbers = np.array([int(cell) for cell in cells], np.int64)
         if all(str(number) == cell for number, cell in zip(numbers.tolist(), cells, strict=True)):

@@ -78,14 +78,14 @@ class Roles:
             )
         return positions
 
-    def less_ids(self, indices: Sequence[int], names: Sequence[str], path: object) -> list[int]:
+    def without_ids(self, indices: Sequence[int], names: Sequence[str], path: object) -> list[int]:
         """Returns the positions of the samples' columns without the column of ids.
 
         Raises:
             ConfigError: a column of ids that the table does not have, or no column is left.
         """
-        own = None if self.id is None else id_position(self.id, names, path)
-        left = [i for i in indices if i != own]
+        of_ids = None if self.id is None else id_position(self.id, names, path)
+        left = [i for i in indices if i != of_ids]
         if not left:
             raise ConfigError(f"data.id={self.id} is the only column of {path}: there are no columns for samples")
         return left
@@ -124,7 +124,7 @@ class RoleTables:
 
     @property
     def others(self) -> dict[str, Table]:
-        """The tables that are not samples, by the name of the role."""
+        """The tables of the roles other than samples, by the name of the role."""
         named = {"label": self.label, "context": self.context, "weights": self.weights}
         return {name: table for name, table in named.items() if table is not None}
 
@@ -193,7 +193,7 @@ def read_roles(
     def choose(names: Sequence[str], left_out: Sequence[int]) -> Chosen:
         nonlocal positions, types
         positions = roles.pick(names, source)
-        indices = roles.less_ids(pick(columns, names, source, left_out=left_out), names, source)
+        indices = roles.without_ids(pick(columns, names, source, left_out=left_out), names, source)
         indices = [*indices, *(i for i in positions.all if i not in indices)]
         types = picked_types(roles, names, source, positions, indices)
         text = [i for i in indices if i in types and types[i].kind == CATEGORICAL]

@@ -119,8 +119,8 @@ class RowsToScore(ScoredRows):
         path: a file, see `read_table`, or an IDX file, plain or gzipped.
         samples: the description of the samples that the flow was trained on.
         key, columns, label, header, decimal, missing, na, context, weights, signed_weights, id: the settings that the
-            training file was read with, see `ArrayData`. None for missing and na means that no row is left out, and no
-            further values are missing. A position of the ids refers to this file.
+            training file was read with, see `ArrayData`. If `missing` is None, no row is left out. If `na` is None, no
+            further values count as missing. If `id` is a position, it is the position in the file to score.
         asked: the names of the settings among these that the user gave for this file. These settings have priority over
             the column names in the file.
         seed: the seed of the noise on columns that `data.dequantize` names.
@@ -198,7 +198,7 @@ class _Selection:
         Columns that were categorical in training may contain text.
         """
         named = tuple(names) != default_names(range(len(names)))
-        # a file written by flowsample, in which columns without names have got names
+        # flowsample writes names for columns that had no names in the training file
         self.sampled = tuple(names) in (column_names(self.samples, False), column_names(self.samples, True))
         trained = sample_names(self.samples) if self.sampled else self.samples.columns
         by_name = named and bool(trained) and "columns" not in self.asked
@@ -256,10 +256,10 @@ class _Selection:
         """Returns the positions of the samples' columns as chosen in training, or of all columns in order."""
         every = [i for i in range(len(names)) if i not in left_out]
         if "columns" in self.asked:
-            indices = self._less_others(pick(self.columns, names, self.file), names)
+            indices = self._without_others(pick(self.columns, names, self.file), names)
         else:
             try:
-                indices = self._less_others(pick(self.columns, names, self.file, left_out=left_out), names)
+                indices = self._without_others(pick(self.columns, names, self.file, left_out=left_out), names)
             except ConfigError:
                 if len(every) != self.width:
                     raise
@@ -279,14 +279,15 @@ class _Selection:
             )
         return indices
 
-    def _less_others(self, indices: list[int], names: Sequence[str]) -> list[int]:
+    def _without_others(self, indices: list[int], names: Sequence[str]) -> list[int]:
+        """Returns the positions without the columns of other roles."""
         others: list[int] = []
         for role in ("label", "context", "weights", "id"):
             wanted = getattr(self.roles, role)
             try:
                 others += [] if wanted is None else pick(wanted, names, self.file, f"data.{role}")
             except ConfigError:
-                # a file without labels, weights or ids
+                # files of new rows may lack labels, weights and ids
                 continue
         return [i for i in indices if i not in others]
 
@@ -308,7 +309,8 @@ class _Selection:
         """Returns the position of the column of ids; None if the file has none.
 
         Args:
-            samples: the positions of the samples' columns. Ids may be one of them only if the user says so.
+            samples: the positions of the samples' columns. The column of ids is one of them only if the user gave
+                `data.id` for this file.
         """
         wanted = self.roles.id
         if wanted is None:
@@ -331,7 +333,7 @@ class _Selection:
             if "context" in self.asked and self.roles.context is not None:
                 raise ConfigError("data.context: the flow was trained without context; omit this option")
             return []
-        # if the training file had names, its positions mean nothing in a file with names
+        # positions in the training file do not apply to another file with names, whose columns may have another order
         by_name = bool(self.samples.columns) or all(names.count(name) == 1 for name in trained)
         if "context" not in self.asked and named and by_name:
             return pick(trained, names, self.file, "data.context")

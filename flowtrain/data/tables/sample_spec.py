@@ -48,9 +48,8 @@ class SampleSpec:
             ranges: whether values outside of the range of their type are refused. In new data, their density is 0.
         """
         check_range(table)
-        if ranges:
-            check_types(table, self.types)
-        if self.integer_valued or self.noisy:
+        check_types(table, self.types, ranges)
+        if (self.integer_valued or self.noisy) and not self.types:
             check_whole(table, range(len(table.columns)) if self.integer_valued else self.noisy, blocks)
         if self.levels is not None:
             check_levels(table, self.levels, blocks)

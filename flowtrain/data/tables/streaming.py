@@ -316,7 +316,7 @@ class StreamedTable:
         self.n = self.rows.n
         names = default_names(range(self.rows.width))
         positions = roles.pick(names, self.rows.path)
-        chosen = roles.less_ids(pick(columns, names, self.rows.path), names, self.rows.path)
+        chosen = roles.without_ids(pick(columns, names, self.rows.path), names, self.rows.path)
         indices = (*chosen, *(i for i in positions.all if i not in chosen))
         types = picked_types(roles, names, self.rows.path, positions, indices)
         table = Table(np.empty((0, len(indices))), default_names(indices), indices, str(self.rows.path))
@@ -464,7 +464,7 @@ class StreamStatistics:
         self.class_counts = np.zeros(0, np.int64)
 
     def add(self, spec: SampleSpec, tables: RoleTables, held: NDArray[np.int64] | None) -> None:
-        """Adds rows. The rows `held` are not training rows; None means that no row is."""
+        """Adds rows. The rows at the positions `held` are not training rows. None: there are no training rows."""
         values = tables.samples.values
         self.checksum.add(values, tables.other_values)
         if held is None:
