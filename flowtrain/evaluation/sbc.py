@@ -92,7 +92,9 @@ def simulation_calibration(
         for start in range(0, len(x), size):
             now = slice(start, start + size)
             rows, c = x[now], None if context is None else context[now].repeat_interleave(samples, 0)
-            drawn = flow.quantized(flow.sample(samples * len(rows), context=c, generator=generator))
+            drawn = flow.sample(samples * len(rows), context=c, generator=generator)
+            # noise is not yet added to the rows of an integer-valued flow. Rows with noisy columns already have it
+            drawn = flow.quantized(drawn) if flow.integer_valued else drawn
             scores = score_rows(flow, drawn, c, latents=0, unsolved=len(drawn), **options).log_p.to(device)
             drawn = drawn.view(len(rows), samples, -1)
             found = Ranks(

@@ -230,3 +230,15 @@ def test_rows_of_sbc_are_drawn_by_weight_and_no_row_twice() -> None:
     assert simulation_calibration(flow, x, None, log_p, ("a", "b"), 100, weights=weights)[0].n == 100
     with pytest.raises(ConfigError, match="weights"):
         simulation_calibration(flow, x, None, log_p, ("a", "b"), 100, weights=-weights)
+
+
+def test_whole_numbers_are_compared_with_whole_numbers_and_noisy_rows_with_noisy_samples() -> None:
+    x = normal(N, 2).float()
+    whole = Flow((2,), Affine(2), integer_valued=True).eval()
+    log_p = whole.log_prob(x.floor()).detach()
+    _, ranks = simulation_calibration(whole, x.floor().long(), None, log_p, (), 100)
+    assert all(rank_test(u).p_value > 0.01 for u in ranks.columns.T)
+    # the data set has added noise to the first column
+    noisy = Flow((2,), Affine(2), noisy=(0,)).eval()
+    found, _ = simulation_calibration(noisy, x, None, noisy.log_prob(x).detach(), (), 100)
+    assert min(found.p_value, found.tarp.p_value, found.density.p_value) > 0.01
