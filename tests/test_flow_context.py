@@ -88,6 +88,35 @@ class Frame:
         return np.column_stack([np.array(v, dtype=object) for v in self.data.values()])
 
 
+def test_vmap_over_contexts_checks_every_lane() -> None:
+    flow, x = shifted(), torch.randn(4, 2)
+    context = torch.tensor([[1.0, 0.0], [2.0, 1.0], [3.0, 1.0], [2.5, 0.0]], dtype=torch.float64)
+
+    def one(row: Tensor, c: Tensor) -> Tensor:
+        return flow.log_prob(row.unsqueeze(0), c.unsqueeze(0))[0]
+
+    torch.testing.assert_close(torch.func.vmap(one)(x, context), flow.log_prob(x, context))
+    for row, column, value, name in ((2, 0, math.nan, "mass"), (1, 1, 2.0, "colour")):
+        bad = context.clone()
+        bad[row, column] = value
+        for given in (bad, bad.clone().requires_grad_()):
+            with pytest.raises(DataError, match=name):
+                torch.func.vmap(one)(x, given)
+            with pytest.raises(DataError, match=name):
+                flow.log_prob(x, given)
+
+
+def test_gradients_flow_to_a_context_given_by_names() -> None:
+    flow, x = shifted(), torch.randn(4, 2)
+    mass, colour = torch.rand(4, dtype=torch.float64, requires_grad=True), torch.zeros(4)
+    (found,) = torch.autograd.grad(flow.log_prob(x, {"mass": mass, "colour": colour}).sum(), mass)
+    (wanted,) = torch.autograd.grad(flow.log_prob(x, torch.stack([mass, colour], 1)).sum(), mass)
+    torch.testing.assert_close(found, wanted)
+    assert found.abs().sum() > 0
+    with pytest.raises(DataError, match="complex"):
+        flow.log_prob(x, torch.zeros(4, 2, dtype=torch.complex64))
+
+
 @pytest.mark.parametrize("recorded", [True, False])
 def test_context_is_read_from_a_data_frame(recorded: bool) -> None:
     flow = shifted()

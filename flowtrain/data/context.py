@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowtrain.utils.arguments import choose, shortened
+from flowtrain.utils.autograd import plain_values
 from flowtrain.utils.errors import DataError
 
 REAL, CATEGORICAL = "real", "categorical"
@@ -138,7 +139,7 @@ def context_values(columns: Sequence[ContextColumn], given: Any, n: int, checked
         [[1.5, 1.0], [1.5, 0.0]]
     """
     if isinstance(given, Tensor):
-        values = given
+        values = _real(given)
     elif isinstance(given, Mapping) or (hasattr(given, "columns") and hasattr(given, "to_numpy")):
         values = _of_named(columns, given, n)
     else:
@@ -155,8 +156,15 @@ def context_values(columns: Sequence[ContextColumn], given: Any, n: int, checked
         )
     # the values are float64, because float32 does not resolve columns such as times in seconds
     values = values.double().expand(n, k)
-    if checked and not values.requires_grad:
+    if checked:
         _check(columns, values)
+    return values
+
+
+def _real(values: Tensor) -> Tensor:
+    """Returns a tensor after a check that it is not complex, because a conversion would drop the imaginary part."""
+    if values.is_complex():
+        raise DataError(f"context has dtype {values.dtype}: give real numbers")
     return values
 
 
@@ -175,7 +183,7 @@ def _of_named(columns: Sequence[ContextColumn], given: Any, n: int) -> Tensor:
     for column in columns:
         one = given[column.name]
         one = one.to_numpy() if hasattr(one, "to_numpy") else one
-        numbers = one.detach().cpu().double() if isinstance(one, Tensor) else torch.from_numpy(_column(column, one))
+        numbers = _real(one).cpu().double() if isinstance(one, Tensor) else torch.from_numpy(_column(column, one))
         if numbers.dim() > 1 or (numbers.dim() == 1 and len(numbers) not in (1, n)):
             raise DataError(f"context {column.name} has shape {tuple(numbers.shape)}: give one value, or {n}")
         found.append(numbers.reshape(-1).expand(n))
@@ -234,15 +242,17 @@ def _known(column: ContextColumn) -> str:
 
 
 def _check(columns: Sequence[ContextColumn], values: Tensor) -> None:
-    plain = values.detach()
-    if not bool(torch.isfinite(plain).all()):
-        row, column = (int(i) for i in (~torch.isfinite(plain)).nonzero()[0])
-        raise DataError(
-            f"context {columns[column].name} is {float(plain[row, column])} in row {row} (from 0): give finite numbers"
-        )
-    for one, c in zip(columns, plain.unbind(1), strict=True):
+    # under vmap, the values of all lanes are checked
+    if not bool(torch.isfinite(plain_values(values)).all()):
+        for one, c in zip(columns, values.unbind(1), strict=True):
+            plain = plain_values(c).flatten()
+            if len(rows := (~torch.isfinite(plain)).nonzero()):
+                row = int(rows[0])
+                raise DataError(f"context {one.name} is {float(plain[row])} in row {row} (from 0): give finite numbers")
+    for one, c in zip(columns, values.unbind(1), strict=True):
         if one.kind == CATEGORICAL:
-            bad = c[(c < 0) | (c >= one.size) | (c != c.floor())]
+            plain = plain_values(c)
+            bad = plain[(plain < 0) | (plain >= one.size) | (plain != plain.floor())]
             if len(bad):
                 raise DataError(
                     f"context {one.name}={float(bad[0]):g}: categories are positions from 0 to {one.size - 1}; "

@@ -17,6 +17,7 @@ from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.in_memory import Extras
 from flowtrain.data.tables.from_memory import as_array, columns_of, is_frame, table_of
 from flowtrain.data.tables.rows_to_score import RowsInMemory, ScoredRows
+from flowtrain.data.tables.table_checks import check_weight_sizes
 from flowtrain.evaluation.baselines import GAUSSIAN, baselines, check_baseline, warn_if_better
 from flowtrain.evaluation.calibration import (
     Transformed,
@@ -284,6 +285,7 @@ def row_weights(flow: Density, x: Tensor | Rows, weights: Any, n: int, name: str
         raise DataError(f"weights has {len(found)} values; give one weight for each of the {n} rows of {name}")
     if not bool(found.isfinite().all()):
         raise DataError("weights has values that are NaN or infinite; remove these rows")
+    check_weight_sizes(found.numpy(), "weights, row {} (from 0)".format)
     config = {} if flow.record is None else flow.record.config.get("data", {})
     if bool((found < 0).any()) and not config.get("signed_weights"):
         raise DataError(

@@ -90,8 +90,8 @@ def draw_corner(
     with 60 percent of the samples of a class.
 
     The columns are `options.columns`, or the first 5. Axes range from the 0.5% to the 99.5% quantile of the data, or of
-    the samples if a column of the data is constant or has few values. The axis of a heavy-tailed column has an asinh scale, and densities
-    are per unit of the axes.
+    the samples if a column of the data is constant or has few values. The axis of a heavy-tailed column has an asinh
+    scale, and densities are per unit of the axes.
 
     Args:
         columns: the names of all columns. If empty, they are c0, c1, ...

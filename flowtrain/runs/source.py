@@ -130,6 +130,8 @@ def _in_memory(x: Any, roles: Mapping[str, Any], val: Any, test: Any, na: Collec
         if _is_column(given) or (role == "context" and _is_columns(given) and len(given) != len(rows.values)):
             settings[f"data.{role}"] = _in_frame(given, x)
             continue
+        if isinstance(given, Mapping) and not is_frame(given):
+            raise DataError(f"{role}: give an array with one row for each row of x, or a data frame, not a mapping")
         before = len(extended.columns)
         extended = with_columns(extended, given, role, _names(role, given, x, before), na)
         layout[role] = extended.columns[before:]

@@ -91,7 +91,14 @@ def test_rows_of_weight_0_are_left_out_of_every_mean() -> None:
 
 def test_weights_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     flow, x = flow_of(), torch.randn(20, 2)
-    for weights in (torch.ones(19), torch.full((20,), torch.nan), -torch.ones(20), torch.zeros(20), "w"):
+    for weights in (
+        torch.ones(19),
+        torch.full((20,), torch.nan),
+        -torch.ones(20),
+        torch.zeros(20),
+        "w",
+        1e200 * torch.ones(20).double(),
+    ):
         with pytest.raises(DataError, match="weights"):
             evaluate(flow, x, weights=weights)
     with pytest.raises(ConfigError, match="weights"):

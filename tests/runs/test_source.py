@@ -122,6 +122,7 @@ def test_text_in_a_data_frame_is_a_categorical_context(x: np.ndarray, context: n
         ({"context": ["mass"]}, ConfigError, "mass"),
         ({"context": [9]}, ConfigError, "9"),
         ({"context": True}, ConfigError, "context"),
+        ({"context": {"mass": np.ones(N)}}, DataError, "context"),
         ({"context": np.full(N, np.nan)}, DataError, "context_0"),
         ({"context": np.ones(N)}, DataError, "context_0"),
         ({"context": np.full(N, "red", dtype=object)}, DataError, "red"),

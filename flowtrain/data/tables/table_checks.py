@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,20 +210,32 @@ def check_labels(table: Table) -> None:
         )
 
 
+def check_weight_sizes(weights: NDArray[np.float64], place: Callable[[int], str]) -> None:
+    """Checks that float64 represents the squares of weights (n,) and their sums.
+
+    Args:
+        place: names the place of a row, for messages.
+
+    Raises:
+        DataError: a weight other than 0 that is too small or too large.
+    """
+    size = np.abs(weights)
+    bad = (size > _LARGEST_WEIGHT) | ((size > 0) & (size < 1 / _LARGEST_WEIGHT))
+    if bad.any():
+        row = int(bad.argmax())
+        raise DataError(
+            f"{place(row)}: the weight {weights[row]:g} is not between {1 / _LARGEST_WEIGHT:g} and "
+            f"{_LARGEST_WEIGHT:g}. Only the ratios of weights matter: multiply all weights by one factor"
+        )
+
+
 def check_weights(table: Table, signed: bool) -> None:
     """Checks the weights of the rows of a file, or of a block of a file.
 
     Raises:
         DataError: negative weights without `data.signed_weights`, or weights whose squares float64 cannot represent.
     """
-    size = np.abs(table.values)
-    bad = (size > _LARGEST_WEIGHT) | ((size > 0) & (size < 1 / _LARGEST_WEIGHT))
-    if bad.any():
-        row = int(np.argwhere(bad)[0][0])
-        raise DataError(
-            f"{table.place(row, 0)}: the weight {table.values[row, 0]:g} is not between {1 / _LARGEST_WEIGHT:g} and "
-            f"{_LARGEST_WEIGHT:g}. Only the ratios of weights matter: multiply all weights by one factor"
-        )
+    check_weight_sizes(table.values[:, 0], lambda row: table.place(row, 0))
     bad = table.values < 0
     if bad.any() and not signed:
         row = int(np.argwhere(bad)[0][0])
