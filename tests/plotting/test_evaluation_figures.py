@@ -216,7 +216,9 @@ def test_ood_shows_both_sets_at_any_distance(tmp_path: Path, coarse: int, other:
 
 def histograms(known: Tensor, other: Tensor, **changed: Any) -> Axes:
     axes = Figure().add_subplot()
-    evaluation_figures._histograms(axes, known.numpy(), other.numpy(), **{"centre": float(known.median()), **changed})
+    sets = (known.numpy(), other.numpy())
+    options = {"centre": float(known.median()), **changed}
+    evaluation_figures.draw_histograms(axes, sets, evaluation_figures.OOD_COLOURS, **options)
     return axes
 
 

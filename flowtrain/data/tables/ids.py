@@ -16,7 +16,12 @@ from flowtrain.utils.errors import ConfigError, DataError
 
 
 def read_ids(
-    path: str | Path, key: str | None, column: str | int, text_format: TextFormat, n: int | None = None
+    path: str | Path,
+    key: str | None,
+    column: str | int,
+    text_format: TextFormat,
+    n: int | None = None,
+    option: str = "data.id",
 ) -> Ids:
     """Reads the column of ids of a file, which may contain anything. Text is not changed, except for blanks around it.
 
@@ -26,6 +31,7 @@ def read_ids(
         column: the name or the position of the column.
         text_format: the format with which the samples of the file were read.
         n: the number of rows when the samples were read; None if it is not known.
+        option: the name of the setting that `column` comes from, for messages.
 
     Raises:
         ConfigError: a column that is not in the file, or several columns.
@@ -36,7 +42,7 @@ def read_ids(
 
     def choose(names: Sequence[str], left_out: Sequence[int]) -> list[int]:
         nonlocal name
-        position = id_position(column, names, path)
+        position = id_position(column, names, path, option)
         name = names[position]
         return [position]
 
@@ -58,15 +64,15 @@ def whole_ids(values: NDArray[Any]) -> NDArray[Any]:
     return values.astype(np.int64) if is_whole else values
 
 
-def id_position(column: str | int, names: Sequence[str], path: object) -> int:
+def id_position(column: str | int, names: Sequence[str], path: object, option: str = "data.id") -> int:
     """Returns the position of the column of ids.
 
     Raises:
         ConfigError: a column that is not in the file, or several columns.
     """
-    found = pick([column], names, path, "data.id")
+    found = pick([column], names, path, option)
     if len(found) > 1:
-        raise ConfigError(f"data.id={column} names {len(found)} columns of {path}: name one")
+        raise ConfigError(f"{option}={column} names {len(found)} columns of {path}: name one")
     return found[0]
 
 
