@@ -5,9 +5,10 @@ import logging
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from flowtrain.cli.arguments import split_own
 from flowtrain.cli.config_files import compose_defaults, options
@@ -75,17 +76,17 @@ USAGE = Usage(
         "test set. The AUROC is added to the table, and plots/ood.png is drawn. With scores=s.csv, s_ood.csv is "
         "written. The entropy H of the typicality score is the NLL of the validation set of the run. "
         "If that set is missing, H is the NLL of the scored rows",
-        "anomalies": "A .csv or .parquet file for decisions which rows are anomalies, with their p-values. The p-value of "
-        "a row compares its log p with the validation rows of the run (conformal p-value). The file has the columns "
-        "row, log_prob, p_value, anomaly (0 or 1), and for anomalies the columns of the data that contribute most, with "
+        "anomalies": "A .csv or .parquet file for the decisions which rows are anomalies. The p-value of a row "
+        "compares its log p with the validation rows of the run (conformal p-value). The file has the columns row, "
+        "log_prob, p_value, anomaly (0 or 1), and for anomalies the columns of the data that contribute most, with "
         "their contributions in nats: the gain in log p if only this column had its best value. Ids and empty cells "
         "are as in scores=. The numbers are added to the table, and plots/anomalies.png is drawn",
-        "false_positive_rate": f"For anomalies: share of ordinary rows that may be flagged (default: {RATE:g}). n "
+        "false_positive_rate": f"For anomalies: the share of ordinary rows that may be flagged (default: {RATE:g}). n "
         "validation rows allow rates from 1 / (n + 1)",
         "false_discovery_rate": "For anomalies, instead: share of ordinary rows among the flagged rows. It is kept on "
         "average, by the procedure of Benjamini and Hochberg over the scored rows",
-        "data.anomaly_label": "For anomalies: column of data.path with 1 for known anomalies and 0 for ordinary rows. "
-        "AUROC, average precision and the measured rates are added to the table. The column is not part of a sample",
+        "data.anomaly_label": "For anomalies: a column of data.path, 1 for known anomalies, else 0. AUROC, average "
+        "precision and the measured rates are added to the table. The column is not part of a sample",
         "baselines": "true: also fits a Gaussian mixture and a kernel density estimate, for tables. They are fitted "
         "to the training rows of the run, in up to 20 s, and scored on the same rows. The mixture needs scikit-learn "
         "(pip install 'flowtrain[baselines]')",
@@ -167,11 +168,19 @@ def _command() -> int:
     if label is not None and grid is None:
         raise ConfigError("label: only used with grid=FILE.npz; leave this option out")
     out = Path(str(own["out"])).expanduser() if own["out"] else None
-    anomalies, rate = anomaly_options(own)
+    anomalies = anomaly_options(own)
     loaded_run = load_run(own, overrides)
     split = str(own["split"] or default_split(overrides))
     options = loaded_run.plot_options
-    outputs = OutputPaths(loaded_run.run_dir, out, scores, set_name(loaded_run, split, overrides), options, grid, anomalies)
+    outputs = OutputPaths(
+        loaded_run.run_dir,
+        out,
+        scores,
+        set_name(loaded_run, split, overrides),
+        options,
+        grid,
+        anomalies and anomalies.path,
+    )
     inputs = [*loaded_run.files, own["ood"], *paths_of(loaded_run.config["data"])]
     outputs.check(own["ood"] is not None, bool(sbc), wants_report, isinstance(loaded_run.flow, Ensemble), inputs)
     if grid is not None:
@@ -179,10 +188,7 @@ def _command() -> int:
     data, other, trained_on = read_sets(
         loaded_run, own["ood"], split, overrides, wants_baselines, own["data.anomaly_label"]
     )
-    known = None if anomalies is None else calibration_set(loaded_run, data, split)
-    if known is not None:
-        rate.check(len(known.val))
-    labels = data.anomaly_labels() if isinstance(data, RowsToScore) else None
+    known = calibration_set(loaded_run, data, split, anomalies)
     result = evaluate(
         loaded_run.flow.to(dtype),
         data,
@@ -196,16 +202,15 @@ def _command() -> int:
         baseline_seconds=MOST_SECONDS if wants_baselines else 0.0,
         sbc=sbc,
     )
-    if known is not None:
+    if anomalies is not None and known is not None:
         scoring = {"batch_size": batch_size, "draws": draws, "seed": seed}
-        result = with_anomalies(result, loaded_run.flow, data, known, rate, labels, scoring)
+        result = with_anomalies(result, loaded_run.flow, data, *known, anomalies.rate, options=scoring)
 
     write_json(outputs.json, result.to_dict())
     written = [outputs.json, *write_all_scores(outputs, result, data, split, None if other is None else other[1])]
-    if anomalies is not None and result.anomaly_rows is not None:
-        names = sample_names(loaded_run.samples)
-        write_anomalies(anomalies, data, split, result.scores, result.anomaly_rows, names)
-        written.append(anomalies)
+    if anomalies is not None:
+        write_anomalies(anomalies.path, data, split, result, sample_names(loaded_run.samples))
+        written.append(anomalies.path)
     if grid is not None:
         columns = loaded_run.samples.columns
         with status("computing the grid"):
@@ -247,29 +252,47 @@ def sbc_samples(wanted: bool, samples: Any) -> int:
     return (SAMPLES if samples is None else whole("sbc_samples", samples)) if wanted else 0
 
 
-def anomaly_options(own: Mapping[str, Any]) -> tuple[Path | None, Rate]:
-    """Returns the file of anomalies, None if it was not requested, and the rate of the decisions.
+class AnomalyOptions(NamedTuple):
+    """The file of anomalies, and the error rate of the decisions."""
+
+    path: Path
+    rate: Rate
+
+
+def anomaly_options(own: Mapping[str, Any]) -> AnomalyOptions | None:
+    """Returns the options of anomalies; None if they were not requested.
 
     Raises:
         ConfigError: another kind of file, both rates or a rate out of range, or an option without a file.
     """
     path = written_as("anomalies", own["anomalies"], *NAMED)
-    given = [key for key in ("false_positive_rate", "false_discovery_rate", "data.anomaly_label") if own[key] is not None]
+    given = [
+        key for key in ("false_positive_rate", "false_discovery_rate", "data.anomaly_label") if own[key] is not None
+    ]
     if path is None and given:
         raise ConfigError(f"{given[0]}={own[given[0]]}: also give anomalies=FILE.csv")
-    return path, Rate.of(own["false_positive_rate"], own["false_discovery_rate"])
+    rate = Rate.of(own["false_positive_rate"], own["false_discovery_rate"])
+    return None if path is None else AnomalyOptions(path, rate)
 
 
-def calibration_set(loaded_run: LoadedRun, data: Dataset, split: str) -> Dataset:
-    """Returns the data set whose validation rows are compared with the scored rows.
+def calibration_set(
+    loaded_run: LoadedRun, data: Dataset, split: str, anomalies: AnomalyOptions | None
+) -> tuple[Dataset, Tensor | None] | None:
+    """Returns what anomalies are found with; None if they were not requested.
 
     Args:
         data: the evaluated data set.
 
+    Returns:
+        (the data set whose validation rows are compared with the scored rows, the labels of the scored rows, (n,), or
+        None).
+
     Raises:
-        ConfigError: the scored rows are the validation rows.
-        DataError: the data of the run are missing, have changed, or do not fit the flow.
+        ConfigError: the scored rows are the validation rows, or there are too few validation rows.
+        DataError: the data of the run are missing, have changed, or do not fit the flow; or labels other than 0 and 1.
     """
+    if anomalies is None:
+        return None
     if same_data(loaded_run.config["data"], loaded_run.own_data) and split != "all":
         if split == "val":
             raise ConfigError("anomalies: split=val are the rows that others are compared with; give data.path=FILE")
@@ -278,7 +301,8 @@ def calibration_set(loaded_run: LoadedRun, data: Dataset, split: str) -> Dataset
         found = training_data(loaded_run, ["val"], ". Restore the data, or leave out anomalies")
     if found.val_weights is not None:
         log.warning("anomalies: the weights of the validation rows are not used; all rows count equally")
-    return found
+    anomalies.rate.check(len(found.val))
+    return found, data.anomaly_labels() if isinstance(data, RowsToScore) else None
 
 
 def write_all_scores(

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowtrain.data.base import Dataset
 from flowtrain.data.tables.output import write_columns
 from flowtrain.data.tables.rows_to_score import ScoredRows
-from flowtrain.evaluation.result import AnomalyRows
+from flowtrain.evaluation.result import Evaluation
 from flowtrain.utils.files import write_npy
 
 # the columns of a table of scores after the ids, and of a table of anomalies
@@ -53,9 +53,7 @@ def with_ids(data: Dataset, split: str, columns: Mapping[str, NDArray[Any]]) -> 
     return {**first, ROW: data.row_numbers(split), **columns}
 
 
-def write_anomalies(
-    path: Path, data: Dataset, split: str, log_p: Tensor, rows: AnomalyRows, names: Sequence[str]
-) -> None:
+def write_anomalies(path: Path, data: Dataset, split: str, result: Evaluation, names: Sequence[str]) -> None:
     """Writes the p-value, the decision and the columns that contribute most, for each row of a set.
 
     A .csv or .parquet file has the columns: the ids, `row` and `log_prob` as in `write_scores`; `p_value`; `anomaly`, 1
@@ -64,10 +62,11 @@ def write_anomalies(
     missing values are empty.
 
     Args:
-        log_p: log p of the scored rows, (n,).
-        rows: the anomalies among the scored rows.
+        result: an evaluation of the set, with anomalies.
         names: the names of the columns of a sample.
     """
+    rows = result.anomaly_rows
+    assert rows is not None
 
     def whole(values: Tensor) -> NDArray[np.int64]:
         """Values as integers of all rows of the file; masked for rows that were not scored."""
@@ -76,8 +75,11 @@ def write_anomalies(
         kept = np.where(lost, -1, found).astype(np.int64)
         return np.ma.masked_array(kept, lost) if lost.any() else kept
 
-    columns = {LOG_PROB: for_each_row(data, log_p), P_VALUE: for_each_row(data, rows.p_values)}
-    columns[ANOMALY] = whole(rows.flagged)
+    columns: dict[str, NDArray[Any]] = {
+        LOG_PROB: for_each_row(data, result.scores),
+        P_VALUE: for_each_row(data, rows.p_values),
+        ANOMALY: whole(rows.flagged),
+    }
     for k in range(rows.columns.shape[1]):
         # position -1 and masked values stand for rows without contributions
         positions = np.ma.filled(whole(rows.columns[:, k]), -1)

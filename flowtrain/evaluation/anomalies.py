@@ -9,6 +9,7 @@ If x and the calibration rows are exchangeable, then P(p(x) <= a) <= a for every
 Candes, Lei, Romano and Sesia 2023, Testing for outliers with conformal p-values, equation 2.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,18 +27,21 @@ from flowtrain.evaluation.log_likelihood import held_out, score_rows
 from flowtrain.evaluation.ood_detection import auroc
 from flowtrain.evaluation.result import AnomalyDetection, AnomalyRows, Evaluation
 from flowtrain.flow import Context, Density, Rows
-from flowtrain.utils.arguments import number
+from flowtrain.utils.arguments import number, whole
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.process import one_thread_if_small, own_settings
+
+log = logging.getLogger("flowtrain")
 
 # the false positive rate if no rate is given
 RATE = 0.01
 # the number of columns that are listed for a flagged row
 TOP = 3
-# the number of values that a column is given, see `contributions`
-VALUES = 32
-# the largest number of evaluations of log p for the contributions. Fewer rows are explained if this is not enough
-EVALUATIONS = 200_000
+# the numbers of values that a column is given in each round, see `contributions`
+ROUNDS = (16, 8, 8)
+# the largest number of evaluations of log p for the contributions, and the same for flows that solve ODEs. Fewer rows
+# are explained if this is not enough
+EVALUATIONS, ODE_EVALUATIONS = 200_000, 20_000
 # the largest number of numbers in the rows that are scored at once
 AT_ONCE = 4_000_000
 # rates and p-values are multiples of 1 / (n + 1) up to this relative rounding error
@@ -131,13 +135,15 @@ def find_anomalies(
     false_discovery_rate: float | None = None,
     context: Context = None,
     calibration_context: Context = None,
+    columns: int = TOP,
     batch_size: int | None = None,
     seed: int = 0,
 ) -> Anomalies:
     """Flags rows whose log p is unusually small, compared with calibration rows.
 
-    The columns that contribute most are found for up to EVALUATIONS evaluations of log p, for the rows with the
-    smallest log p first; see `contributions`. Images have no contributions.
+    The columns that contribute most are found for the rows with the smallest log p first, with up to 200,000
+    evaluations of log p, or 20,000 for flows that solve ODEs; see `contributions`. Images have no contributions. If
+    log p of a row cannot be computed, it counts as -inf.
 
     Args:
         x: rows (n, *event_shape): an array, a tensor or a data frame.
@@ -146,6 +152,7 @@ def find_anomalies(
         false_discovery_rate: the share of ordinary rows among the flagged rows that is allowed, in expectation (the
             procedure of Benjamini and Hochberg over the rows of x).
         context, calibration_context: for a conditional flow, the context of the rows, see `Flow.log_prob`.
+        columns: the largest number of columns that are listed for a flagged row. 0: contributions are not computed.
         batch_size, seed: see `flowtrain.evaluate`.
 
     Raises:
@@ -162,7 +169,7 @@ def find_anomalies(
         >>> found.is_anomaly.tolist(), found.p_values[1].item(), found.columns[1, 0].item()
         ([False, True], 0.01, 1)
     """
-    rate = Rate.of(false_positive_rate, false_discovery_rate)
+    rate, columns = Rate.of(false_positive_rate, false_discovery_rate), whole("columns", columns, least=0)
     sets = (
         dataset_of(flow, x, context, seed),
         dataset_of(flow, calibration, calibration_context, seed, "calibration"),
@@ -173,7 +180,7 @@ def find_anomalies(
     device = flow.like.device
     with own_settings(device), one_thread_if_small(flow.event_shape, device), in_evaluation_mode(flow):
         log_p = score_rows(flow, rows, c, latents=0, unsolved=len(rows), **options).log_p
-        found, each = detect_anomalies(flow, rows, c, log_p, known, c_known, rate, options=options)
+        found, each = detect_anomalies(flow, rows, c, log_p, known, c_known, rate, None, options, columns)
     return Anomalies(
         log_p.numpy(),
         each.p_values.numpy(),
@@ -189,8 +196,8 @@ def with_anomalies(
     flow: Density,
     data: Dataset,
     known: Dataset,
+    labels: Tensor | None,
     rate: Rate,
-    labels: Tensor | None = None,
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Evaluation:
     """Returns an evaluation with the anomalies among the evaluated rows.
@@ -217,6 +224,7 @@ def detect_anomalies(
     rate: Rate,
     labels: Tensor | None = None,
     options: Mapping[str, Any] = MappingProxyType({}),
+    top: int = TOP,
 ) -> tuple[AnomalyDetection, AnomalyRows]:
     """Flags rows x (n, *event_shape) whose log p is unusually small, compared with calibration rows.
 
@@ -225,6 +233,7 @@ def detect_anomalies(
         log_p: log p of x in nats, (n,), float64. A value that is not a number counts as -inf.
         labels: 1 for known anomalies, 0 for ordinary rows, NaN for unknown rows, (n,), or None.
         options: batch size, draws and seed: arguments of `score_rows`.
+        top: the largest number of columns that are listed for a flagged row.
 
     Raises:
         ConfigError: the rate is too small for the number of calibration rows.
@@ -239,7 +248,15 @@ def detect_anomalies(
     most = math.floor(largest * (n + 1) + ROUNDING * n) - 1
     threshold = None if most < 0 else float(known.sort().values[most])
     flagged = torch.zeros_like(p_values, dtype=torch.bool) if threshold is None else log_p < threshold
-    columns, gains, explained = _explained(flow, x, context, log_p, flagged, calibration, options)
+    # a p-value is at least 1 / (n + 1), and the k-th smallest of m must be at most q k / m
+    together = math.ceil(len(x) / (rate.value * (n + 1)) - ROUNDING) if rate.is_discovery else 1
+    if threshold is None and together > 1:
+        log.warning(
+            "no row is flagged: with %d calibration rows, false_discovery_rate=%g can only flag %d or more of %d rows "
+            "together; hold out more validation rows, or give false_positive_rate",
+            n, rate.value, together, len(x),
+        )  # fmt: skip
+    columns, gains, explained = _explained(flow, x, context, log_p, flagged, calibration, options, top)
     found = AnomalyDetection(
         n=len(x),
         n_calibration=n,
@@ -267,13 +284,14 @@ def conformal_p_values(calibration: Tensor, log_p: Tensor) -> Tensor:
 
 
 def largest_p_value(p_values: Tensor, rate: Rate) -> float:
-    """Returns the p-value up to which rows are flagged: the rate, or for a false discovery rate q that of the m rows
+    """Returns the p-value up to which rows are flagged; 0 if there is none.
 
-        max {p_(k): p_(k) <= q k / m},    p_(1) <= ... <= p_(m),
+    For a false positive rate, it is the rate. For a false discovery rate q and p-values p_(1) <= ... <= p_(m), it is
 
-    and 0 if there is none. Source: Benjamini and Hochberg 1995, Controlling the false discovery rate. Conformal
-    p-values of different rows are positively dependent, and the procedure holds for them (Bates et al. 2023, theorem
-    2).
+        max {p_(k): p_(k) <= q k / m}
+
+    (Benjamini and Hochberg 1995, Controlling the false discovery rate). Conformal p-values of different rows are
+    positively dependent, and the procedure holds for them (Bates et al. 2023, theorem 2).
 
     Example:
         >>> p = torch.tensor([0.01, 0.9, 0.02, 0.5])
@@ -332,16 +350,18 @@ def _explained(
     flagged: Tensor,
     calibration: Tensor,
     options: Mapping[str, Any],
+    top: int,
 ) -> tuple[Tensor, Tensor, int]:
     """Returns the columns and contributions of all rows, (n, k), and the number of rows that have them."""
-    top = min(TOP, flow.event_shape[0]) if len(flow.event_shape) == 1 else 0
+    top = min(top, flow.event_shape[0]) if len(flow.event_shape) == 1 else 0
     columns = torch.full((len(x), top), -1)
     gains = torch.full((len(x), top), torch.nan, dtype=torch.float64)
     rows = flagged.nonzero().flatten()
     if not top or not len(rows):
         return columns, gains, 0
     # the rows with the smallest log p first
-    rows = rows[log_p[rows].argsort(stable=True)][: max(1, EVALUATIONS // (VALUES * x.shape[1]))]
+    evaluations = ODE_EVALUATIONS if flow.ode_blocks else EVALUATIONS
+    rows = rows[log_p[rows].argsort(stable=True)][: max(1, evaluations // (sum(ROUNDS) * x.shape[1]))]
     given = None if context is None else context[rows.to(context.device)]
     columns[rows], gains[rows] = contributions(flow, x[rows.to(x.device)], given, calibration, top, options)
     return columns, gains, len(rows)
@@ -364,9 +384,11 @@ def contributions(
 
     The second form holds because the density of the other columns cancels. So g_j does not depend on the unit of a
     column, and a value that is common by itself has a large contribution if it does not fit the other columns. For a
-    normal distribution, g_j = z^2 / 2 with the number z of conditional standard deviations by which x_j is off. t is
-    x_j or one of VALUES quantiles of the column in the calibration rows, so that every t is a possible value of the
-    column. The cost is VALUES d evaluations of log p for a row of d columns.
+    normal distribution, g_j = z^2 / 2 with the number z of conditional standard deviations by which x_j is off.
+
+    t is found on a grid that is refined: 16 quantiles of the column in the calibration rows, and twice 8 values between
+    the neighbours of the best value so far. t is never outside of the range of the calibration rows, and a whole number
+    if the samples are whole numbers. The cost is 32 d evaluations of log p for a row of d columns.
 
     Args:
         x: rows (n, d).
@@ -382,22 +404,46 @@ def contributions(
         >>> columns.tolist(), [round(gain, 1) for gain in gains[0].tolist()]  # 4^2 / 2
         ([[1, 0]], [8.0, 0.0])
     """
-    n, d = x.shape
-    places = torch.linspace(0, len(calibration) - 1, VALUES).round().long()
-    values = calibration.sort(0).values[places].to(x)
-    best = torch.full((n, d), -torch.inf, dtype=torch.float64)
-    now = _scores(flow, x, context, options)
-    size, column = max(1, AT_ONCE // (VALUES * d * d)), torch.arange(d)
+    ordered = calibration.sort(0).values
+    places = torch.linspace(0, len(ordered) - 1, ROUNDS[0]).round().long()
+    values = ordered[places].T.double().to(x.device)
+    now = _scores(flow, x, context, options).unsqueeze(1)
+    # the last place has itself as its upper neighbour, the first place as its lower one
+    log_p = _with_values(flow, x, context, values.expand(len(x), -1, -1), options)
+    best, place = log_p.max(2)
+    place = place.to(x.device).unsqueeze(2)
+    t, low, high = (
+        values.expand(len(x), -1, -1).gather(2, (place + step).clamp(0, len(places) - 1)) for step in (0, -1, 1)
+    )
+    for count in ROUNDS[1:]:
+        step = (high - low) / (count + 1)
+        between = low + step * torch.arange(1, count + 1, device=x.device)
+        if not x.is_floating_point():
+            between = between.round()
+        log_p = _with_values(flow, x, context, between, options)
+        found, place = log_p.max(2)
+        t = torch.where((found > best).unsqueeze(2).to(x.device), between.gather(2, place.unsqueeze(2).to(x.device)), t)
+        best = torch.maximum(best, found)
+        low, high = (t - step).clamp(values[:, :1], values[:, -1:]), (t + step).clamp(values[:, :1], values[:, -1:])
+    highest, columns = torch.maximum(best, now).topk(top, dim=1)
+    # if log p is -inf for all values of a column, the column explains nothing
+    return columns, (highest - now).nan_to_num(nan=0.0, posinf=torch.inf)
+
+
+def _with_values(
+    flow: Density, x: Tensor, context: Tensor | None, values: Tensor, options: Mapping[str, Any]
+) -> Tensor:
+    """Returns log p of rows x (n, d) in which one column has another value: (n, d, k) for values (n, d, k)."""
+    (n, d), k = x.shape, values.shape[2]
+    size, column, parts = max(1, AT_ONCE // (k * d * d)), torch.arange(d), []
     for start in range(0, n, size):
         part = slice(start, start + size)
-        changed = x[part, None, None, :].repeat(1, d, VALUES, 1)
-        changed[:, column, :, column] = values.T.unsqueeze(1).expand(-1, len(changed), -1)
-        given = None if context is None else context[part].repeat_interleave(d * VALUES, 0)
-        log_p = _scores(flow, changed.flatten(0, 2), given, options)
-        best[part] = torch.maximum(log_p.view(-1, d, VALUES).amax(2), now[part, None])
-    highest, columns = best.topk(top, dim=1)
-    # if log p is -inf for all values of a column, the column explains nothing
-    return columns, (highest - now.unsqueeze(1)).nan_to_num(nan=0.0, posinf=torch.inf)
+        changed = x[part, None, None, :].repeat(1, d, k, 1)
+        # the indices of columns are separated by a slice, so the dimension of columns comes first
+        changed[:, column, :, column] = values[part].transpose(0, 1).to(x)
+        given = None if context is None else context[part].repeat_interleave(d * k, 0)
+        parts.append(_scores(flow, changed.flatten(0, 2), given, options).view(-1, d, k))
+    return torch.cat(parts)
 
 
 def _scores(flow: Density, x: Tensor, context: Tensor | None, options: Mapping[str, Any]) -> Tensor:

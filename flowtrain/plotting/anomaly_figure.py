@@ -43,7 +43,11 @@ def draw_anomalies(
     sets: dict[str, Tensor] = {"validation rows": rows.calibration, "new rows": rows.log_p}
     if rows.labels is not None:
         bad = rows.labels == 1
-        sets |= {"new rows": rows.log_p[~bad], "known anomalies": rows.log_p[bad]}
+        sets = {
+            "validation rows": rows.calibration,
+            "other new rows": rows.log_p[~bad],
+            "known anomalies": rows.log_p[bad],
+        }
     sets = {name: scale * values for name, values in sets.items()}
     kept = {name: finite_scores(values) for name, values in sets.items()}
     known = kept["validation rows"]

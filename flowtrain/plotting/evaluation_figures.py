@@ -313,11 +313,13 @@ def roc_curve(inside: Array, outside: Array) -> tuple[Array, Array]:
 
 
 def finite_scores(values: Tensor) -> Array:
+    """Returns the finite values, (n,), as an array."""
     array = points.to_numpy(values).ravel()
     return array[np.abs(array) < points.FARTHEST]
 
 
 def set_label(name: str, lost: int, kept: int) -> str:
+    """Returns the label of a set in a legend: its name and its numbers of rows."""
     rows = f"{kept + lost:,} row{'' if kept + lost == 1 else 's'}"
     notes = (rows, f"{lost:,} not finite" if lost else "", "" if kept else "nothing to draw")
     return points.noted(style.literal(name, most=40), *notes)
@@ -415,6 +417,7 @@ def draw_line(axes: Axes, place: float, name: str, unit: str) -> None:
 
 
 def axis_name(what: str, axes: Axes, unit: str) -> str:
+    """Returns the label of an axis whose scale may be compressed."""
     note = "" if axes.get_xscale() == "linear" else ", logarithmic far out"
     return style.literal(f"{what} ({unit}){note}")
 

@@ -175,9 +175,9 @@ def test_ood_is_drawn_for_any_sets(monkeypatch: pytest.MonkeyPatch, known: Tenso
 
 
 def test_ood_counts_the_rows_and_the_rows_left_out() -> None:
-    assert evaluation_figures._label("noise", 0, 1) == "noise (1 row)"
-    assert evaluation_figures._label("noise", 1200, 5) == "noise (1,205 rows, 1,200 not finite)"
-    assert evaluation_figures._label("noise", 0, 0) == "noise (0 rows, nothing to draw)"
+    assert evaluation_figures.set_label("noise", 0, 1) == "noise (1 row)"
+    assert evaluation_figures.set_label("noise", 1200, 5) == "noise (1,205 rows, 1,200 not finite)"
+    assert evaluation_figures.set_label("noise", 0, 0) == "noise (0 rows, nothing to draw)"
 
 
 @pytest.mark.parametrize(
