@@ -51,7 +51,7 @@ USAGE = Usage(
         ("floweval outputs/first", "the test set of the run"),
         ("floweval outputs/first report=true", "the same, with report.md and report.html"),
         ("floweval outputs/first data.path=new.csv scores=s.csv", "log p(x) of every row of a new file"),
-        ("floweval outputs/first data.path=new.csv anomalies=a.csv", "the unusual rows of a new file"),
+        ("floweval outputs/first data.path=b.csv anomalies=a.csv", "the unusual rows of a new file"),
         ("floweval outputs/first ood=fashion_mnist", "how well log p(x) separates other data"),
         ("floweval outputs/first solver.rtol=1e-7", "a tighter ODE solve"),
         ("floweval outputs/multirun/grid", "a sweep (name=grid), as an ensemble"),
@@ -64,12 +64,13 @@ USAGE = Usage(
         "scores": "A .csv, .parquet or .npy file for log p(x) of every row, in nats. The rows keep their order. "
         "log p is -inf if the density is zero. It is NaN, or an empty cell, if it cannot be computed, or if the row "
         "has a missing value and data.missing=drop. Tables have the columns row (the row number in the file, from 0) "
-        "and log_prob, and first the ids that data.id=COLUMN names. For an ensemble, the column spread is the standard "
-        "deviation of log p(x) between members, and FILE_members.npy beside a .npy file contains log p(x) of each "
-        "member, (rows, members). .parquet needs polars (pip install 'flowtrain[tables]')",
+        "and log_prob. With data.id=COLUMN, the first column contains the ids. For an ensemble, the column spread is "
+        "the standard deviation of log p(x) between members, and FILE_members.npy beside a .npy file contains log p(x) "
+        "of each member, (rows, members). .parquet needs polars (pip install 'flowtrain[tables]')",
         "grid": "A .npz file for log p on a grid, for samples of one or two columns. It contains the axes x and y, "
-        "log_prob, with the first index along x, and columns, the names of the axes. The axes reach from the 0.5% to "
-        "the 99.5% quantile of the evaluated rows, and 12% further. For whole numbers, it is the density with noise",
+        "log_prob, with the first index along x, and columns, the names of the axes. The axes cover the evaluated rows "
+        "from the 0.5% to the 99.5% quantile, and 12% of this range further on both sides. For whole numbers, log_prob "
+        "is the log density of the numbers plus noise in [0, 1)",
         "grid_points": "Number of grid points of each axis (default: 200)",
         "label": "The class of the grid, for a conditional model. Default: the mean density over the classes",
         "ood": "A second data set, to be distinguished by log p(x): a file, or the name of data. A name stands for its "
@@ -81,8 +82,8 @@ USAGE = Usage(
         "log_prob, p_value, anomaly (0 or 1), and for anomalies the columns of the data that contribute most, with "
         "their contributions in nats: the gain in log p if only this column had its best value. Ids and empty cells "
         "are as in scores=. The numbers are added to the table, and plots/anomalies.png is drawn",
-        "false_positive_rate": f"For anomalies: the share of ordinary rows that may be flagged (default: {RATE:g}). n "
-        "validation rows allow rates from 1 / (n + 1)",
+        "false_positive_rate": f"For anomalies: the share of ordinary rows that may be flagged (default: {RATE:g}). "
+        "With n validation rows, it must be at least 1 / (n + 1)",
         "false_discovery_rate": "For anomalies, instead: share of ordinary rows among the flagged rows. It is kept on "
         "average, by the procedure of Benjamini and Hochberg over the scored rows",
         "data.anomaly_label": "For anomalies: a column of data.path, 1 for known anomalies, else 0. AUROC, average "
@@ -242,7 +243,7 @@ def _command() -> int:
 
 
 def sbc_samples(wanted: bool, samples: Any) -> int:
-    """Returns the number of samples for each row of the SBC, 0 for no SBC.
+    """Returns the number of samples for each row for `sbc=true`, or 0 without it.
 
     Raises:
         ConfigError: a number of samples without sbc=true.
@@ -334,7 +335,8 @@ def read_sets(
 ) -> tuple[Dataset, tuple[str, Dataset] | None, Dataset | None]:
     """Returns the data to evaluate, the second set with its name, and the data that the flow was trained on.
 
-    The last is None if the evaluation does not need it, or if it cannot be read and is not necessary.
+    The data that the flow was trained on are None if the evaluation does not need them, or if they are optional and
+    cannot be read.
 
     Args:
         ood, anomaly_label: options of the command.

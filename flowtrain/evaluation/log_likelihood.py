@@ -107,8 +107,8 @@ def score_rows(
         x: rows (n, *event_shape) in data units.
         context: for a conditional flow, the context of each row. None for the `marginal` over labels.
         batch_size: the number of rows in a batch. None means a number that depends on the size of a sample. With noise
-            or an adaptive solver, log p depends on it: noise is drawn batch by batch, and the rows of a batch share the
-            solver's steps.
+            or an adaptive solver, log p depends on this number: noise is drawn batch by batch, and the rows of a batch
+            share the solver's steps.
         draws: the number of noise draws for each row of an integer-valued flow.
         seed: the seed of the noise.
         latents: the approximate number of evenly spaced rows whose latents are returned, for the first noise draw. A
