@@ -154,6 +154,29 @@ def measure(name: str, method: str, seed: int, seconds: float, data: Path = DATA
     }
 
 
+def disturbed(name: str, seconds: float, data: Path = DATA, most: int = 300) -> list[list[str]]:
+    """Returns table rows: how often the disturbed column of an ordinary test row is named, see `--disturbed`."""
+    import flowtrain
+    from flowtrain.evaluation import find_anomalies
+
+    x, test, y = split(name, 0, data)
+    known, rng, cells = x[: len(x) // 5], np.random.default_rng(0), []
+    flow = flowtrain.fit(x[len(known) :], model="nsf", val=known, test=known, minutes=seconds / 60, progress=False)
+    rows = test[y == 0][:most]
+    each, column = np.arange(len(rows)), rng.integers(0, x.shape[1], len(rows))
+    for how in ("shuffled", "shifted"):
+        new = rows.copy()
+        if how == "shuffled":
+            new[each, column] = x[rng.integers(0, len(x), len(rows)), column]
+        else:
+            new[each, column] += 5 * x.std(0)[column] * rng.choice([-1, 1], len(rows))
+        found = find_anomalies(flow, new, known, false_positive_rate=0.05)
+        named = found.columns[found.is_anomaly] == column[found.is_anomaly, None]
+        shares = (found.is_anomaly.mean(), named[:, 0].mean(), named.any(1).mean())
+        cells.append([name, str(x.shape[1]), how, *(f"{share:.0%}" for share in shares)])
+    return cells
+
+
 # ----------------------------------------------------------------------------------------------------------- report
 
 
@@ -234,11 +257,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of the tables")
     parser.add_argument("--out", type=Path, default=Path("anomalies.jsonl"))
     parser.add_argument("--report", type=Path, metavar="RESULTS", help="prints the tables of these results")
+    words = "instead: disturbs a column of ordinary rows of these sets, and counts how often nsf names it"
+    parser.add_argument("--disturbed", nargs="+", choices=SETS, metavar="SET", help=words)
     args = parser.parse_args()
     if args.report:
         print(report(args.report))
         return
     use_threads(args.threads)
+    if args.disturbed:
+        cells = [row for name in args.disturbed for row in disturbed(name, args.seconds, args.data)]
+        print(table(["set", "columns", "how", "flagged", "named first", "among three"], cells))
+        return
     done = {(row["set"], row["method"], row["seed"]) for row in lines(args.out)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
