@@ -26,7 +26,7 @@ beta-binomial. The report compares the number over all seeds with the 95% interv
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ def split(name: str, seed: int, data: Path = DATA) -> tuple[Array, Array, Array]
     ordinary = rng.permutation(np.flatnonzero(y == 0))
     fitted, rest = np.split(ordinary, [len(ordinary) // 2])
     test = np.concatenate([rest, np.flatnonzero(y == 1)])
-    x = x[:, x[fitted].std(0) > 0]
+    # the standard deviation of equal numbers may be 1e-17
+    x = x[:, np.ptp(x[fitted], axis=0) > 0]
     x = x + rng.uniform(size=x.shape) * np.array([resolution(column) for column in x[fitted].T])
     return x[fitted], x[test], y[test].astype(np.float64)
 
@@ -190,9 +191,13 @@ def band(runs: list[dict[str, Any]], rate: float, draws: int = 100_000) -> tuple
     return float(low), float(high)
 
 
-def report(path: Path) -> str:
-    """Returns Markdown tables: AUROC and average precision with mean ranks, false positive rates, and errors."""
-    every = lines(path)
+def report(path: Path, chosen: Sequence[int]) -> str:
+    """Returns Markdown tables: AUROC and average precision with mean ranks, false positive rates, and errors.
+
+    Args:
+        chosen: the seeds.
+    """
+    every = [row for row in lines(path) if row["seed"] in chosen]
     good = [row for row in every if "error" not in row]
     sets = [name for name in SETS if any(row["set"] == name for row in good)]
     methods = [m for m in (*FLOWS, *PEERS) if any(row["method"] == m for row in good)]
@@ -244,7 +249,7 @@ def report(path: Path) -> str:
     failed = [
         f"- {row['method']} on {row['set']}, seed {row['seed']}: {row['error']}" for row in every if "error" in row
     ]
-    return "\n\n".join([*parts, f"Runs that failed: {len(failed) or 'none'}", *failed])
+    return "\n\n".join([*parts, f"Runs that failed: {len(failed) or 'none'}", "\n".join(failed)]).strip()
 
 
 def main() -> None:
@@ -261,7 +266,7 @@ def main() -> None:
     parser.add_argument("--disturbed", nargs="+", choices=SETS, metavar="SET", help=words)
     args = parser.parse_args()
     if args.report:
-        print(report(args.report))
+        print(report(args.report, args.seeds))
         return
     use_threads(args.threads)
     if args.disturbed:
@@ -279,11 +284,16 @@ def main() -> None:
                     row = measure(name, method, seed, args.seconds, args.data)
                 except Exception as e:
                     # the report lists failed runs
-                    row = {"set": name, "method": method, "seed": seed, "error": f"{type(e).__name__}: {e}"}
+                    row = {
+                        "set": name,
+                        "method": method,
+                        "seed": seed,
+                        "error": f"{type(e).__name__}: {str(e).splitlines()[0]}",
+                    }
                 with args.out.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 progress(" ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
-    print(f"{machine()}\n\n{report(args.out)}")
+    print(f"{machine()}\n\n{report(args.out, args.seeds)}")
 
 
 if __name__ == "__main__":
