@@ -5,9 +5,10 @@ import logging
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from flowtrain.cli.arguments import split_own
 from flowtrain.cli.config_files import compose_defaults, options
@@ -16,12 +17,13 @@ from flowtrain.cli.load_run import LoadedRun, load_run, same_data, set_name
 from flowtrain.cli.output_files import check_outputs, paths_of, run_dir_of, written_as
 from flowtrain.cli.overrides import keys_of
 from flowtrain.cli.provenance import provenance
-from flowtrain.cli.score_files import for_each_row, write_scores
+from flowtrain.cli.score_files import for_each_row, write_anomalies, write_scores
 from flowtrain.cli.usage import DEVICE_TEXT, RUN_TEXT, TRUST_TEXT, WEIGHTS_TEXT, Usage
 from flowtrain.data.base import FILE, Dataset, Samples, changes
-from flowtrain.data.tables.output import NAMED, check_can_write
+from flowtrain.data.tables.output import NAMED, check_can_write, sample_names
 from flowtrain.data.tables.rows_to_score import RowsToScore
 from flowtrain.evaluation import NAMES, Evaluation, check_fits, evaluate
+from flowtrain.evaluation.anomalies import RATE, Rate, with_anomalies
 from flowtrain.evaluation.baselines import MOST_SECONDS
 from flowtrain.evaluation.evaluate import row_spread
 from flowtrain.evaluation.report import write_report
@@ -49,6 +51,7 @@ USAGE = Usage(
         ("floweval outputs/first", "the test set of the run"),
         ("floweval outputs/first report=true", "the same, with report.md and report.html"),
         ("floweval outputs/first data.path=new.csv scores=s.csv", "log p(x) of every row of a new file"),
+        ("floweval outputs/first data.path=b.csv anomalies=a.csv", "the unusual rows of a new file"),
         ("floweval outputs/first ood=fashion_mnist", "how well log p(x) separates other data"),
         ("floweval outputs/first solver.rtol=1e-7", "a tighter ODE solve"),
         ("floweval outputs/multirun/grid", "a sweep (name=grid), as an ensemble"),
@@ -74,6 +77,17 @@ USAGE = Usage(
         "test set. The AUROC is added to the table, and plots/ood.png is drawn. With scores=s.csv, s_ood.csv is "
         "written. The entropy H of the typicality score is the NLL of the validation set of the run. "
         "If that set is missing, H is the NLL of the scored rows",
+        "anomalies": "A .csv or .parquet file for the decisions which rows are anomalies. The p-value of a row "
+        "compares its log p with the validation rows of the run (conformal p-value). The file has the columns row, "
+        "log_prob, p_value, anomaly (0 or 1), and for anomalies the columns of the data that contribute most, with "
+        "their contributions in nats: the gain in log p if only this column had its best value. Ids and empty cells "
+        "are as in scores=. The numbers are added to the table, and plots/anomalies.png is drawn",
+        "false_positive_rate": f"For anomalies: the share of ordinary rows that may be flagged (default: {RATE:g}). "
+        "With n validation rows, it must be at least 1 / (n + 1)",
+        "false_discovery_rate": "For anomalies, instead: share of ordinary rows among the flagged rows. It is kept on "
+        "average, by the procedure of Benjamini and Hochberg over the scored rows",
+        "data.anomaly_label": "For anomalies: a column of data.path, 1 for known anomalies, else 0. AUROC, average "
+        "precision and the measured rates are added to the table. The column is not part of a sample",
         "baselines": "true: also fits a Gaussian mixture and a kernel density estimate, for tables. They are fitted "
         "to the training rows of the run, in up to 20 s, and scored on the same rows. The mixture needs scikit-learn "
         "(pip install 'flowtrain[baselines]')",
@@ -113,6 +127,10 @@ OWN: dict[str, Any] = {
     "grid_points": 200,
     "label": None,
     "ood": None,
+    "anomalies": None,
+    "false_positive_rate": None,
+    "false_discovery_rate": None,
+    "data.anomaly_label": None,
     "baselines": False,
     "sbc": False,
     "sbc_samples": None,
@@ -151,15 +169,27 @@ def _command() -> int:
     if label is not None and grid is None:
         raise ConfigError("label: only used with grid=FILE.npz; leave this option out")
     out = Path(str(own["out"])).expanduser() if own["out"] else None
+    anomalies = anomaly_options(own)
     loaded_run = load_run(own, overrides)
     split = str(own["split"] or default_split(overrides))
     options = loaded_run.plot_options
-    outputs = OutputPaths(loaded_run.run_dir, out, scores, set_name(loaded_run, split, overrides), options, grid)
+    outputs = OutputPaths(
+        loaded_run.run_dir,
+        out,
+        scores,
+        set_name(loaded_run, split, overrides),
+        options,
+        grid,
+        anomalies and anomalies.path,
+    )
     inputs = [*loaded_run.files, own["ood"], *paths_of(loaded_run.config["data"])]
     outputs.check(own["ood"] is not None, bool(sbc), wants_report, isinstance(loaded_run.flow, Ensemble), inputs)
     if grid is not None:
         check_has_grid(loaded_run.flow, grid, label)
-    data, other, trained_on = read_sets(loaded_run, own["ood"], split, overrides, wants_baselines)
+    data, other, trained_on = read_sets(
+        loaded_run, own["ood"], split, overrides, wants_baselines, own["data.anomaly_label"]
+    )
+    known = calibration_set(loaded_run, data, split, anomalies)
     result = evaluate(
         loaded_run.flow.to(dtype),
         data,
@@ -173,9 +203,15 @@ def _command() -> int:
         baseline_seconds=MOST_SECONDS if wants_baselines else 0.0,
         sbc=sbc,
     )
+    if anomalies is not None and known is not None:
+        scoring = {"batch_size": batch_size, "draws": draws, "seed": seed}
+        result = with_anomalies(result, loaded_run.flow, data, *known, anomalies.rate, options=scoring)
 
     write_json(outputs.json, result.to_dict())
     written = [outputs.json, *write_all_scores(outputs, result, data, split, None if other is None else other[1])]
+    if anomalies is not None:
+        write_anomalies(anomalies.path, data, split, result, sample_names(loaded_run.samples))
+        written.append(anomalies.path)
     if grid is not None:
         columns = loaded_run.samples.columns
         with status("computing the grid"):
@@ -217,6 +253,59 @@ def sbc_samples(wanted: bool, samples: Any) -> int:
     return (SAMPLES if samples is None else whole("sbc_samples", samples)) if wanted else 0
 
 
+class AnomalyOptions(NamedTuple):
+    """The file of anomalies, and the error rate of the decisions."""
+
+    path: Path
+    rate: Rate
+
+
+def anomaly_options(own: Mapping[str, Any]) -> AnomalyOptions | None:
+    """Returns the options of anomalies; None if they were not requested.
+
+    Raises:
+        ConfigError: another kind of file, both rates or a rate out of range, or an option without a file.
+    """
+    path = written_as("anomalies", own["anomalies"], *NAMED)
+    given = [
+        key for key in ("false_positive_rate", "false_discovery_rate", "data.anomaly_label") if own[key] is not None
+    ]
+    if path is None and given:
+        raise ConfigError(f"{given[0]}={own[given[0]]}: also give anomalies=FILE.csv")
+    rate = Rate.of(own["false_positive_rate"], own["false_discovery_rate"])
+    return None if path is None else AnomalyOptions(path, rate)
+
+
+def calibration_set(
+    loaded_run: LoadedRun, data: Dataset, split: str, anomalies: AnomalyOptions | None
+) -> tuple[Dataset, Tensor | None] | None:
+    """Returns what anomalies are found with; None if they were not requested.
+
+    Args:
+        data: the evaluated data set.
+
+    Returns:
+        (the data set whose validation rows are compared with the scored rows, the labels of the scored rows, (n,), or
+        None).
+
+    Raises:
+        ConfigError: the scored rows are the validation rows, or there are too few validation rows.
+        DataError: the data of the run are missing, have changed, or do not fit the flow; or labels other than 0 and 1.
+    """
+    if anomalies is None:
+        return None
+    if same_data(loaded_run.config["data"], loaded_run.own_data) and split != "all":
+        if split == "val":
+            raise ConfigError("anomalies: split=val are the rows that others are compared with; give data.path=FILE")
+        found = data
+    else:
+        found = training_data(loaded_run, ["val"], ". Restore the data, or leave out anomalies")
+    if found.val_weights is not None:
+        log.warning("anomalies: the weights of the validation rows are not used; all rows count equally")
+    anomalies.rate.check(len(found.val))
+    return found, data.anomaly_labels() if isinstance(data, RowsToScore) else None
+
+
 def write_all_scores(
     outputs: "OutputPaths", result: Evaluation, data: Dataset, split: str, other: Dataset | None
 ) -> list[Path]:
@@ -237,7 +326,12 @@ def write_all_scores(
 
 
 def read_sets(
-    loaded_run: LoadedRun, ood: Any, split: str, overrides: Sequence[str], wants_baselines: bool
+    loaded_run: LoadedRun,
+    ood: Any,
+    split: str,
+    overrides: Sequence[str],
+    wants_baselines: bool,
+    anomaly_label: str | int | None = None,
 ) -> tuple[Dataset, tuple[str, Dataset] | None, Dataset | None]:
     """Returns the data to evaluate, the second set with its name, and the data that the flow was trained on.
 
@@ -245,13 +339,13 @@ def read_sets(
     cannot be read.
 
     Args:
-        ood: the option of the command.
+        ood, anomaly_label: options of the command.
 
     Raises:
         FlowtrainError: data that cannot be read, do not fit the flow, or have changed.
     """
     with status("reading the data"):
-        data = data_of(loaded_run, split, overrides)
+        data = data_of(loaded_run, split, overrides, anomaly_label)
         other = None if ood is None else other_set(str(ood), loaded_run)
         is_own = same_data(loaded_run.config["data"], loaded_run.own_data)
         if is_own and split != "all":
@@ -291,6 +385,7 @@ class OutputPaths:
         name: the name of the evaluated set, see `set_name`.
         options: the options of figures, which give their formats.
         grid: the file of the grid.
+        anomalies: the file of anomalies.
     """
 
     def __init__(
@@ -301,9 +396,10 @@ class OutputPaths:
         name: str,
         options: PlotOptions = DEFAULT,
         grid: Path | None = None,
+        anomalies: Path | None = None,
     ) -> None:
         self.run_dir, self.out, self.scores, self.suffix = run_dir, out, scores, name and f"-{name}"
-        self.options, self.grid = options, grid
+        self.options, self.grid, self.anomalies = options, grid, anomalies
         self.json = out or run_dir / f"eval{self.suffix}.json"
         # callers replace .json by .md or .html. Without .json, they would replace the part of a name after a dot
         self.report = out or run_dir / f"report{self.suffix}.json"
@@ -330,6 +426,9 @@ class OutputPaths:
             paths += [] if self.scores.suffix in NAMED else [self.member_scores] * ensemble
             check_can_write(self.scores)
         paths += [] if self.grid is None else [self.grid]
+        if self.anomalies is not None:
+            paths += [self.anomalies, *self.options.files(self.figure("anomalies"))]
+            check_can_write(self.anomalies)
         paths += [self.report.with_suffix(ending) for ending in (".md", ".html")] if report else []
         check_outputs(paths, inputs)
 
@@ -381,11 +480,13 @@ def default_split(overrides: Sequence[str]) -> str:
     return "all" if "data.path" in keys and not keys & {"data.val_path", "data.test_path"} else "test"
 
 
-def data_of(loaded_run: LoadedRun, split: str, overrides: Sequence[str]) -> Dataset:
+def data_of(
+    loaded_run: LoadedRun, split: str, overrides: Sequence[str], anomaly_label: str | int | None = None
+) -> Dataset:
     """Returns the data set of the config. For split=all, returns a data set of all rows of the file.
 
     Raises:
-        ConfigError: split=all for data without a file of rows.
+        ConfigError: split=all for data without a file of rows, or `anomaly_label` for another split.
         DataError: other names of columns than in training.
     """
     keys = keys_of(overrides)
@@ -398,7 +499,9 @@ def data_of(loaded_run: LoadedRun, split: str, overrides: Sequence[str]) -> Data
                 "split=all: this data has no file of rows; choose split=test or split=val, or give data.path"
             )
         asked = {key for key in READ if f"data.{key}" in keys}
-        return rows_of(data["path"], loaded_run, data, asked)
+        return rows_of(data["path"], loaded_run, data, asked, anomaly_label)
+    if anomaly_label is not None:
+        raise ConfigError(f"data.anomaly_label={anomaly_label}: only for all rows of a file; give data.path=FILE")
     built = loaded_run.build()
     names = built.samples.columns
     if names and loaded_run.samples.columns and names != loaded_run.samples.columns:
@@ -433,10 +536,21 @@ def check_unchanged(before: Samples, now: Samples, split: str, path: str | None,
     raise DataError(f"{leaks}. Restore the data, or score every row of a file with data.path=FILE{new}")
 
 
-def rows_of(path: str, loaded_run: LoadedRun, data: Mapping[str, Any], asked: Collection[str] = ()) -> RowsToScore:
+def rows_of(
+    path: str,
+    loaded_run: LoadedRun,
+    data: Mapping[str, Any],
+    asked: Collection[str] = (),
+    anomaly_label: str | int | None = None,
+) -> RowsToScore:
     """Returns all rows of a file, read with the settings of the data config; see `RowsToScore`."""
     return RowsToScore(
-        path, loaded_run.samples, **{key: data.get(key) for key in READ}, asked=asked, seed=data.get("seed", 0)
+        path,
+        loaded_run.samples,
+        **{key: data.get(key) for key in READ},
+        asked=asked,
+        seed=data.get("seed", 0),
+        anomaly_label=anomaly_label,
     )
 
 

@@ -33,13 +33,13 @@ log = logging.getLogger("flowtrain")
 
 # keys whose values are files to read, and files or directories to write. For keys of the data see `is_path`
 READ_PATHS = ("resume", "from", "ckpt", "ood")
-WRITTEN_PATHS = ("out", "scores", "grid", "hydra.run.dir", "hydra.sweep.dir")
+WRITTEN_PATHS = ("out", "scores", "grid", "anomalies", "hydra.run.dir", "hydra.sweep.dir")
 # the directory of runs, in the working directory
 OUTPUTS = "outputs"
 # the longest name of a directory, in bytes, on common file systems
 LONGEST_NAME = 255
 # keys whose values are the names of columns or arrays in a file
-QUOTED_NAMES = ("data.label", "data.id", "data.key")
+QUOTED_NAMES = ("data.label", "data.id", "data.key", "data.anomaly_label")
 
 
 def rename_old_keys(arguments: Sequence[str]) -> list[str]:

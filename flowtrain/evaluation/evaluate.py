@@ -175,7 +175,7 @@ def evaluate(
     typical = trained_on if isinstance(trained_on, Dataset) else None
     device = flow.like.device
     options: dict[str, Any] = {"batch_size": batch_size, "draws": dequantization_samples, "seed": seed}
-    with own_settings(device), one_thread_if_small(flow.event_shape, device), _in_evaluation_mode(flow):
+    with own_settings(device), one_thread_if_small(flow.event_shape, device), in_evaluation_mode(flow):
         return _evaluate(flow, data, split, step, options, other, fitted, typical, thorough, baseline_seconds, sbc)
 
 
@@ -296,7 +296,7 @@ def row_weights(flow: Density, x: Tensor | Rows, weights: Any, n: int, name: str
 
 
 @contextmanager
-def _in_evaluation_mode(flow: Density) -> Iterator[None]:
+def in_evaluation_mode(flow: Density) -> Iterator[None]:
     """Sets all modules to evaluation mode, and restores their modes afterwards."""
     training = [module for module in flow.modules() if module.training]
     flow.eval()

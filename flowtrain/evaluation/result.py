@@ -306,8 +306,78 @@ class Ranks(NamedTuple):
     density: Tensor
 
 
+@dataclass(frozen=True)
+class AnomalyDetection:
+    """Rows that are flagged as anomalies, see `flowtrain.evaluation.anomalies`.
+
+    Attributes:
+        n: the number of rows that were tested.
+        n_calibration: the number of calibration rows.
+        flagged: the number of flagged rows.
+        false_positive_rate, false_discovery_rate: the rate that the decisions keep. The other one is None.
+        threshold: rows with log p below it are flagged, in nats. None if no row would be flagged.
+        explained: the number of flagged rows whose columns were compared.
+        n_anomalies, n_ordinary: the numbers of rows that labels call anomalies or not. None without labels, like all
+            attributes below.
+        auroc, auroc_stderr: the area under the ROC curve of the score -log p, with its standard error.
+        average_precision: the average precision of the score.
+        measured_false_positive_rate: the share of flagged rows among the ordinary rows.
+        measured_true_positive_rate: the share of flagged rows among the anomalies.
+        measured_false_discovery_rate: the share of ordinary rows among the flagged rows. None if no row is flagged.
+    """
+
+    n: int
+    n_calibration: int
+    flagged: int
+    false_positive_rate: float | None
+    false_discovery_rate: float | None
+    threshold: float | None
+    explained: int
+    n_anomalies: int | None = None
+    n_ordinary: int | None = None
+    auroc: float | None = None
+    auroc_stderr: float | None = None
+    average_precision: float | None = None
+    measured_false_positive_rate: float | None = None
+    measured_true_positive_rate: float | None = None
+    measured_false_discovery_rate: float | None = None
+
+    @property
+    def rate_words(self) -> str:
+        """The rate, such as "false positive rate 0.01"."""
+        if self.false_discovery_rate is not None:
+            return f"false discovery rate {self.false_discovery_rate:g}"
+        return f"false positive rate {self.false_positive_rate:g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content for JSON, without the attributes that are None, except for the threshold."""
+        return {key: value for key, value in asdict(self).items() if value is not None or key == "threshold"}
+
+
+class AnomalyRows(NamedTuple):
+    """The rows of an `AnomalyDetection`. log p is in nats, with -inf for rows that could not be scored.
+
+    Attributes:
+        calibration: log p of the calibration rows, (n_calibration,).
+        log_p: log p of the rows, (n,).
+        p_values: conformal p-values, (n,).
+        flagged: whether a row is flagged, (n,).
+        columns: the positions of the columns that contribute most, (n, k); -1 for rows that are not explained.
+        contributions: their contributions in nats, (n, k); NaN for rows that are not explained.
+        labels: 1 for known anomalies, 0 for ordinary rows, NaN for unknown rows, (n,), or None.
+    """
+
+    calibration: Tensor
+    log_p: Tensor
+    p_values: Tensor
+    flagged: Tensor
+    columns: Tensor
+    contributions: Tensor
+    labels: Tensor | None
+
+
 # Attributes for figures that are not in tables or JSON
-PRIVATE = ("bits_per_nat", "scores", "sets", "pit", "member_scores", "context_pit", "ranks")
+PRIVATE = ("bits_per_nat", "scores", "sets", "pit", "member_scores", "context_pit", "ranks", "anomaly_rows")
 # Largest number of context columns in the table
 MOST_CONTEXT_COLUMNS = 3
 # Largest number of rows listed in a message
@@ -366,6 +436,8 @@ class Evaluation:
         member_scores: log p of each member of an ensemble, (n, M), float64, in the order of `members`. It is NaN if it
             could not be computed. None for a flow.
         ranks: the ranks of the rows in `sbc`. None without `sbc`.
+        anomalies: rows that are flagged as anomalies. None if they were not requested.
+        anomaly_rows: the rows of `anomalies`. None without `anomalies`.
         context_pit: for each entry of `calibration.by_context`, the name of a transform and its values for these rows,
             (rows,). All bins of a column have the same transform.
     """
@@ -406,12 +478,14 @@ class Evaluation:
     context_pit: tuple[tuple[str, Tensor], ...] = ()
     sbc: SimulationCalibration | None = None
     ranks: Ranks | None = None
+    anomalies: AnomalyDetection | None = None
+    anomaly_rows: AnomalyRows | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of eval.json: the numbers above in this order, checks by name, and the headline.
 
         Arrays are left out. Only ensembles have the keys `members` and `spread`, only weighted rows have `n_effective`,
-        and the key `sbc` exists only if SBC was requested.
+        and the keys `sbc` and `anomalies` exist only if they were requested.
         """
         content = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE}
         content["calibration"] = self.calibration.to_dict()
@@ -425,6 +499,10 @@ class Evaluation:
             content["members"] = [asdict(member) for member in self.members]
         if self.sbc is None:
             del content["sbc"]
+        if self.anomalies is None:
+            del content["anomalies"]
+        else:
+            content["anomalies"] = self.anomalies.to_dict()
         content["checks"] = {c.name: {k: v for k, v in asdict(c).items() if k != "name"} for c in self.checks}
         return {**content, "headline": self.headline}
 
@@ -519,6 +597,7 @@ class Evaluation:
         rows.append(("latents" if self.members is None else "density rank", words))
         rows += self._context_rows()
         rows += self._sbc_rows()
+        rows += self._anomaly_rows()
         if self.ood is not None:
             o = self.ood
             finite = f" over the {o.n - o.infinite:,} rows with a finite log p" if o.infinite else ""
@@ -562,6 +641,23 @@ class Evaluation:
             shares = ", ".join(f"{a:.0%}: {c:.1%}" for a, c in zip(found.levels, found.coverage, strict=True))
             rows.append(("", f"coverage by {what} {found.statistic:.3f}, p {p_words(found.p_value)} ({shares})"))
         return rows
+
+    def _anomaly_rows(self) -> list[tuple[str, str]]:
+        if self.anomalies is None:
+            return []
+        a, (unit, scale) = self.anomalies, self.unit
+        below = "" if a.threshold is None else f", log p below {scale * a.threshold:.4g} {unit}"
+        of = f"{counted(a.n_calibration, 'validation row')}"
+        rows = [("anomalies", f"{a.flagged:,} of {counted(a.n, 'row')}{below} ({a.rate_words}, {of})")]
+        if a.auroc is not None and a.auroc_stderr is not None:
+            area = with_error(a.auroc, a.auroc_stderr)
+            rows.append(("", f"AUROC {area}, average precision {a.average_precision:.3f}"))
+        shares = (
+            ("ordinary rows", a.n_ordinary, a.measured_false_positive_rate),
+            ("anomalies", a.n_anomalies, a.measured_true_positive_rate),
+        )
+        measured = [f"{share:.1%} of {n:,} {name}" for name, n, share in shares if n and share is not None]
+        return rows + ([("", f"flagged: {', '.join(measured)}")] if measured else [])
 
     def _context_rows(self) -> list[tuple[str, str]]:
         """Returns a line for each context column, for the columns with the smallest p-values."""

@@ -245,23 +245,24 @@ def draw_ood(
     Raises:
         FlowtrainError: no finite log p of the known set.
     """
-    known, other = (_finite_scores(values) for values in log_p)
+    known, other = (finite_scores(values) for values in log_p)
     if len(known) == 0 or not abs(entropy) < points.FARTHEST:
         raise FlowtrainError(
             f"cannot plot log p of {names[0]}: {len(known)} are finite, and their entropy is {entropy}"
         )
     labels = [
-        _label(name, given.numel() - len(kept), len(kept))
+        set_label(name, given.numel() - len(kept), len(kept))
         for name, given, kept in zip(names, log_p, (known, other), strict=True)
     ]
     with style.styled():
         figure = style.new_figure(OOD_HEIGHT, title, options)
         left, middle, right = (style.add_axes(figure, x, OOD_BOTTOM, w, OOD_SIDE) for x, w in OOD_PANELS)
-        _histograms(left, known, other, centre=float(np.median(known)), shown=(-entropy,))
-        _draw_entropy_line(left, -entropy, unit)
-        _histograms(middle, np.abs(known + entropy), np.abs(other + entropy), centre=0.0, floor=0.0)
-        left.set_xlabel(_axis_name("log p(x)", left, unit))
-        middle.set_xlabel(_axis_name("|log p(x) + H|", middle, unit))
+        draw_histograms(left, (known, other), OOD_COLOURS, centre=float(np.median(known)), shown=(-entropy,))
+        draw_line(left, -entropy, "-H", unit)
+        typical = (np.abs(known + entropy), np.abs(other + entropy))
+        draw_histograms(middle, typical, OOD_COLOURS, centre=0.0, floor=0.0)
+        left.set_xlabel(axis_name("log p(x)", left, unit))
+        middle.set_xlabel(axis_name("|log p(x) + H|", middle, unit))
         left.set_ylabel("share of each set per bin")
         areas = {f"{scales.MINUS}log p": auroc, "|log p + H|": typicality_auroc}
         _roc_curves(right, [points.to_numpy(values).ravel() for values in log_p], entropy, areas)
@@ -311,34 +312,40 @@ def roc_curve(inside: Array, outside: Array) -> tuple[Array, Array]:
     return false, true
 
 
-def _finite_scores(values: Tensor) -> Array:
+def finite_scores(values: Tensor) -> Array:
+    """Returns the finite values, (n,), as an array."""
     array = points.to_numpy(values).ravel()
     return array[np.abs(array) < points.FARTHEST]
 
 
-def _label(name: str, lost: int, kept: int) -> str:
+def set_label(name: str, lost: int, kept: int) -> str:
+    """Returns the label of a set in a legend: its name and its numbers of rows."""
     rows = f"{kept + lost:,} row{'' if kept + lost == 1 else 's'}"
     notes = (rows, f"{lost:,} not finite" if lost else "", "" if kept else "nothing to draw")
     return points.noted(style.literal(name, most=40), *notes)
 
 
-def _histograms(
+def draw_histograms(
     axes: Axes,
-    known: Array,
-    other: Array,
+    sets: Sequence[Array],
+    colours: Sequence[str],
     *,
     centre: float,
     shown: tuple[float, ...] = (),
     floor: float = -math.inf,
 ) -> None:
-    """Draws histograms of two sets, known (n,) and other (m,).
+    """Draws histograms of several sets of values, (n,) each.
 
     Args:
+        sets: the values. The first set is the known one, from which the axis is chosen. The width of the bins depends
+            on the numbers of values in the first two sets.
+        colours: the colours of the sets.
         centre: the centre of a compressed axis.
         shown: values that the axis must show.
         floor: the lowest value of the axis.
     """
-    inner = np.array([*_outer_quantiles(known), *_outer_quantiles(other), *shown])
+    known = sets[0]
+    inner = np.array([*(value for each in sets for value in _outer_quantiles(each)), *shown])
     reach = float(np.quantile(np.abs(known - centre), 0.9))
     compressed = 0 < OOD_LONGEST * reach < np.ptp(inner)
     if compressed:
@@ -347,13 +354,13 @@ def _histograms(
     low, high = points.robust_range(scale.transform(inner))
     low = max(low, float(scale.transform(floor)))
     known_share = np.ptp(scale.transform(_outer_quantiles(known))) / (high - low)
-    places = np.linspace(low, high, _bins(known, other, known_share) + 1)
+    places = np.linspace(low, high, _bins(sets, known_share) + 1)
     edges = scale.inverted().transform(places)
-    sets = [np.histogram(scale.transform(each), places)[0] / max(len(each), 1) for each in (known, other)]
-    for heights, colour in zip(sets, OOD_COLOURS, strict=True):
+    shares_of = [np.histogram(scale.transform(each), places)[0] / max(len(each), 1) for each in sets]
+    for heights, colour in zip(shares_of, colours, strict=True):
         axes.stairs(heights, edges, fill=True, color=colour, alpha=0.4, linewidth=0)
         axes.stairs(heights, edges, color=colour, linewidth=1.1, baseline=None)
-    peaks = [float(heights.max()) for heights in sets if heights.any()]
+    peaks = [float(heights.max()) for heights in shares_of if heights.any()]
     # the factor 1.2 leaves room for the text beside a line
     top = 1.2 * min(max(peaks), TALLEST * min(peaks))
     if top < max(peaks):
@@ -375,9 +382,9 @@ def _outer_quantiles(values: Array) -> Array:
     return np.quantile(values, (0.005, 0.995)) if len(values) else values
 
 
-def _bins(known: Array, other: Array, share: float) -> int:
+def _bins(sets: Sequence[Array], share: float) -> int:
     """Returns the number of bins of an axis. It is larger if the known set covers only a small share of the axis."""
-    usual = points.bins_1d(points.common_count(known, other))
+    usual = points.bins_1d(points.common_count(*sets[:2]))
     return int(np.clip(usual / max(3 * share, 1e-3), min(usual, MOST_BINS), MOST_BINS))
 
 
@@ -389,14 +396,14 @@ def _compress(axes: Axes, centre: float, reach: float) -> None:
     )
 
 
-def _draw_entropy_line(axes: Axes, place: float, unit: str) -> None:
-    """Draws a dashed line at -H, with its value on the side that has more room."""
+def draw_line(axes: Axes, place: float, name: str, unit: str) -> None:
+    """Draws a dashed line at a place, with its name and value on the side that has more room."""
     axes.axvline(place, color=style.INK, linestyle=style.DASHES, linewidth=1.1)
     across = axes.transAxes.inverted().transform(axes.transData.transform((place, 0)))[0]
     side = -1 if across > 0.5 else 1
     number = f"{place:,.0f}" if 1000 <= abs(place) < 1e7 else scales.short(place)
     axes.annotate(
-        style.literal(f"-H = {number} {unit}".replace("-", scales.MINUS)),
+        style.literal(f"{name} = {number} {unit}".replace("-", scales.MINUS)),
         (across, 0.97),
         xycoords="axes fraction",
         xytext=(4 * side, 0),
@@ -409,7 +416,8 @@ def _draw_entropy_line(axes: Axes, place: float, unit: str) -> None:
     )
 
 
-def _axis_name(what: str, axes: Axes, unit: str) -> str:
+def axis_name(what: str, axes: Axes, unit: str) -> str:
+    """Returns the label of an axis whose scale may be compressed."""
     note = "" if axes.get_xscale() == "linear" else ", logarithmic far out"
     return style.literal(f"{what} ({unit}){note}")
 

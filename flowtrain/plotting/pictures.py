@@ -11,6 +11,7 @@ from flowtrain.evaluation import Evaluation
 from flowtrain.evaluation.calibration import DENSITY, RADIUS
 from flowtrain.flow import Density, Flow
 from flowtrain.plotting import image_pictures, vector_pictures
+from flowtrain.plotting.anomaly_figure import draw_anomalies
 from flowtrain.plotting.context_figures import draw_calibration_by_context
 from flowtrain.plotting.drawing import as_drawn, drawing, warn_if_plotting_fails
 from flowtrain.plotting.evaluation_figures import draw_calibration, draw_ood
@@ -31,7 +32,9 @@ def draw_evaluation(
     path_of: Callable[[str], Path],
     options: PlotOptions = DEFAULT,
 ) -> list[Path]:
-    """Draws the calibration, for a conditional flow also by context, and SBC and OOD detection if they are included.
+    """Draws the calibration, for a conditional flow also by context, and what else is included.
+
+    These are SBC, anomalies and OOD detection.
 
     Args:
         title: the model and the data.
@@ -69,6 +72,18 @@ def draw_evaluation(
             words = f"{title}, {counted(result.sbc.n, 'row')} among {counted(result.sbc.samples, 'sample')} each"
             draw_sbc(path_of("sbc"), result=result.sbc, ranks=result.ranks, title=words, options=options)
             drawn += options.files(path_of("sbc"))
+    if result.anomalies is not None and result.anomaly_rows is not None:
+        with warn_if_plotting_fails("anomalies"):
+            count = f"{result.anomalies.flagged:,} of {counted(result.anomalies.n, 'row')}"
+            draw_anomalies(
+                path_of("anomalies"),
+                found=result.anomalies,
+                rows=result.anomaly_rows,
+                unit=result.unit,
+                title=f"{title}, anomalies: {count} ({result.anomalies.rate_words})",
+                options=options,
+            )
+            drawn += options.files(path_of("anomalies"))
     if result.ood is None or result.sets is None:
         return drawn
     unit, scale = result.unit

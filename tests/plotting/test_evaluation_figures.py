@@ -175,9 +175,9 @@ def test_ood_is_drawn_for_any_sets(monkeypatch: pytest.MonkeyPatch, known: Tenso
 
 
 def test_ood_counts_the_rows_and_the_rows_left_out() -> None:
-    assert evaluation_figures._label("noise", 0, 1) == "noise (1 row)"
-    assert evaluation_figures._label("noise", 1200, 5) == "noise (1,205 rows, 1,200 not finite)"
-    assert evaluation_figures._label("noise", 0, 0) == "noise (0 rows, nothing to draw)"
+    assert evaluation_figures.set_label("noise", 0, 1) == "noise (1 row)"
+    assert evaluation_figures.set_label("noise", 1200, 5) == "noise (1,205 rows, 1,200 not finite)"
+    assert evaluation_figures.set_label("noise", 0, 0) == "noise (0 rows, nothing to draw)"
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,9 @@ def test_ood_shows_both_sets_at_any_distance(tmp_path: Path, coarse: int, other:
 
 def histograms(known: Tensor, other: Tensor, **changed: Any) -> Axes:
     axes = Figure().add_subplot()
-    evaluation_figures._histograms(axes, known.numpy(), other.numpy(), **{"centre": float(known.median()), **changed})
+    sets = (known.numpy(), other.numpy())
+    options = {"centre": float(known.median()), **changed}
+    evaluation_figures.draw_histograms(axes, sets, evaluation_figures.OOD_COLOURS, **options)
     return axes
 
 

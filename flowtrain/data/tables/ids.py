@@ -64,15 +64,15 @@ def whole_ids(values: NDArray[Any]) -> NDArray[Any]:
     return values.astype(np.int64) if is_whole else values
 
 
-def id_position(column: str | int, names: Sequence[str], path: object) -> int:
+def id_position(column: str | int, names: Sequence[str], path: object, option: str = "data.id") -> int:
     """Returns the position of the column of ids.
 
     Raises:
         ConfigError: a column that is not in the file, or several columns.
     """
-    found = pick([column], names, path, "data.id")
+    found = pick([column], names, path, option)
     if len(found) > 1:
-        raise ConfigError(f"data.id={column} names {len(found)} columns of {path}: name one")
+        raise ConfigError(f"{option}={column} names {len(found)} columns of {path}: name one")
     return found[0]
 
 

@@ -99,8 +99,8 @@ def check_can_write(path: Path) -> None:
 def write_columns(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:
     """Writes columns (n,) to a .csv or .parquet file; see `replacing`.
 
-    Numbers have all digits of their dtype. NaN, and None in a column of text, are missing values: empty cells of a .csv
-    file, and null in a .parquet file.
+    Numbers have all digits of their dtype. NaN, None in a column of text, and the masked values of a masked array are
+    missing values: empty cells of a .csv file, and null in a .parquet file.
 
     Raises:
         ConfigError: see `check_can_write`.
@@ -117,7 +117,9 @@ def _write_parquet(file: IO[bytes], path: Path, columns: Mapping[str, NDArray[An
     polars = import_for("polars", path)
     series = []
     for name, column in columns.items():
-        if column.dtype.kind == "f":
+        if isinstance(column, np.ma.MaskedArray):
+            series.append(polars.Series(name, column.tolist(), dtype=polars.Int64))
+        elif column.dtype.kind == "f":
             series.append(polars.Series(name, column).fill_nan(None))
         elif column.dtype.kind == "O":
             series.append(polars.Series(name, column.tolist(), dtype=polars.String))
@@ -141,5 +143,8 @@ def _write_csv(file: IO[bytes], columns: Mapping[str, NDArray[Any]]) -> None:
 
 def _cells(column: NDArray[Any]) -> list[Any]:
     """Returns the cells of a column. The text of a float is the shortest that gives the same number in its dtype."""
+    if isinstance(column, np.ma.MaskedArray):
+        # None becomes an empty cell
+        return list(column.tolist())
     texts = column.astype(str) if column.dtype.kind == "f" else column
     return list(np.where(np.isnan(column), "", texts) if column.dtype.kind == "f" else texts)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from flowtrain.data.in_memory import Extras
 from flowtrain.data.tables.array import check_format, format_of
 from flowtrain.data.tables.column_types import with_codes
 from flowtrain.data.tables.columns import Columns, as_option, default_names, listed, pick
-from flowtrain.data.tables.csv_reader import Chosen, TextFormat
+from flowtrain.data.tables.csv_reader import Chosen, TextFormat, is_missing
 from flowtrain.data.tables.ids import id_position, read_ids
 from flowtrain.data.tables.missing import missing_of
 from flowtrain.data.tables.output import LABEL, column_names, sample_names
@@ -32,6 +33,9 @@ from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.formatting import counted
 
 _log = logging.getLogger("flowtrain")
+
+# the values of a column of anomaly labels, as lower-case text
+_ANOMALY_LABELS = {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0}
 
 
 class ScoredRows(Dataset):
@@ -121,6 +125,8 @@ class RowsToScore(ScoredRows):
         key, columns, label, header, decimal, missing, na, context, weights, signed_weights, id: the settings that the
             training file was read with, see `ArrayData`. If `missing` is None, no row is left out. If `na` is None, no
             further values count as missing. If `id` is a position, it is the position in the file to score.
+        anomaly_label: name or position of the column that says which rows of this file are known anomalies, see
+            `anomaly_labels`. It is not part of a sample.
         asked: the names of the settings among these that the user gave for this file. These settings have priority over
             the column names in the file.
         seed: the seed of the noise on columns that `data.dequantize` names.
@@ -147,12 +153,16 @@ class RowsToScore(ScoredRows):
         weights: str | int | None = None,
         signed_weights: bool | None = None,
         id: str | int | None = None,
+        anomaly_label: str | int | None = None,
     ) -> None:
         if not isinstance(path, str | Path):
             raise ConfigError(f"data.path={path}: give the path of a file")
         file = Path(path).expanduser()
         self._read_ids: Callable[[], Ids] | None = None
+        self._read_anomaly_labels: Callable[[], Ids] | None = None
         if _is_idx(file):
+            if anomaly_label is not None:
+                raise ConfigError(f"data.anomaly_label={anomaly_label}: {file} contains only images, without labels")
             tables = RoleTables(_of_images(file, samples.event_shape))
         else:
             key = key if "key" in asked else _key_of(file, key)
@@ -161,18 +171,38 @@ class RowsToScore(ScoredRows):
             check_format(str(file), format_of(header, decimal if "decimal" in asked else None))
             text_format = TextFormat(header, decimal, samples.columns)
             roles = Roles(label, context, weights, bool(signed_weights), id)
-            selection = _Selection(file, samples, columns, roles, asked)
+            selection = _Selection(file, samples, columns, roles, asked, anomaly_label)
             absent = missing_of(missing, na)
             table = read_table(file, key, selection.choose, "data.columns", samples.event_shape, text_format, absent)
             tables = selection.divided(table)
+            n = len(table.values) if table.kept is None else table.kept.of
             if selection.ids is not None:
-                n = len(table.values) if table.kept is None else table.kept.of
                 self._read_ids = partial(read_ids, file, key, selection.ids, text_format, n)
+            if (position := selection.label_of_anomalies) is not None:
+                self._read_anomaly_labels = partial(read_ids, file, key, position, text_format, n)
         tables.check()
         super().__init__(tables.samples, tables.extras(), samples, seed)
 
     def ids(self, name: str) -> Ids | None:
         return None if self._read_ids is None else self._read_ids()
+
+    def anomaly_labels(self) -> Tensor | None:
+        """Returns 1 for known anomalies, 0 for ordinary rows and NaN for missing labels, (n,), or None without labels.
+
+        Raises:
+            DataError: other labels.
+        """
+        if self._read_anomaly_labels is None:
+            return None
+        found = self._read_anomaly_labels()
+        cells = [str(cell).strip().lower() for cell in found.values]
+        labels = np.array([_ANOMALY_LABELS.get(cell, math.nan if is_missing(cell) else -1.0) for cell in cells])
+        if (bad := np.flatnonzero(labels == -1)).size:
+            raise DataError(
+                f"data.anomaly_label: column {found.name!r} has the value {found.values[bad[0]]!r} in row {bad[0]} "
+                "(from 0); give 0 for ordinary rows and 1 for anomalies"
+            )
+        return torch.from_numpy(labels if self.kept is None else labels[self.kept.rows])
 
 
 class _Selection:
@@ -185,11 +215,14 @@ class _Selection:
         columns: Columns | None,
         roles: Roles,
         asked: Collection[str],
+        anomaly_label: str | int | None = None,
     ) -> None:
         self.file, self.samples, self.columns, self.roles, self.asked = file, samples, columns, roles, asked
+        self.anomaly_label = anomaly_label
         self.width = math.prod(samples.event_shape)
         self.others: dict[str, list[int]] = {}
         self.ids: int | None = None
+        self.label_of_anomalies: int | None = None
         self.sampled = False
 
     def choose(self, names: Sequence[str], left_out: Sequence[int]) -> Chosen:
@@ -197,6 +230,8 @@ class _Selection:
 
         Columns that were categorical in training may contain text.
         """
+        if self.anomaly_label is not None:
+            self.label_of_anomalies = id_position(self.anomaly_label, names, self.file, "data.anomaly_label")
         named = tuple(names) != default_names(range(len(names)))
         # flowsample writes names for columns that had no names in the training file
         self.sampled = tuple(names) in (column_names(self.samples, False), column_names(self.samples, True))
@@ -225,6 +260,11 @@ class _Selection:
                     f"role; give another column with data.{role}"
                 )
             taken += positions
+        if self.label_of_anomalies in taken:
+            raise DataError(
+                f"{self.file}: column {names[self.label_of_anomalies]!r} of data.anomaly_label is also part of the "
+                "samples or of another role; give another column"
+            )
         text = [i for i, one in zip(indices, self.samples.types, strict=False) if one.kind == CATEGORICAL]
         text += [
             i
@@ -254,7 +294,7 @@ class _Selection:
 
     def _by_position(self, names: Sequence[str], left_out: Sequence[int]) -> list[int]:
         """Returns the positions of the samples' columns as chosen in training, or of all columns in order."""
-        every = [i for i in range(len(names)) if i not in left_out]
+        every = [i for i in range(len(names)) if i not in left_out and i != self.label_of_anomalies]
         if "columns" in self.asked:
             indices = self._without_others(pick(self.columns, names, self.file), names)
         else:
@@ -289,7 +329,7 @@ class _Selection:
             except ConfigError:
                 # files of new rows may lack labels, weights and ids
                 continue
-        return [i for i in indices if i not in others]
+        return [i for i in indices if i not in others and i != self.label_of_anomalies]
 
     def _single(self, role: str, wanted: str | int | None, names: Sequence[str], named: bool) -> list[int]:
         """Returns the position of the column of labels or weights; [] if the file has none or it is not needed."""

@@ -33,6 +33,14 @@ def test_numbers_come_back_with_all_digits(tmp_path: Path, ending: str, dtype: t
     np.testing.assert_array_equal(table.values[:, 1], n.astype(float))
 
 
+@pytest.mark.parametrize("ending", output.NAMED)
+def test_masked_whole_numbers_are_missing_values(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"t{ending}"
+    write_columns(path, {"n": np.ma.masked_array([7, 8, 9], [False, True, False]), "x": np.zeros(3)})
+    frame = pl.read_csv(path) if ending == ".csv" else pl.read_parquet(path)
+    assert (frame["n"].to_list(), frame["n"].dtype) == ([7, None, 9], pl.Int64)
+
+
 def test_the_text_of_a_float_is_the_shortest(tmp_path: Path) -> None:
     write_columns(tmp_path / "t.csv", {"a": np.array([0.1], np.float32), "b": np.array([0.1])})
     assert (tmp_path / "t.csv").read_text() == "a,b\n0.1,0.1\n"

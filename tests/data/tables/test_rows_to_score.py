@@ -283,3 +283,33 @@ def test_files_from_bug_reports_are_scored(name: str, real: Callable[..., list[s
     if name.endswith(".gz"):
         assert gzip.decompress(Path(path).read_bytes()).count(b"\n") == 61
     assert bool(torch.isfinite(rows.test).all())
+
+
+def test_anomaly_labels_are_not_part_of_a_sample(tmp_path: Path) -> None:
+    data = ArrayData(table(tmp_path / "train.npy", [0, 1, 2, 3]))
+    y = np.where(np.arange(60) % 7 == 0, 1.0, 0.0)
+    # the trained columns have no names, and the file has one column more than a sample
+    path = npy(tmp_path / "new.npy", np.column_stack([DATA[:, :2], y, DATA[:, 2:4]]))
+    rows = rows_to_score(data, path, anomaly_label=2)
+    np.testing.assert_allclose(rows.test, DATA[:, :4])
+    assert rows.anomaly_labels().tolist() == y.tolist()
+    assert rows_to_score(data, table(tmp_path / "same.npy", [0, 1, 2, 3])).anomaly_labels() is None
+    with pytest.raises(DataError, match=r"columns"):
+        rows_to_score(data, path)
+    with pytest.raises(ConfigError, match=r"data\.anomaly_label"):
+        rows_to_score(data, path, anomaly_label=9)
+
+
+def test_anomaly_labels_may_be_words_or_missing(tmp_path: Path) -> None:
+    data = ArrayData(table(tmp_path / "train.csv", [0, 1]), missing="drop")
+    path = tmp_path / "new.csv"
+    path.write_text("b,bad,a\n1,True,2\n3,0,\n5,,6\n7,0.0,8\n9,NA,1\n")
+    rows = rows_to_score(data, str(path), anomaly_label="bad", missing="drop")
+    # row 1 has no value in column a. Rows without a label are scored
+    assert rows.test.tolist() == [[2, 1], [6, 5], [8, 7], [1, 9]]
+    torch.testing.assert_close(
+        rows.anomaly_labels(), torch.tensor([1, torch.nan, 0, torch.nan]).double(), equal_nan=True
+    )
+    path.write_text("b,bad,a\n1,0,2\n3,2,1\n")
+    with pytest.raises(DataError, match=r"'bad'.*'?2'?"):
+        rows_to_score(data, str(path), anomaly_label="bad").anomaly_labels()
