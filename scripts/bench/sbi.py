@@ -1,16 +1,17 @@
 """C2ST of posteriors p(theta | x) fitted to simulations, on four tasks of the SBI benchmark.
 
-    python scripts/bench/sbi.py --out sbi.jsonl                   # 4 tasks, 3 seeds; about two hours on one thread
+    python scripts/bench/sbi.py --out sbi.jsonl                   # 4 tasks, 3 seeds; some hours
     python scripts/bench/sbi.py --tasks slcp --seeds 0 --out sbi.jsonl
     python scripts/bench/sbi.py --seeds 100 --observations        # NLL of new simulations only, to choose settings
+    python scripts/bench/sbi.py --seeds 100 --simulated           # C2ST against exact posteriors of new simulations
     python scripts/bench/sbi.py --check                           # C2ST of exact posteriors, which should be 0.5
     python scripts/bench/sbi.py --report sbi.jsonl                # prints Markdown
 
 For each task and seed, `--members` flows are fitted to the same `--simulations` pairs (theta, x) with `flowtrain.fit`,
 with different weights and validation sets. Their mixture with equal weights is the posterior. theta is mapped to real
 numbers by y = Phi^-1((theta / bound + 1) / 2), so that the prior is a standard normal distribution and no sample leaves
-its box. The settings in RECIPES were chosen by the NLL of new simulations, with other seeds than the reported ones. The
-observations of the benchmark were not used for this.
+its box. The settings in RECIPES were chosen on new simulations (NLL, and C2ST against exact posteriors), with other
+seeds than the reported ones. The observations of the benchmark were not used for this.
 
 C2ST compares 10,000 samples with the reference posterior, see `sbi_tasks.c2st`. NLL is the mean of
 -log p(theta | x) over 5,000 new simulations, in nats. Each run appends a line to the results file. Runs in the file are
