@@ -84,7 +84,7 @@ def as_drawn(data: Dataset) -> Dataset:
 
 
 def first_test_samples(flow: Density, data: Dataset, n: int, label: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """Returns the first n test samples, and their labels for a conditional flow.
+    """Returns the first n test samples, and their context (n, k) or labels (n,) for a conditional flow.
 
     Args:
         label: the class of the samples; None: all classes.
@@ -93,7 +93,8 @@ def first_test_samples(flow: Density, data: Dataset, n: int, label: int | None =
     if label is not None and labels is not None:
         x, labels = x[labels == label], labels[labels == label]
     device = flow.like.device
-    return x[:n].to(device), None if flow.classes is None or labels is None else labels[:n].to(device)
+    context = data.test_context if flow.context else None if flow.classes is None else labels
+    return x[:n].to(device), None if context is None else context[:n].to(device)
 
 
 def draw_latents(flow: Flow, n: int, temperature: float = 1.0) -> Tensor:

@@ -36,10 +36,11 @@ def draw(
 ) -> None:
     """Draws samples beside data; see `flowtrain.plotting.pictures.draw`."""
     show = UnitRange(flow, data)
-    real, labels = first_test_samples(flow, data, IMAGES, label)
-    if samples is None:
-        samples = flow.sample(len(real), label=labels)
+    real, context = first_test_samples(flow, data, IMAGES, label)
     of = "" if flow.classes is None else "same classes" if label is None else f"class {label}"
+    if samples is None:
+        samples = flow.sample(len(real), context=context)
+        of = "same contexts" if flow.context else of
     panels = [("data", show(real)), (points.noted("samples", of), show(samples))]
     draw_panels(path, panels=panels, levels=1, title=title, options=options)
 
@@ -67,6 +68,9 @@ def draw_other_figures(
     }
     if flow.classes is None:
         del figures["classes"]
+    if flow.context:
+        # two images have different contexts, and there is no flow between them
+        del figures["interpolation"]
     files = []
     with warn_if_plotting_fails("reconstructions"):
         _draw_reconstructions(flow, data, show, path_of("reconstructions"), title, options)
@@ -146,9 +150,9 @@ class RowsFigure(NamedTuple):
 
 def reconstructed(flow: Flow, data: Dataset) -> tuple[Tensor, Tensor]:
     """Returns test images, dequantized if integer-valued, and their round trips, both (RECONSTRUCTED, C, H, W)."""
-    x, label = first_test_samples(flow, data, RECONSTRUCTED)
+    x, context = first_test_samples(flow, data, RECONSTRUCTED)
     x = flow.dequantized(x)
-    return x, flow(flow.inverse(x, label), label)
+    return x, flow(flow.inverse(x, context), context)
 
 
 def interpolations(flow: Flow, data: Dataset) -> Rows:
@@ -209,12 +213,15 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def temperatures(flow: Flow, data: Dataset) -> Rows:
-    """Draws samples from the same base noise at several temperatures."""
-    label, rows = None if flow.classes is None else flow.in_turn(SAMPLED), []
+    """Draws samples from the same base noise at several temperatures, with the contexts of the first test images."""
+    context, rows = None if flow.classes is None else flow.in_turn(SAMPLED), []
+    if flow.context:
+        _, context = first_test_samples(flow, data, SAMPLED)
+    n = SAMPLED if context is None else len(context)
     for t in TEMPERATURES:
         with seeded(0, flow.like.device):
-            z = draw_latents(flow, SAMPLED, t)
-        rows.append((f"T = {t}", flow(z, label)))
+            z = draw_latents(flow, n, t)
+        rows.append((f"T = {t}", flow(z, context)))
     return rows
 
 

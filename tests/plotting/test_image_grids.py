@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from helpers.contexts import COLUMNS, WithContext, contexts
 from helpers.layout import catch_figures, check_layout, words_of
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -369,3 +370,29 @@ def test_interpolation_labels_name_classes_and_rows_of_both_ends(
         # the ends are dequantized, so they differ from the integers by less than 1
         for end, row in ((images[0], i), (images[-1], j)):
             assert ((end - data.test[row]).floor() == 0).all()
+
+
+def test_images_with_context_are_drawn_at_the_contexts_of_the_test_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = []
+
+    class Recording(Flat):
+        def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            given.append(context)
+            return super().forward(z)
+
+        def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            given.append(context)
+            return super().inverse(x)
+
+    flow = Flow((1, 4, 4), Recording(Affine(16)), context=COLUMNS).eval()
+    data = WithContext(torch.rand(12, 1, 4, 4), contexts(12))
+    pictures.draw(flow, data, tmp_path / "samples.png", "title", None, None)
+    files = pictures.draw_other_figures(flow, data, lambda name: tmp_path / f"{name}.png", "title")
+    assert {file.stem for file in files} == {"reconstructions", "temperature"}
+    assert not caplog.records
+    wanted = flow.features(flow.context_of(data.test_context, torch.zeros(12)))
+    assert wanted is not None
+    for found in given:
+        torch.testing.assert_close(found, wanted[: len(found)])
