@@ -14,6 +14,7 @@ import torch
 from helpers.layout import catch_figures, check_layout
 from torch import Tensor
 
+from flowtrain.data.types import ColumnType
 from flowtrain.plotting import points
 from flowtrain.plotting.densities import BRIGHTEST, draw_flow_1d, draw_flow_2d
 from flowtrain.plotting.options import PlotOptions
@@ -298,3 +299,18 @@ def test_true_density_of_one_column_is_a_line(tmp_path: Path, monkeypatch: pytes
     shown = np.asarray(two.lines[1].get_xydata())
     np.testing.assert_allclose(shown[:, 1], wave(torch.from_numpy(shown[:, :1])).exp(), rtol=1e-4)
     assert "height" in one.get_xlabel()
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_axes_of_typed_columns_stay_in_the_support_and_show_categories(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, d: int
+) -> None:
+    figures = catch_figures(monkeypatch)
+    types = (ColumnType("categorical").with_categories(("red", "green", "blue")), ColumnType.parse("interval(0,1)"))
+    x = torch.rand(500, 2) * torch.tensor([3.0, 1.0])
+    draw(tmp_path / "a.png", d, data=x[:, :d], samples=x[:, :d], types=types[:d])
+    check_layout(figures[0])
+    axes = figures[0].axes[0]
+    assert axes.get_xlim() == (0, 3)
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["red", "green", "blue"]
+    assert d == 1 or axes.get_ylim() == (0, 1)
