@@ -24,6 +24,8 @@ REAL, POSITIVE, INTERVAL, CIRCULAR, INTEGER, CATEGORICAL = KINDS = (
 )
 # the fraction of an interval over which values at one of its ends are spread
 EDGE = 1e-5
+# float32 numbers can represent bounds and lengths of ranges of these sizes
+SMALLEST, LARGEST = 1e-30, 1e30
 # scales of a softplus that are tried, as multiples of the median
 SCALES = (0.25, 1.0)
 # the noise values at which the moments of bounded whole numbers are computed
@@ -62,7 +64,8 @@ class ColumnType:
             key: the setting, for messages.
 
         Raises:
-            ConfigError: an unknown type, or bounds that are missing, not numbers or not in ascending order.
+            ConfigError: an unknown type, or bounds that are missing, not numbers, not in ascending order, too large or
+                too close to each other.
         """
         match = _TEXT.fullmatch(text) if isinstance(text, str) else None
         if isinstance(text, list | tuple) and text:
@@ -88,6 +91,12 @@ class ColumnType:
         bounded = {INTERVAL: math.isfinite(low) or math.isfinite(high), CIRCULAR: math.isfinite(high - low)}
         if not low < high or not ends or not bounded.get(kind, True):
             raise wrong
+        finite = [abs(v) for v in (low, high) if math.isfinite(v)]
+        if any(v > LARGEST for v in finite) or high - low < SMALLEST:
+            raise ConfigError(
+                f"{key}={text}: bounds are at most {LARGEST:g}, and their distance is at least {SMALLEST:g}; convert "
+                "the column to other units"
+            )
         return ColumnType(kind, low, high)
 
     @property
@@ -148,7 +157,8 @@ class ColumnType:
         return replace(self, low=0.0, high=float(len(categories) - 1), categories=tuple(categories))
 
     def __str__(self) -> str:
-        bounds = [f"{v:g}" for v in (self.low, self.high)]
+        # the text gives the same type
+        bounds = [f"{v:.0f}" if abs(v) < 1e15 and v == round(v) else repr(v) for v in map(float, (self.low, self.high))]
         if self.is_circular:
             return f"{self.kind}({bounds[1] if self.low == 0 else ','.join(bounds)})"
         shown = self.kind == INTERVAL or (self.kind == INTEGER and any(map(math.isfinite, (self.low, self.high))))

@@ -42,14 +42,19 @@ def test_types_are_parsed(text: object, support: tuple[float, float]) -> None:
 @pytest.mark.parametrize(
     "text",
     ["postive", "interval", "interval(1,0)", "interval(a,b)", "interval(-inf,inf)", "circular", "circular(-1)", 3, None,
-     "circular(0,inf)", "integer(0.5,2)", "integer(3)", "positive(1)", "categorical(3)", [], "interval(nan,1)"],
+     "circular(0,inf)", "integer(0.5,2)", "integer(3)", "positive(1)", "categorical(3)", [], "interval(nan,1)",
+     "interval(0,1e300)", "interval(-1e308,1e308)", "circular(1e-320)"],
 )  # fmt: skip
 def test_other_types_are_refused_with_their_key(text: object) -> None:
     with pytest.raises(ConfigError, match=r"data\.types\.age"):
         ColumnType.parse(text, "data.types.age")
 
 
-@pytest.mark.parametrize("text", ["positive", "interval(0,1)", "interval(5,inf)", "circular(360)", "integer(1,6)"])
+@pytest.mark.parametrize(
+    "text",
+    ["positive", "interval(0,1)", "interval(5,inf)", "circular(360)", "integer(1,6)", "circular(6.283185307179586)",
+     "interval(1e8,100000001)", "interval(-1e-7,1e25)"],
+)  # fmt: skip
 def test_text_of_a_type_gives_the_same_type(text: str) -> None:
     assert ColumnType.parse(str(ColumnType.parse(text))) == ColumnType.parse(text)
 

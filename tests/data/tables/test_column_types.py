@@ -332,3 +332,24 @@ def test_flows_with_types_are_trained_further() -> None:
     assert flow.log_prob(frame).shape == (N,)
     with pytest.raises(DataError, match=r"data\.types"):
         train(flow, frame.filter(pl.col("colour") != "red"), steps=3, progress=False)
+
+
+def test_dequantize_of_all_columns_applies_to_columns_without_a_type(tmp_path: Path) -> None:
+    table = {name: np.random.default_rng(i).poisson(3, N) for i, name in enumerate("ab")}
+    data = ArrayData(csv(tmp_path / "t.csv", table), types={"a": "integer"}, dequantize=["a", "b"])
+    assert data.noisy == (0, 1)
+
+
+def test_advice_on_counts_does_not_conflict_with_types(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = {name: np.random.default_rng(i).poisson(3, N) for i, name in enumerate("ab")}
+    with caplog.at_level(logging.WARNING):
+        ArrayData(csv(tmp_path / "t.csv", table), types={"a": "integer"})
+    assert "data.types" in caplog.text
+    assert "data.dequantize" not in caplog.text
+
+
+def test_hint_of_many_columns_is_short(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    with caplog.at_level(logging.INFO):
+        ArrayData(csv(tmp_path / "t.csv", {f"column{i}": rng.random(N) for i in range(60)}))
+    assert 5 < caplog.text.count("interval(0,1)") < 20
