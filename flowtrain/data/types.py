@@ -131,6 +131,15 @@ class ColumnType:
         open_ends = self.kind == POSITIVE or (self.kind == INTERVAL and not self.has_edges)
         return (values > self.low) & (values < self.high) if open_ends else (values >= self.low) & (values <= self.high)
 
+    def contains_noisy(self, values: Tensor) -> Tensor:
+        """Returns which values, of any shape, have a positive density. Whole numbers may contain noise in [0, 1)."""
+        low, high = self.support
+        if self.is_circular:
+            return values.isfinite()
+        if self.is_whole:
+            return (values >= low) & (values < high)
+        return (values >= low) & (values <= high) if self.has_edges else (values > low) & (values < high)
+
     def fitted(self, least: float, most: float, some: NDArray[np.float64]) -> "ColumnType":
         """Returns the type for a table whose values go from `least` to `most`.
 
@@ -208,6 +217,21 @@ def is_column_type(one: ColumnType) -> bool:
 def circular_columns(types: Sequence[ColumnType]) -> tuple[int, ...]:
     """Returns the positions of the circular columns."""
     return tuple(i for i, one in enumerate(types) if one.is_circular)
+
+
+def differences(types: Sequence[ColumnType], a: Tensor, b: Tensor) -> Tensor:
+    """Returns a - b, (B, d), or in circular columns the shortest arc from b to a, in [-period / 2, period / 2].
+
+    Args:
+        types: the types of the columns; () if all are real.
+    """
+    if not circular_columns(types):
+        return a - b
+    columns = list((a - b).unbind(1))
+    for i in circular_columns(types):
+        period = types[i].high - types[i].low
+        columns[i] = columns[i] - period * (columns[i] / period).round()
+    return torch.stack(columns, 1)
 
 
 def whole_columns_of(types: Sequence[ColumnType]) -> tuple[int, ...]:

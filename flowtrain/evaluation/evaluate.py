@@ -17,6 +17,7 @@ from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.in_memory import Extras
 from flowtrain.data.tables.from_memory import as_array, columns_of, is_frame, table_of
 from flowtrain.data.tables.rows_to_score import RowsInMemory, ScoredRows
+from flowtrain.data.types import differences
 from flowtrain.evaluation.baselines import GAUSSIAN, baselines, check_baseline, warn_if_better
 from flowtrain.evaluation.calibration import (
     Transformed,
@@ -738,11 +739,14 @@ def check_fits(flow: Density, data: Dataset, dequantization_samples: int = 1) ->
 def roundtrip_error(flow: Density, x: Tensor, context: Context = None) -> float:
     """Returns max |x - forward(inverse(x))| in data units. Whole numbers are first dequantized with seeded noise.
 
+    The error of an angle is the shortest arc.
     For an ensemble, the largest error of a member is returned.
     """
     with seeded(0, flow.like.device):
         x = flow.dequantized(x)
-        return max(float((x - one(one.inverse(x, context), context)).abs().max()) for one in flow.flows)
+        return max(
+            float(differences(flow.types, x, one(one.inverse(x, context), context)).abs().max()) for one in flow.flows
+        )
 
 
 def _kind(integer_valued: bool, levels: int | None, noisy: tuple[int, ...]) -> str:

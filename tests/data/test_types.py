@@ -10,6 +10,7 @@ from flowtrain.data.types import (
     EDGE,
     ColumnType,
     circular_columns,
+    differences,
     edge_columns,
     is_column_type,
     spread_edges,
@@ -112,3 +113,10 @@ def test_noise_is_added_to_whole_numbers_only() -> None:
 def test_damaged_types_are_detected(damaged: ColumnType) -> None:
     assert not is_column_type(damaged)
     assert is_column_type(ColumnType.parse("positive"))
+
+
+def test_differences_of_angles_are_the_shortest_arcs() -> None:
+    types = [ColumnType.parse("circular(-180,180)"), ColumnType.parse("real")]
+    a, b = torch.tensor([[179.0, 179.0], [-10.0, 1.0]]), torch.tensor([[-179.0, -179.0], [730.0, 2.0]])
+    assert differences(types, a, b).tolist() == [[-2.0, 358.0], [-20.0, -1.0]]
+    assert differences((), a, b).tolist() == (a - b).tolist()
