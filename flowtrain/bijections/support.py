@@ -122,8 +122,7 @@ def _to_line(group: _Group, x: Tensor) -> tuple[Tensor, Tensor]:
     if group.has_both:
         end = AT_END * (high - low)
         above, below = x - low, high - x
-        # x + u of a whole number x is below the upper end
-        outside = (above < 0) | (below <= 0 if group.is_whole else below < 0)
+        outside = (above < 0) | (below < 0)
         above, below = _inside(above, end), _inside(below, end)
         z, log_slope = above.log() - below.log(), math.log(high - low) - above.log() - below.log()
     else:
