@@ -863,6 +863,23 @@ class Flow(Density):
             yield
 
 
+class _InTypes(constraints.Constraint):
+    """The constraint to vectors (*batch, d) whose elements are in the ranges of column types."""
+
+    event_dim = 1
+
+    def __init__(self, types: Sequence[ColumnType]) -> None:
+        self.types = tuple(types)
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        inside = [one.contains_noisy(v) for one, v in zip(self.types, value.unbind(-1), strict=True)]
+        return torch.stack(inside, -1).all(-1)
+
+    def __repr__(self) -> str:
+        return f"InTypes({', '.join(map(str, self.types))})"
+
+
 class FlowDistribution(Distribution):
     """A flow or an ensemble as a `torch.distributions.Distribution`; see `Density.distribution`.
 
@@ -889,8 +906,10 @@ class FlowDistribution(Distribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """The support: [0, levels] for each element if the flow has `levels`, else all real numbers."""
-        levels = self.flow.levels
+        """The support: [0, levels] for each element if the flow has `levels`, else the ranges of the column types."""
+        levels, types = self.flow.levels, self.flow.types
+        if types:
+            return _InTypes(types)
         c: Any = constraints
         support: constraints.Constraint
         support = c.independent(c.real if levels is None else c.interval(0, levels), len(self.event_shape))

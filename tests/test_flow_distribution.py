@@ -19,7 +19,9 @@ from flowtrain.bijections.base import Chain
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.linear import Affine
 from flowtrain.bijections.logit import Logit
+from flowtrain.bijections.support import ToSupport
 from flowtrain.data.base import Samples
+from flowtrain.data.types import ColumnType
 from flowtrain.evaluation.log_likelihood import log_probs
 from flowtrain.flow import Flow, FlowDistribution
 from flowtrain.nn.divergence import TraceRule
@@ -216,6 +218,22 @@ def test_distribution_validates_its_support() -> None:
     p = flow.distribution()
     assert p.support.check(torch.tensor([[0.0, 4.0], [1.0, 4.1]])).tolist() == [True, False]
     assert p.log_prob(torch.randint(0, 4, (3, 2))).shape == (3,)
+
+
+def test_support_is_the_range_of_the_column_types() -> None:
+    types = [ColumnType.parse(each) for each in ("positive", "interval(0,1)", "integer(1,6)", "real")]
+    bijection = ToSupport(*zip(*(one.support for one in types), strict=True), whole=[2])
+    flow = Flow((4,), bijection, noisy=(2,), types=types).eval()
+    p = flow.distribution()
+    inside = torch.tensor([[1.0, 0.0, 1.0, -5.0], [2.0, 1.0, 6.9, 0.0]])
+    outside = inside[0] + torch.tensor([[-1.0, 0, 0, 0], [0, 1.1, 0, 0], [0, 0, 6, 0], [0, 0, 0, math.nan]])
+    assert p.support.event_dim == 1
+    assert p.support.check(torch.stack([inside, inside])).tolist() == [[True, True]] * 2
+    assert p.support.check(outside).tolist() == [False] * 4
+    assert p.log_prob(inside).isfinite().all()
+    with pytest.raises(ValueError, match="within the support"):
+        p.log_prob(outside[:1])
+    assert p.support.check(p.sample((50,))).all()
 
 
 def test_conditional_distribution_requires_a_label() -> None:

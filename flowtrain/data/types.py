@@ -24,6 +24,8 @@ REAL, POSITIVE, INTERVAL, CIRCULAR, INTEGER, CATEGORICAL = KINDS = (
 )
 # the fraction of an interval over which values at one of its ends are spread
 EDGE = 1e-5
+# float32 numbers can represent bounds and lengths of ranges of these sizes
+SMALLEST, LARGEST = 1e-30, 1e30
 # scales of a softplus that are tried, as multiples of the median
 SCALES = (0.25, 1.0)
 # the noise values at which the moments of bounded whole numbers are computed
@@ -62,7 +64,8 @@ class ColumnType:
             key: the setting, for messages.
 
         Raises:
-            ConfigError: an unknown type, or bounds that are missing, not numbers or not in ascending order.
+            ConfigError: an unknown type, or bounds that are missing, not numbers, not in ascending order, too large or
+                too close to each other.
         """
         match = _TEXT.fullmatch(text) if isinstance(text, str) else None
         if isinstance(text, list | tuple) and text:
@@ -88,6 +91,12 @@ class ColumnType:
         bounded = {INTERVAL: math.isfinite(low) or math.isfinite(high), CIRCULAR: math.isfinite(high - low)}
         if not low < high or not ends or not bounded.get(kind, True):
             raise wrong
+        finite = [abs(v) for v in (low, high) if math.isfinite(v)]
+        if any(v > LARGEST for v in finite) or high - low < SMALLEST:
+            raise ConfigError(
+                f"{key}={text}: bounds are at most {LARGEST:g}, and their distance is at least {SMALLEST:g}; convert "
+                "the column to other units"
+            )
         return ColumnType(kind, low, high)
 
     @property
@@ -122,6 +131,15 @@ class ColumnType:
         open_ends = self.kind == POSITIVE or (self.kind == INTERVAL and not self.has_edges)
         return (values > self.low) & (values < self.high) if open_ends else (values >= self.low) & (values <= self.high)
 
+    def contains_noisy(self, values: Tensor) -> Tensor:
+        """Returns which values, of any shape, have a positive density. Whole numbers may contain noise in [0, 1)."""
+        low, high = self.support
+        if self.is_circular:
+            return values.isfinite()
+        if self.is_whole:
+            return (values >= low) & (values < high)
+        return (values >= low) & (values <= high) if self.has_edges else (values > low) & (values < high)
+
     def fitted(self, least: float, most: float, some: NDArray[np.float64]) -> "ColumnType":
         """Returns the type for a table whose values go from `least` to `most`.
 
@@ -148,7 +166,8 @@ class ColumnType:
         return replace(self, low=0.0, high=float(len(categories) - 1), categories=tuple(categories))
 
     def __str__(self) -> str:
-        bounds = [f"{v:g}" for v in (self.low, self.high)]
+        # the text gives the same type
+        bounds = [f"{v:.0f}" if abs(v) < 1e15 and v == round(v) else repr(v) for v in map(float, (self.low, self.high))]
         if self.is_circular:
             return f"{self.kind}({bounds[1] if self.low == 0 else ','.join(bounds)})"
         shown = self.kind == INTERVAL or (self.kind == INTEGER and any(map(math.isfinite, (self.low, self.high))))
@@ -198,6 +217,21 @@ def is_column_type(one: ColumnType) -> bool:
 def circular_columns(types: Sequence[ColumnType]) -> tuple[int, ...]:
     """Returns the positions of the circular columns."""
     return tuple(i for i, one in enumerate(types) if one.is_circular)
+
+
+def differences(types: Sequence[ColumnType], a: Tensor, b: Tensor) -> Tensor:
+    """Returns a - b, (B, d), or in circular columns the shortest arc from b to a, in [-period / 2, period / 2].
+
+    Args:
+        types: the types of the columns; () if all are real.
+    """
+    if not circular_columns(types):
+        return a - b
+    columns = list((a - b).unbind(1))
+    for i in circular_columns(types):
+        period = types[i].high - types[i].low
+        columns[i] = columns[i] - period * (columns[i] / period).round()
+    return torch.stack(columns, 1)
 
 
 def whole_columns_of(types: Sequence[ColumnType]) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from flowtrain.bases import (
 )
 from flowtrain.bijections.support import ToSupport
 from flowtrain.data.context import context_text
+from flowtrain.data.types import differences
 from flowtrain.evaluation.error_budget import SMALL, Subset, rows_of_checks, solver_bias
 from flowtrain.evaluation.log_likelihood import estimates_trace, marginal
 from flowtrain.evaluation.result import Budget, Check
@@ -489,7 +490,7 @@ def check_round_trip(exact: Flow, subset: Subset, drawn: BaseRoundTrip) -> Check
     x, context = subset.x[:ROWS].double(), None if subset.context is None else subset.context[:ROWS]
     with seeded(0, x.device):
         back = exact(exact.inverse(x, context), context)
-    flat, off = x.flatten(1), (x - back).flatten(1)
+    flat, off = x.flatten(1), differences(exact.types, x, back).flatten(1)
     spread = flat.std(0, correction=0)
     # the error of a column that is constant in these rows is not divided by its standard deviation
     miss = float((off.square().mean(0).sqrt() / torch.where(spread > 0, spread, 1.0)).max())

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.in_memory import Extras
+from flowtrain.data.tables.columns import default_names, first_of
 from flowtrain.data.tables.from_memory import as_array, columns_of, is_frame, table_of
 from flowtrain.data.tables.rows_to_score import RowsInMemory, ScoredRows
 from flowtrain.data.tables.table_checks import check_weight_sizes
+from flowtrain.data.types import differences
 from flowtrain.evaluation.baselines import GAUSSIAN, baselines, check_baseline, warn_if_better
 from flowtrain.evaluation.calibration import (
     Transformed,
@@ -64,6 +66,8 @@ UNSOLVED = 100
 MOST_TYPICAL = 10_000
 # Number of rows of the error budget with `thorough=False`
 FEW = 10
+# Largest number of columns that a message names
+MOST_NAMED = 5
 # another set for OOD detection: its name, samples and, for flows with context columns, their context
 Other = tuple[str, Tensor] | tuple[str, Tensor, Context]
 # Calibration of ensembles: largest number of rows, and number of samples for each row
@@ -341,7 +345,14 @@ def _evaluate(
     # rows with missing values may have been left out of a file
     kept = data.kept if isinstance(data, ScoredRows) else None
     numbers = torch.arange(len(x)) if kept is None else torch.from_numpy(kept.rows)
-    concentrated = concentration(log_p, where, ("nats", 1.0) if bits is None else ("bits/dim", bits), numbers, weights)
+    concentrated = concentration(
+        log_p,
+        where,
+        ("nats", 1.0) if bits is None else ("bits/dim", bits),
+        numbers,
+        weights,
+        _cause(flow, data, x),
+    )
     ordinary = ~torch.isin(numbers, torch.tensor(concentrated.rows, dtype=torch.int64))
     ordinary &= log_p.isfinite()
     if weights is not None:
@@ -740,11 +751,27 @@ def check_fits(flow: Density, data: Dataset, dequantization_samples: int = 1) ->
 def roundtrip_error(flow: Density, x: Tensor, context: Context = None) -> float:
     """Returns max |x - forward(inverse(x))| in data units. Whole numbers are first dequantized with seeded noise.
 
+    The error of an angle is the shortest arc.
     For an ensemble, the largest error of a member is returned.
     """
     with seeded(0, flow.like.device):
         x = flow.dequantized(x)
-        return max(float((x - one(one.inverse(x, context), context)).abs().max()) for one in flow.flows)
+        return max(
+            float(differences(flow.types, x, one(one.inverse(x, context), context)).abs().max()) for one in flow.flows
+        )
+
+
+def _cause(flow: Density, data: Dataset, x: Tensor) -> str | None:
+    """Returns which columns of x (n, d) have values outside of the range of their type; None if there are none."""
+    if not flow.types:
+        return None
+    names = data.columns or default_names(range(len(flow.types)))
+    outside = [
+        f"{name!r} ({one})"
+        for name, one, column in zip(names, flow.types, x.unbind(1), strict=True)
+        if not one.contains_noisy(column).all()
+    ]
+    return f"values outside of the range of {first_of(outside[:MOST_NAMED], len(outside))}" if outside else None
 
 
 def _kind(integer_valued: bool, levels: int | None, noisy: tuple[int, ...]) -> str:

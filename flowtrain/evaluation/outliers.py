@@ -27,6 +27,7 @@ def concentration(
     unit: tuple[str, float] = ("nats", 1.0),
     numbers: Tensor | None = None,
     weights: Tensor | None = None,
+    cause: str | None = None,
 ) -> OutlierCheck:
     """Checks that a few outlier rows do not carry more than half of the variance of the NLL.
 
@@ -50,6 +51,7 @@ def concentration(
         numbers: the number of each row in the result, (n,). None: 0, 1, ...
         weights: the weights of the rows, (n,), or None. The variance is then the square of the standard error of the
             weighted mean, to which a row contributes w_i^2 (log p_i - mean)^2. Rows of weight 0 are left out.
+        cause: the likely cause of values of log p that are not finite, for the message.
     """
     numbers = torch.arange(len(log_p)) if numbers is None else numbers
     if weights is not None:
@@ -79,7 +81,7 @@ def concentration(
     if len(lost):
         what = f"log p(x) is not finite in {_named(numbers[lost])} of the {where} ({_values(log_p[lost])})"
         effect = f"the NLL is {-float(average(log_p, weights))}"
-        cause = "the density of the flow is zero at these points, or it could not be computed"
+        cause = cause or "the density of the flow is zero at these points, or it could not be computed"
     else:
         worst = scale * -float(log_p[outliers[0]])
         carry = "carries" if len(outliers) == 1 else "carry"

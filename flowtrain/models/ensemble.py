@@ -9,6 +9,7 @@ from typing import Any, NoReturn, Self, cast
 import torch
 from torch import Tensor, nn
 
+from flowtrain.data.types import ColumnType
 from flowtrain.flow import Context, Density, Flow
 from flowtrain.ode import Solver
 from flowtrain.utils.errors import DataError, FlowtrainError, NonFiniteError
@@ -183,11 +184,24 @@ def difference_in_kind(one: Density, other: Density) -> str | None:
     names = ("event_shape", "classes", "integer_valued", "levels", "noisy", "types", "centered")
     for name in names:
         a, b = (tuple(v) if isinstance(v := getattr(flow, name), list) else v for flow in (one, other))
+        if name == "types":
+            # the scale is a part of the map of each member
+            a, b = (tuple(replace(each, scale=0.0) for each in types) for types in (a, b))
+            if a != b:
+                return f"types ({_types_text(a, b)} and {_types_text(b, a)})"
         if a != b:
             return f"{name} ({a} and {b})"
     # each member standardises the context itself
     a, b = ([replace(column, mean=0.0, std=1.0) for column in flow.context] for flow in (one, other))
     return None if a == b else f"context ({a} and {b})"
+
+
+def _types_text(types: Sequence[ColumnType], others: Sequence[ColumnType]) -> str:
+    """Returns the types of the columns, with the categories if the types of the other member have the same text."""
+    texts = [str(one) for one in types]
+    if texts == [str(one) for one in others]:
+        texts = [f"{one}{one.categories}" if one.categories else str(one) for one in types]
+    return ", ".join(texts) or "none"
 
 
 @torch.no_grad()

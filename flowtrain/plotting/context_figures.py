@@ -14,6 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from flowtrain.data.types import ColumnType
 from flowtrain.evaluation.result import ContextBin
 from flowtrain.plotting import points, scales, style
 from flowtrain.plotting.densities import paint, picture_limits
@@ -45,6 +46,7 @@ def draw_contexts(
     title: str,
     near_words: str = "with the nearest contexts",
     options: PlotOptions = DEFAULT,
+    types: Sequence[ColumnType] = (),
 ) -> None:
     """Draws densities p(x | c) of one or two columns at several contexts c, with the rows whose contexts are near c.
 
@@ -57,10 +59,11 @@ def draw_contexts(
         log_densities: for each context, a function from (G, d) to (G,), in nats.
         columns: the names of the columns.
         near_words: the words after the number of rows in the legend, which say how the rows were chosen.
+        types: the types of the columns, whose supports the axes do not leave; () for real numbers.
     """
     near = [points.data_points(rows, width=len(columns)) for rows in data]
     values = np.concatenate([rows.values for rows in near])
-    scaled = [scales.choose_scale(column) for column in values.T]
+    scaled = scales.scales_of(values, types)
     near = [scales.on_axes(scaled, rows) for rows in near]
     functions = [scales.density_on_axes(scaled, function) for function in log_densities]
     draw = _contexts_1d if len(columns) == 1 else _contexts_2d
@@ -89,7 +92,7 @@ def _contexts_1d(
     figure = style.new_figure(BOTTOM + HEIGHT + HEAD, title, options)
     count = len(names)
     width = min(WIDEST, (style.WIDTH - LEFT - RIGHT - GAP * (count - 1)) / count)
-    limits = points.common_range(np.concatenate([rows.values[:, 0] for rows in near]), np.empty(0))
+    limits = scaled[0].within(points.common_range(np.concatenate([rows.values[:, 0] for rows in near]), np.empty(0)))
     x = points.centres(limits, RESOLUTION_1D)
     titles, size = panel_titles(names, width)
     for i, (name, rows, function) in enumerate(zip(titles, near, functions, strict=True)):
@@ -132,7 +135,8 @@ def _contexts_2d(
     title: str,
     options: PlotOptions,
 ) -> Figure:
-    limits = picture_limits(np.concatenate([rows.values for rows in near]))
+    across, up = picture_limits(np.concatenate([rows.values for rows in near]))
+    limits = scaled[0].within(across), scaled[1].within(up)
     panels = list(range(len(names)))
     rows = [
         ("Density of the model (each panel has a separate colour scale)", panels, True),

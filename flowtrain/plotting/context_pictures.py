@@ -55,6 +55,7 @@ def draw_context_pictures(
             title=f"{title}, density at contexts of test rows",
             near_words="with this context" if _all_categorical(columns) else "with the nearest contexts",
             options=options,
+            types=flow.types,
         )
         return options.files(path_of("contexts"))
     return []

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowtrain.data.tables.columns import default_names
+from flowtrain.data.types import ColumnType
 from flowtrain.plotting import points, scales, style
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import Array, Points, Range
@@ -81,6 +82,7 @@ def draw_corner(
     title: str,
     classes: Classes | None = None,
     options: PlotOptions = DEFAULT,
+    types: Sequence[ColumnType] = (),
 ) -> None:
     """Draws columns of data (N, d) and samples (M, d) against each other.
 
@@ -90,19 +92,20 @@ def draw_corner(
     with 60 percent of the samples of a class.
 
     The columns are `options.columns`, or the first 5. Axes range from the 0.5% to the 99.5% quantile of the data, or of
-    the samples if a column of the data is constant or has few values. The axis of a heavy-tailed column has an asinh
-    scale, and densities are per unit of the axes.
+    the samples if a column of the data is constant or has few values. An axis starts or ends at an end of the support
+    that is near. The axis of a heavy-tailed column has an asinh scale, and densities are per unit of the axes.
 
     Args:
         columns: the names of all columns. If empty, they are c0, c1, ...
+        types: the types of all columns; () for real numbers.
     """
     real, model = points.as_points(data, samples)
     width = real.values.shape[1]
     chosen = options.positions((width,), columns) or list(range(min(width, SHOWN)))
     groups = _groups(classes, data, samples)
-    scaled = [scales.choose_scale(real.values[:, i]) for i in chosen]
+    scaled = scales.scales_of(real.values[:, chosen], [types[i] for i in chosen] if types else ())
     real, model = (scales.on_axes(scaled, Points(each.values[:, chosen], each.dropped)) for each in (real, model))
-    limits = [points.common_range(*columns, margin=0.0) for columns in zip(real.values.T, model.values.T, strict=True)]
+    limits = [_limits(*each) for each in zip(real.values.T, model.values.T, scaled, strict=True)]
     names = [(columns or default_names(range(width)))[i] for i in chosen]
     count = len(chosen)
     shown = "" if count == width else f"{count if options.columns else f'first {count}'} of {width} columns"
@@ -120,7 +123,7 @@ def draw_corner(
                 axes = style.add_axes(figure, LEFT + column * (side + GAP), bottom, side, height)
                 pair = [column, row]
                 if row == column:
-                    _histograms(axes, real.values[:, row], model.values[:, row], limits[row], groups)
+                    _histograms(axes, real.values[:, row], model.values[:, row], limits[row], groups, scaled[row])
                 else:
                     around = (limits[column], limits[row])
                     _regions(axes, real.values[:, pair], model.values[:, pair], around, groups)
@@ -136,6 +139,13 @@ def draw_corner(
             "" if options.title else shown,
         )
         style.save(figure, path, options)
+
+
+def _limits(real: Array, model: Array, scale: scales.Scale) -> Range:
+    """Returns the limits of an axis: quantiles of the data, or an end of the support if it is near a quantile."""
+    wide, narrow = points.common_range(real, model), points.common_range(real, model, margin=0.0)
+    within = scale.within(wide)
+    return within[0] if within[0] > wide[0] else narrow[0], within[1] if within[1] < wide[1] else narrow[1]
 
 
 def _groups(classes: Classes | None, data: Tensor, samples: Tensor) -> list[_Group]:
@@ -159,8 +169,10 @@ def _numbers(labels: Tensor) -> Labels:
     return np.asarray(labels.detach().cpu().numpy(), dtype=np.int64)
 
 
-def _histograms(axes: Axes, real: Array, model: Array, limits: Range, groups: Sequence[_Group]) -> None:
-    bins = points.count_bins(real, limits, points.common_count(real, model), BINS)
+def _histograms(
+    axes: Axes, real: Array, model: Array, limits: Range, groups: Sequence[_Group], scale: scales.Scale
+) -> None:
+    bins = scale.bars or points.count_bins(real, limits, points.common_count(real, model), BINS)
     total, edges = points.histogram_1d(real, limits, bins)
     highest, samples = total.max(), [group.samples for group in groups]
     if len(groups) == 1 or samples[0] is None:

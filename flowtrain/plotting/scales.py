@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,8 +11,9 @@ from matplotlib.axis import Axis, XAxis
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from flowtrain.data.types import ColumnType, category_text
 from flowtrain.plotting import points, style
-from flowtrain.plotting.points import Array, LogDensity, Points, Range
+from flowtrain.plotting.points import EVERYWHERE, Array, LogDensity, Points, Range
 
 # an axis is compressed if the range of the values exceeds this many times half their interquartile range
 LONGEST_TAIL = 20.0
@@ -26,6 +27,10 @@ LETTER = 0.085
 APART = 0.1
 # smallest distance between two round values of a compressed axis, as a share of the axis
 TICKS_APART = 0.16
+# numbers of letters of the name of a category, of which the first that fits is chosen
+LETTERS_OF_CATEGORY = (7, 5)
+# largest number of categories that have a bar each in a histogram
+MOST_BARS = 60
 # tick labels are multiples of a power of ten if the largest is outside these limits
 PLAIN_NUMBERS = (1e-2, 1e4)
 # tick labels are differences from an offset if the largest exceeds this many times the distance between two ticks
@@ -36,19 +41,38 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Scale:
-    """The scale of an axis. The position of a value x is asinh((x - centre) / reach), or x itself without a reach."""
+    """The scale of an axis. The position of a value x is asinh((x - centre) / reach), or x itself without a reach.
+
+    Attributes:
+        support: the range of values, which the axis does not leave.
+        names: the categories of a categorical column. Category k has the values from k to k + 1.
+    """
 
     centre: float = 0.0
     reach: float | None = None
+    support: Range = EVERYWHERE
+    names: tuple[str, ...] = ()
 
     @property
     def plain(self) -> bool:
         """Whether the axis is linear."""
         return self.reach is None
 
+    @property
+    def bars(self) -> int:
+        """The number of bars of a histogram with a bar for each category; 0 without categories, or with many."""
+        return len(self.names) if len(self.names) <= MOST_BARS else 0
+
     def places(self, values: Array) -> Array:
         """Returns the positions of values along the axis, of any shape."""
         return values if self.reach is None else np.arcsinh((values - self.centre) / self.reach)
+
+    def within(self, limits: Range) -> Range:
+        """Returns the limits of an axis, cut to the support. The axis of categories has the whole support."""
+        if self.names:
+            return self.support
+        low, high = (float(place) for place in self.places(np.array(self.support)))
+        return max(limits[0], low), min(limits[1], high)
 
     def values(self, places: Tensor) -> Tensor:
         """Returns the values at positions along the axis, of any shape."""
@@ -62,6 +86,22 @@ class Scale:
 
 
 LINEAR = Scale()
+
+
+def scales_of(values: Array, types: Sequence[ColumnType] = ()) -> list[Scale]:
+    """Returns the scale of an axis for each column of values (N, d).
+
+    The axes of circular and categorical columns are linear.
+
+    Args:
+        types: the types of the columns; () if all are real.
+    """
+    found = []
+    for column, one in zip(values.T, types or [ColumnType()] * values.shape[1], strict=True):
+        is_linear = one.is_circular or one.categories
+        names = tuple(map(category_text, one.categories))
+        found.append(replace(LINEAR if is_linear else choose_scale(column), support=one.support, names=names))
+    return found
 
 
 def choose_scale(values: Array) -> Scale:
@@ -133,7 +173,9 @@ def set_ticks(axis: Axis, scale: Scale = LINEAR, *, most: int = 6, size: float =
         touching = any(at[j] - at[i] < (sizes[i] + sizes[j]) / 2 + APART for i, j in pairwise(kept))
         return [] if touching else kept
 
-    if scale.plain:
+    if scale.names:
+        places, labels, note = _category_ticks((low, high), scale.names, fitting)
+    elif scale.plain:
         places, labels, note = _plain_ticks((low, high), most, fitting)
     else:
         places, labels, note = _compressed_ticks((low, high), scale, fitting)
@@ -173,6 +215,20 @@ def _plain_ticks(limits: Range, most: int, fitting: Fitting) -> Ticks:
         if len(found[0]) < len(kept) <= most:
             found = [float(values[i]) for i in kept], [labels[i] for i in kept], note
     return found
+
+
+def _category_ticks(limits: Range, names: Sequence[str], fitting: Fitting) -> Ticks:
+    """Returns the names of the categories within the limits: all if short forms of them fit, else every k-th name."""
+    shown = [k for k in range(len(names)) if limits[0] <= k + 0.5 <= limits[1]]
+    for step in range(1, len(shown) + 1):
+        for letters in LETTERS_OF_CATEGORY:
+            places = np.array(shown[::step]) + 0.5
+            labels = [style.abbreviated(names[k], letters) for k in shown[::step]]
+            kept = fitting(places, labels)
+            # the first and the last of many labels may be too long for the edges of the axis
+            if len(kept) == len(labels) or (step > 1 and kept):
+                return [float(places[i]) for i in kept], [labels[i] for i in kept], ""
+    return [], [], ""
 
 
 def numbers(values: Array, step: float | None = None) -> tuple[list[str], str]:

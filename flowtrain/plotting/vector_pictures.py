@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowtrain.data.base import Dataset
 from flowtrain.data.tables.columns import default_names
+from flowtrain.data.types import ColumnType
 from flowtrain.evaluation.log_likelihood import held_out, marginal
 from flowtrain.flow import Density
 from flowtrain.plotting.context_pictures import log_density_at, rows_near
@@ -17,7 +18,7 @@ from flowtrain.plotting.corner import Classes, draw_corner
 from flowtrain.plotting.densities import draw_flow_1d, draw_flow_2d
 from flowtrain.plotting.drawing import evaluate_inside_range, first_test_samples
 from flowtrain.plotting.options import DEFAULT, PlotOptions
-from flowtrain.plotting.points import EVERYWHERE, LogDensity, Range
+from flowtrain.plotting.points import LogDensity
 from flowtrain.utils.errors import FlowtrainError
 
 # the numbers of rows of the data, of samples of one or two columns, and of samples of more columns
@@ -66,7 +67,7 @@ def draw(
         title=title,
         log_scale=log_scale,
         options=options,
-        supports=[one.support for one in flow.types],
+        types=flow.types,
     )
 
 
@@ -106,7 +107,7 @@ def _draw_with_context(
         title=title,
         log_scale=log_scale,
         options=options,
-        supports=[one.support for one in flow.types],
+        types=flow.types,
     )
 
 
@@ -135,7 +136,7 @@ def draw_flow(
     classes: Classes | None = None,
     log_scale: bool = False,
     options: PlotOptions = DEFAULT,
-    supports: Sequence[Range] = (),
+    types: Sequence[ColumnType] = (),
 ) -> None:
     """Draws data (N, d) and samples (M, d) in the figure for their number of columns d.
 
@@ -149,13 +150,22 @@ def draw_flow(
         columns: the names of the columns. If empty, they are c0, c1, ...
         classes: the classes of the rows, for a corner plot.
         log_scale: whether densities of one and two columns are drawn on a logarithmic scale.
-        supports: the range of values of each column, which the axes do not leave; () if it is not limited.
+        types: the types of the columns, whose supports the axes do not leave; () for real numbers.
     """
     if data.ndim != 2:
         raise FlowtrainError(f"cannot plot data of shape {tuple(data.shape)}: give it as (rows, columns)")
     width = data.shape[1]
     if width > 2:
-        draw_corner(path, data=data, samples=samples, columns=columns, title=title, classes=classes, options=options)
+        draw_corner(
+            path,
+            data=data,
+            samples=samples,
+            columns=columns,
+            title=title,
+            classes=classes,
+            options=options,
+            types=types,
+        )
         return
     names = list(columns) or default_names(range(width))
     arguments: dict[str, Any] = {
@@ -166,9 +176,9 @@ def draw_flow(
         "title": title,
         "log_scale": log_scale,
         "options": options,
+        "types": types,
     }
-    ranges = list(supports) or [EVERYWHERE] * width
     if width == 1:
-        draw_flow_1d(path, column=names[0], support=ranges[0], **arguments)
+        draw_flow_1d(path, column=names[0], **arguments)
     else:
-        draw_flow_2d(path, columns=names, supports=ranges, **arguments)
+        draw_flow_2d(path, columns=names, **arguments)

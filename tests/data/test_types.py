@@ -10,6 +10,7 @@ from flowtrain.data.types import (
     EDGE,
     ColumnType,
     circular_columns,
+    differences,
     edge_columns,
     is_column_type,
     spread_edges,
@@ -42,14 +43,19 @@ def test_types_are_parsed(text: object, support: tuple[float, float]) -> None:
 @pytest.mark.parametrize(
     "text",
     ["postive", "interval", "interval(1,0)", "interval(a,b)", "interval(-inf,inf)", "circular", "circular(-1)", 3, None,
-     "circular(0,inf)", "integer(0.5,2)", "integer(3)", "positive(1)", "categorical(3)", [], "interval(nan,1)"],
+     "circular(0,inf)", "integer(0.5,2)", "integer(3)", "positive(1)", "categorical(3)", [], "interval(nan,1)",
+     "interval(0,1e300)", "interval(-1e308,1e308)", "circular(1e-320)"],
 )  # fmt: skip
 def test_other_types_are_refused_with_their_key(text: object) -> None:
     with pytest.raises(ConfigError, match=r"data\.types\.age"):
         ColumnType.parse(text, "data.types.age")
 
 
-@pytest.mark.parametrize("text", ["positive", "interval(0,1)", "interval(5,inf)", "circular(360)", "integer(1,6)"])
+@pytest.mark.parametrize(
+    "text",
+    ["positive", "interval(0,1)", "interval(5,inf)", "circular(360)", "integer(1,6)", "circular(6.283185307179586)",
+     "interval(1e8,100000001)", "interval(-1e-7,1e25)"],
+)  # fmt: skip
 def test_text_of_a_type_gives_the_same_type(text: str) -> None:
     assert ColumnType.parse(str(ColumnType.parse(text))) == ColumnType.parse(text)
 
@@ -107,3 +113,10 @@ def test_noise_is_added_to_whole_numbers_only() -> None:
 def test_damaged_types_are_detected(damaged: ColumnType) -> None:
     assert not is_column_type(damaged)
     assert is_column_type(ColumnType.parse("positive"))
+
+
+def test_differences_of_angles_are_the_shortest_arcs() -> None:
+    types = [ColumnType.parse("circular(-180,180)"), ColumnType.parse("real")]
+    a, b = torch.tensor([[179.0, 179.0], [-10.0, 1.0]]), torch.tensor([[-179.0, -179.0], [730.0, 2.0]])
+    assert differences(types, a, b).tolist() == [[-2.0, 358.0], [-20.0, -1.0]]
+    assert differences((), a, b).tolist() == (a - b).tolist()

@@ -1,6 +1,8 @@
 """The checks of an evaluation: each detects its own error, and a check that was not computed does not pass."""
 
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.linear import Affine, InvertibleLinear
 from flowtrain.bijections.logit import Logit
+from flowtrain.data.types import ColumnType
 from flowtrain.evaluation import checks as checks_module
 from flowtrain.evaluation.checks import (
     base_round_trip,
@@ -24,6 +27,7 @@ from flowtrain.evaluation.checks import (
 )
 from flowtrain.evaluation.checks import checks as all_checks
 from flowtrain.evaluation.error_budget import budget, subset_of
+from flowtrain.evaluation.evaluate import roundtrip_error
 from flowtrain.evaluation.log_likelihood import log_probs
 from flowtrain.flow import Flow
 from flowtrain.models.glow import glow
@@ -224,3 +228,24 @@ def test_log_det_check_is_correct_with_several_threads() -> None:
     torch.set_num_threads(2)
     check = check_log_det(reference(flow), subset_of(flow, torch.randn(60, 180), None))
     assert check.passed, check.message
+
+
+def test_round_trip_errors_of_angles_are_arcs() -> None:
+    class FullTurns(Bijection):
+        """Adds a full turn to angles."""
+
+        def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return z + torch.tensor([0.0, 360.0]).to(z), z.new_zeros(len(z))
+
+        def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return x, x.new_zeros(len(x))
+
+    types = (ColumnType(), ColumnType.parse("circular(360)"))
+    x = torch.randn(60, 2)
+    for given, passed in ((types, True), ((), False)):
+        flow = Flow((2,), FullTurns(), types=given).eval()
+        assert (roundtrip_error(flow, x) < 1e-3) == passed
+        exact = copy.deepcopy(flow).double()
+        z = torch.zeros(1, 2, dtype=torch.float64)
+        drawn = replace(checks_module.base_round_trip(exact), z=z, again=z)
+        assert checks_module.check_round_trip(exact, subset_of(flow, x, None), drawn).passed == passed

@@ -13,6 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from flowtrain.data.types import ColumnType
 from flowtrain.plotting.corner import CLASS_COLOURS, MOST_CLASSES, SHOWN, Classes, draw_corner, folded
 from flowtrain.plotting.options import PlotOptions
 from flowtrain.utils.errors import FlowtrainError
@@ -168,3 +169,33 @@ def test_samples_may_lie_outside_the_range(
         tmp_path / "a.png", data=x, samples=x + 1e6, columns=(), title="", classes=Classes(x[:, 0] > 0, x[:, 0] > 0)
     )
     assert png_size(tmp_path / "a.png")[0] == 1800 // coarse
+
+
+def test_axes_of_typed_columns_stay_in_the_support_and_show_categories(figures: list[Figure]) -> None:
+    names = ("red", "a very long name", "x$y", "blue")
+    types = [ColumnType.parse("circular(360)"), ColumnType.parse("positive"), ColumnType("real")]
+    types.append(ColumnType("categorical").with_categories(names))
+    u = torch.rand(400, 4)
+    x = torch.stack([360 * u[:, 0], 5 + u[:, 1], u[:, 2], 4 * u[:, 3]], 1)
+    corner(4, data=x, samples=x[:300], types=types)
+    check_layout(figures[0])
+    axes = figures[0].axes
+    last_row = axes[-4:]
+    limits = [each.get_xlim() for each in last_row]
+    assert limits[0] == (0, 360)
+    assert limits[3] == (0, 4)
+    # the end of the support is far from the values
+    assert limits[1][0] > 4
+    assert limits[2] != (0, 1)
+    labels = [text.get_text() for text in last_row[0].get_yticklabels()]
+    assert last_row[0].get_yticks().tolist() == [0.5, 1.5, 2.5, 3.5]
+    assert labels[::3] == ["red", "blue"]
+    assert "very long name" not in labels[1]
+
+
+def test_categories_that_do_not_fit_are_left_out(figures: list[Figure]) -> None:
+    x = torch.rand(400, 3) * 1000
+    many = ColumnType("categorical").with_categories([f"category {i}" for i in range(1000)])
+    corner(3, data=x, samples=x, types=[many] * 3)
+    check_layout(figures[0])
+    assert 2 <= len(figures[0].axes[-1].get_xticks()) < 20

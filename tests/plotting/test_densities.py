@@ -14,6 +14,7 @@ import torch
 from helpers.layout import catch_figures, check_layout
 from torch import Tensor
 
+from flowtrain.data.types import ColumnType
 from flowtrain.plotting import points
 from flowtrain.plotting.densities import BRIGHTEST, draw_flow_1d, draw_flow_2d
 from flowtrain.plotting.options import PlotOptions
@@ -307,3 +308,18 @@ def test_limits_of_few_rows_reach_over_the_samples() -> None:
     assert high > 4.9
     low, high = points.common_range(np.linspace(0.0, 0.2, 100), samples)
     assert -0.1 < low < high < 0.3
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_axes_of_typed_columns_stay_in_the_support_and_show_categories(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, d: int
+) -> None:
+    figures = catch_figures(monkeypatch)
+    types = (ColumnType("categorical").with_categories(("red", "green", "blue")), ColumnType.parse("interval(0,1)"))
+    x = torch.rand(500, 2) * torch.tensor([3.0, 1.0])
+    draw(tmp_path / "a.png", d, data=x[:, :d], samples=x[:, :d], types=types[:d])
+    check_layout(figures[0])
+    axes = figures[0].axes[0]
+    assert axes.get_xlim() == (0, 3)
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["red", "green", "blue"]
+    assert d == 1 or axes.get_ylim() == (0, 1)

@@ -386,7 +386,7 @@ class ArrayData(Finite):
             return
         if len(self.event_shape) == 1:
             hint_of_types(table, training.look, self.types, {*self.noisy, *codes})
-        few = warn_of_repeats(table, training.look, training.whole, set(self.noisy), codes)
+        few = warn_of_repeats(table, training.look, training.whole, set(self.noisy), codes, bool(self.types))
         if len(self.event_shape) == 1:
             warn_of_dependence(table, training.look, spec.noise(len(table.columns)))
         if len(few | set(self.noisy)) < len(table.columns):
@@ -461,7 +461,8 @@ def _fitted_types(
     if all(one.kind == REAL for one in types):
         types = ()
     else:
-        counts = () if dequantize is False else _noise(dequantize, None, first.table)[1]
+        everything, counts = _noise(dequantize, None, first.table)
+        counts = tuple(range(len(types))) if everything else counts
         (low, high), some = first.values_range(), first.some_values(SOME_VALUES)
         types = tuple(
             (ColumnType(INTEGER) if i in counts and not one.is_whole else one).fitted(

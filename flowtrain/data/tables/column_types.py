@@ -263,8 +263,8 @@ def hint_of_types(
         if i not in skipped and (not types or types[i].kind == REAL) and (guess := guessed_type(values[:, i]))
     }
     if found:
-        given = {i: one for i, one in enumerate(types) if one.kind != REAL}
-        chosen = {**{i: str(one) for i, one in given.items()}, **found}
+        given = {i: str(one) for i, one in enumerate(types) if one.kind != REAL}
+        chosen = {**given, **dict(list(found.items())[:_MOST_LISTED])}
         each = [f"{setting_key(table, i)}: {chosen[i]}" for i in sorted(chosen)]
         looks = {POSITIVE: "positive", INTERVAL: "bounded", CIRCULAR: "circular", INTEGER: "integer"}
         words = [f"{table.columns[i]!r} looks {looks[kind.partition('(')[0]]}" for i, kind in found.items()]

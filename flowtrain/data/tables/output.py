@@ -55,7 +55,7 @@ def named_columns(
     first = len(columns) - values.shape[1]
     for i, one in enumerate(description.types):
         if one.kind == CATEGORICAL:
-            columns[first + i] = np.array(one.categories)[columns[first + i]]
+            columns[first + i] = _categories(one.categories)[columns[first + i]]
     if label is not None:
         columns.append(label.detach().cpu().numpy())
     return dict(zip(column_names(description, label is not None), columns, strict=True))
@@ -81,9 +81,16 @@ def sample_names(description: Samples) -> tuple[str, ...]:
 def _context_columns(description: Sequence[ContextColumn], context: NDArray[np.float64]) -> list[NDArray[Any]]:
     """Returns the columns of a context: numbers, or the names of categories."""
     return [
-        np.array(column.categories)[values.astype(np.int64)] if column.kind == CATEGORICAL else values
+        _categories(column.categories)[values.astype(np.int64)] if column.kind == CATEGORICAL else values
         for column, values in zip(description, context.T, strict=True)
     ]
+
+
+def _categories(categories: Sequence[str | float]) -> NDArray[Any]:
+    """Returns the categories as an array of text, whole numbers or real numbers."""
+    found = np.array(categories)
+    is_whole = found.dtype.kind == "f" and (found == np.rint(found)).all() and np.abs(found).max() < 2**53
+    return found.astype(np.int64) if is_whole else found
 
 
 def check_can_write(path: Path) -> None:

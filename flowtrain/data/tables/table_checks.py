@@ -391,6 +391,7 @@ def warn_of_repeats(
     whole: NDArray[np.bool_],
     noisy: set[int],
     codes: Mapping[int, float],
+    typed: bool = False,
 ) -> set[int]:
     """Warns of columns with repeated values: the density of a flow can grow without bound at these values.
 
@@ -403,6 +404,7 @@ def warn_of_repeats(
         whole: whether `data.dequantize` accepts each column, (d,).
         noisy: the columns that have noise.
         codes: the code for missing values in each column with such a code, by column. A warning about it was given.
+        typed: whether `data.types` is given, which excludes `data.dequantize=true`.
 
     Returns:
         The columns that have few distinct values.
@@ -417,7 +419,7 @@ def warn_of_repeats(
         few -= {i for i in unexplained if values.shape[1] == 1 or not repeats(different[:, i]).few}
     counts = sorted(i for i in few if whole[i])
     if counts:
-        option = _dequantize(table, {*counts, *noisy})
+        option = "the type integer in data.types" if typed else _dequantize(table, {*counts, *noisy})
         _log.warning(
             f"{table.path} looks integer-valued in {listed([table.columns[i] for i in counts])}. The density of whole "
             f"numbers is unbounded, and the likelihood is not meaningful. Add uniform noise to these columns with "

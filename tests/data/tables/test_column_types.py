@@ -1,6 +1,8 @@
 """data.types: reading of categories, ranges of types, moments, noise, hints and refusals."""
 
 import logging
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ from flowtrain.data.tables.array import ArrayData
 from flowtrain.data.tables.column_types import guessed_type
 from flowtrain.data.tables.from_memory import table_of, write_table
 from flowtrain.data.tables.rows_to_score import RowsToScore
-from flowtrain.data.types import circular_columns, whole_columns_of
+from flowtrain.data.types import ColumnType, circular_columns, whole_columns_of
 from flowtrain.evaluation.evaluate import evaluate
+from flowtrain.evaluation.result import OutlierCheck
+from flowtrain.flow import Flow
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.runs.fit import fit, train
 from flowtrain.runs.load import load
-from flowtrain.utils.errors import CheckpointError, ConfigError, DataError
+from flowtrain.utils.errors import CheckpointError, ConfigError, DataError, FlowtrainError
 
 N = 200
 TYPES = {"age": "positive", "p": "interval(0,1)", "phase": "circular(360)", "n": "integer", "colour": "categorical"}
@@ -332,3 +336,50 @@ def test_flows_with_types_are_trained_further() -> None:
     assert flow.log_prob(frame).shape == (N,)
     with pytest.raises(DataError, match=r"data\.types"):
         train(flow, frame.filter(pl.col("colour") != "red"), steps=3, progress=False)
+
+
+def test_dequantize_of_all_columns_applies_to_columns_without_a_type(tmp_path: Path) -> None:
+    table = {name: np.random.default_rng(i).poisson(3, N) for i, name in enumerate("ab")}
+    data = ArrayData(csv(tmp_path / "t.csv", table), types={"a": "integer"}, dequantize=["a", "b"])
+    assert data.noisy == (0, 1)
+
+
+def test_advice_on_counts_does_not_conflict_with_types(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = {name: np.random.default_rng(i).poisson(3, N) for i, name in enumerate("ab")}
+    with caplog.at_level(logging.WARNING):
+        ArrayData(csv(tmp_path / "t.csv", table), types={"a": "integer"})
+    assert "data.types" in caplog.text
+    assert "data.dequantize" not in caplog.text
+
+
+def test_hint_of_many_columns_is_short(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    with caplog.at_level(logging.INFO):
+        ArrayData(csv(tmp_path / "t.csv", {f"column{i}": rng.random(N) for i in range(60)}))
+    assert 5 < caplog.text.count("interval(0,1)") < 20
+
+
+def test_evaluation_names_columns_with_values_outside_of_their_range() -> None:
+    rng = np.random.default_rng(0)
+    frame = pl.DataFrame({"x": rng.normal(size=N), "age": rng.gamma(2, 1, N), "p": rng.random(N)})
+    settings = {"data.types": {"age": "positive", "p": "interval(0,1)"}, "model": "realnvp", "trainer.steps": 2}
+    flow = fit(frame, overrides=settings)
+    frame[3, "age"] = -1.0
+    found = evaluate(flow, frame)
+    check = next(each for each in found.checks if each.name == "concentration")
+    assert found.nll == math.inf
+    assert isinstance(check, OutlierCheck)
+    assert check.rows == (3,)
+    assert check.message is not None
+    assert "'age'" in check.message
+    assert "'p'" not in check.message
+
+
+def test_members_of_an_ensemble_may_have_other_scales_but_not_other_ranges() -> None:
+    flows = []
+    for age in (ColumnType.parse("positive"), replace(ColumnType.parse("positive"), scale=0.5), ColumnType()):
+        low, high = age.support
+        flows.append(Flow((1,), ToSupport([low], [high], scale=[age.scale]), types=(age,)))
+    assert Ensemble(flows[:2]).log_prob(torch.ones(2, 1)).isfinite().all()
+    with pytest.raises(FlowtrainError, match="types"):
+        Ensemble(flows[::2])

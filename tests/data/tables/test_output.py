@@ -14,6 +14,7 @@ from flowtrain.data.context import ContextColumn
 from flowtrain.data.tables import output, typed_files
 from flowtrain.data.tables.output import named_columns, write_columns
 from flowtrain.data.tables.table_reader import read_table
+from flowtrain.data.types import ColumnType
 from flowtrain.utils.errors import ConfigError
 
 FLOATS = [0.1, -1 / 3, 1e-300, 123456789.123456789, -0.0, 5e-324, 1.7e308]
@@ -99,3 +100,15 @@ def test_csv_needs_no_package_and_parquet_says_which(tmp_path: Path, monkeypatch
     with pytest.raises(ConfigError, match=r"flowtrain\[tables\]"):
         output.check_can_write(tmp_path / "t.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_categories_that_are_whole_numbers_are_written_without_a_point() -> None:
+    one, real = (ColumnType("categorical").with_categories(each) for each in ((0.0, 1.0), (0.5, 1.0)))
+    context = (ContextColumn("site", "categorical", categories=(3.0, 7.0)),)
+    description = Samples((2,), columns=("a", "b"), noisy=(0, 1), types=(one, real), context=context)
+    found = named_columns(torch.tensor([[1.0, 0.0]]), description, context=torch.tensor([[1.0]]))
+    assert {name: (column.dtype.kind, column.tolist()) for name, column in found.items()} == {
+        "site": ("i", [7]),
+        "a": ("i", [1]),
+        "b": ("f", [0.5]),
+    }
