@@ -5,7 +5,7 @@ number of elements of an event, and w = 1. For Hutchinson's estimate (Hutchinson
 eq. 8), e_j are k random vectors with E[e e^T] = I, and w = 1/k.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,10 @@ class Probes:
     def contract(self, products: Tensor) -> Tensor:
         """Returns w times the sum over the tangents and the elements of an event: (k, ..., *event) -> (...)."""
         return self.weight * products.sum((0, *range(-self.event_dims, 0)))
+
+    def of_rows(self, index: Tensor) -> "Probes":
+        """Returns the probes of the rows at the positions `index` (n,)."""
+        return replace(self, tangents=self.tangents[:, index]) if self.noisy else self
 
     @staticmethod
     def exact(x: Tensor) -> "Probes":
