@@ -41,6 +41,7 @@ from flowtrain.utils.formatting import as_ranges
 from flowtrain.utils.precision import full_precision
 from flowtrain.utils.process import one_thread_if_small, seeded, seeding_active
 from flowtrain.utils.recorded import Recorded
+from flowtrain.utils.row_noise import rows_from
 from flowtrain.utils.status import status
 
 if TYPE_CHECKING:
@@ -296,7 +297,8 @@ class Density(Recorded, nn.Module):
         for start in range(0, max(1, len(rows)), size):
             part = slice(start, start + size)
             c = None if context is None else context[part]
-            found.append(compute(as_tensor(rows[part]).to(self.like.device), c).cpu().numpy())
+            with rows_from(start):
+                found.append(compute(as_tensor(rows[part]).to(self.like.device), c).cpu().numpy())
         return np.concatenate(found)
 
     @torch.no_grad()

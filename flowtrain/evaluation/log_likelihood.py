@@ -12,9 +12,10 @@ from flowtrain.data.base import Dataset
 from flowtrain.data.context import CATEGORICAL, ContextColumn
 from flowtrain.flow import Context, Density, Flow, rows_at_a_time
 from flowtrain.nn.divergence import TraceRule
-from flowtrain.ode import Statistics
+from flowtrain.ode import AS_CONFIGURED, SolveOptions, Statistics
 from flowtrain.utils.errors import DataError, NonFiniteError, SolverError
 from flowtrain.utils.process import seeded
+from flowtrain.utils.row_noise import rows_from
 from flowtrain.utils.status import status
 
 # the approximate number of rows whose latents `score_rows` returns
@@ -106,11 +107,11 @@ def score_rows(
     Args:
         x: rows (n, *event_shape) in data units.
         context: for a conditional flow, the context of each row. None for the `marginal` over labels.
-        batch_size: the number of rows in a batch. None means a number that depends on the size of a sample. With noise
-            or an adaptive solver, log p depends on it: noise is drawn batch by batch, and the rows of a batch share the
-            solver's steps.
+        batch_size: the number of rows in a batch. None means a number that depends on the size of a sample. log p
+            depends on it for whole numbers, because their noise is drawn batch by batch, and for adaptive solvers of
+            torchdiffeq, because the rows of a batch share their steps.
         draws: the number of noise draws for each row of an integer-valued flow.
-        seed: the seed of the noise.
+        seed: the seed of the noise. The probes of an estimated trace depend on it and on the position of a row in x.
         latents: the approximate number of evenly spaced rows whose latents are returned, for the first noise draw. A
             marginal or an ensemble has no latents.
         unsolved: the number of rows whose solve may fail. They get NaN. If more fail, the SolverError is raised.
@@ -124,7 +125,7 @@ def score_rows(
     with seeded(seed, device), status("scoring", total=len(x), unit="row") as progress:
         for part, y in zip(torch.split(x, size), contexts, strict=False):
             x_k = [flow.dequantized(part.to(device)) for _ in range(draws)]
-            one = _averaged(flow, x_k, y) if unsolved == 0 else _solvable(flow, x_k, y, failed, unsolved)
+            one = _solvable(flow, x_k, y, at, seed, failed, unsolved)
             z = one.z[-at % every :: every] if latents else one.z[:0]
             found.append(Scores(one.log_p.cpu(), z.cpu(), one.members.cpu()))
             at += len(part)
@@ -132,26 +133,49 @@ def score_rows(
     return Scores(*map(torch.cat, zip(*found, strict=True)))
 
 
-def _solvable(flow: Density, x_k: list[Tensor], context: Tensor | None, failed: list[SolverError], most: int) -> Scores:
-    """Computes `_averaged`, with NaN for rows whose ODE cannot be solved. Finds these rows by halving the batch.
+def _solvable(
+    flow: Density,
+    x_k: list[Tensor],
+    context: Tensor | None,
+    first: int,
+    seed: int,
+    failed: list[SolverError],
+    most: int,
+) -> Scores:
+    """Computes `_averaged`, with NaN for rows whose ODE cannot be solved.
+
+    Solves in which the rows share steps find such rows by halving the batch.
 
     Args:
+        first: the number of the first row.
+        seed: the seed of the probes, which do not depend on the noise that was drawn for the rows before.
         failed: a list to which the errors of such rows are appended.
         most: the largest allowed number of such rows.
+
+    Raises:
+        SolverError: there are more such rows.
     """
+    lost: dict[int, SolverError] = {}
     try:
-        return _averaged(flow, x_k, context)
+        with rows_from(first), seeded(seed, x_k[0].device):
+            found = _averaged(flow, x_k, context, SolveOptions(unsolved=lost) if most else AS_CONFIGURED)
     except SolverError as e:
-        n = len(x_k[0])
-        if n == 1:
-            failed.append(e)
-            if len(failed) > most:
-                raise
-            return _unsolved(flow, x_k, context)
-    halves = zip(*(x.tensor_split(2) for x in x_k), strict=True)
-    contexts = (None, None) if context is None else context.tensor_split(2)
-    found = [_solvable(flow, list(half), y, failed, most) for half, y in zip(halves, contexts, strict=True)]
-    return Scores(*map(torch.cat, zip(*found, strict=True)))
+        if not most:
+            raise
+        if (n := len(x_k[0])) > 1:
+            middle = (n + 1) // 2
+            halves = ([x[:middle] for x in x_k], [x[middle:] for x in x_k])
+            contexts = (None, None) if context is None else (context[:middle], context[middle:])
+            parts = [
+                _solvable(flow, half, y, first + start, seed, failed, most)
+                for half, y, start in zip(halves, contexts, (0, middle), strict=True)
+            ]
+            return Scores(*map(torch.cat, zip(*parts, strict=True)))
+        lost, found = {0: e}, _unsolved(flow, x_k, context)
+    failed += lost.values()
+    if len(failed) > most:
+        raise failed[-1]
+    return found
 
 
 def _unsolved(flow: Density, x_k: list[Tensor], context: Tensor | None) -> Scores:
@@ -169,11 +193,13 @@ def _unsolved(flow: Density, x_k: list[Tensor], context: Tensor | None) -> Score
     return Scores(flow.combined(members), x_k[0][:0], members.T)
 
 
-def _averaged(flow: Density, x_k: list[Tensor], context: Tensor | None) -> Scores:
+def _averaged(
+    flow: Density, x_k: list[Tensor], context: Tensor | None, options: SolveOptions = AS_CONFIGURED
+) -> Scores:
     """Computes log 1/K sum_k p(x_k), (B,), float64, for K tensors x_k (B, *event), and the latents of x_0."""
     draws, flows = len(x_k), flow.flows
     if flow.classes is not None and context is None:
-        log_p = torch.stack([marginal(flow, x).double() for x in x_k])
+        log_p = torch.stack([marginal(flow, x, options).double() for x in x_k])
         return Scores(log_p.logsumexp(0) - math.log(draws), x_k[0][:0], log_p.new_empty(log_p.shape[1], 0))
     points = [(member, x, context) for member in flows for x in x_k]
 
@@ -182,13 +208,13 @@ def _averaged(flow: Density, x_k: list[Tensor], context: Tensor | None) -> Score
         return log_p.view(len(flows), draws, -1)
 
     if estimates_trace(flow) and len(points) > 1:
-        (a, z), (b, _) = (_same_probes(points) for _ in range(2))
+        (a, z), (b, _) = (_same_probes(points, options) for _ in range(2))
         a, b = of_each(a) - math.log(draws), of_each(b) - math.log(draws)
         members = torch.stack([bound_of_estimates(*pair) for pair in zip(a, b, strict=True)])
         log_w = a.new_tensor(flow.log_weights).view(-1, 1, 1)
         log_p = bound_of_estimates((a + log_w).flatten(0, 1), (b + log_w).flatten(0, 1))
     else:
-        log_p, z = _stacked(_log_prob_and_latents(*point) for point in points)
+        log_p, z = _stacked(_log_prob_and_latents(*point, options) for point in points)
         members = of_each(log_p).logsumexp(1) - math.log(draws)
         log_p = flow.combined(members)
     return Scores(log_p, z if isinstance(flow, Flow) else z[:0], members.T)
@@ -205,15 +231,15 @@ def _stacked(found: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack(log_p), first
 
 
-def marginal(flow: Density, x: Tensor) -> Tensor:
+def marginal(flow: Density, x: Tensor, options: SolveOptions = AS_CONFIGURED) -> Tensor:
     """Computes log p(x), (B,). For a conditional flow, this is log sum_y P(y) p(x | y).
 
     P(y) is the frequency of class y in training. If it is unknown, as in checkpoints of earlier versions, all classes
     are equally likely.
     """
     if flow.classes is None:
-        return flow.log_prob(x)
-    log_p, _ = _same_probes([(flow, x, y) for y in flow.seen])
+        return _log_prob_and_latents(flow, x, None, options)[0]
+    log_p, _ = _same_probes([(flow, x, y) for y in flow.seen], options)
     counts = torch.tensor([n for n in flow.class_counts if n] or [1] * flow.classes, dtype=log_p.dtype)
     weights = (counts / counts.sum()).log().to(log_p.device)
     return (log_p + weights[:, None]).logsumexp(0)
@@ -234,12 +260,16 @@ def bound_of_estimates(a: Tensor, b: Tensor) -> Tensor:
     return total / 2
 
 
-def _log_prob_and_latents(flow: Density, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-    """Returns log p(x), (B,), and latents, which are empty for an ensemble."""
-    return flow.log_prob_and_latents(x, context) if isinstance(flow, Flow) else (flow.log_prob(x, context), x[:0])
+def _log_prob_and_latents(
+    flow: Density, x: Tensor, context: Context, options: SolveOptions
+) -> tuple[Tensor, Tensor]:
+    """Returns log p(x), (B,), and latents, which are empty for an ensemble. Ensembles do not use the options."""
+    return flow.density_pass(x, context, options)[:2] if isinstance(flow, Flow) else (flow.log_prob(x, context), x[:0])
 
 
-def _same_probes(points: Sequence[tuple[Density, Tensor, Context]]) -> tuple[Tensor, Tensor]:
+def _same_probes(
+    points: Sequence[tuple[Density, Tensor, Context]], options: SolveOptions
+) -> tuple[Tensor, Tensor]:
     """Scores each (flow, x, context) with the same random trace probes, so that the noise of the results is similar.
 
     Returns the results of `_stacked`. Each call uses new probes.
@@ -249,7 +279,7 @@ def _same_probes(points: Sequence[tuple[Density, Tensor, Context]]) -> tuple[Ten
     def found() -> Iterator[tuple[Tensor, Tensor]]:
         for point in points:
             torch.manual_seed(seed)
-            yield _log_prob_and_latents(*point)
+            yield _log_prob_and_latents(*point, options)
 
     return _stacked(found())
 
@@ -257,12 +287,13 @@ def _same_probes(points: Sequence[tuple[Density, Tensor, Context]]) -> tuple[Ten
 def nfe_of_pass(flow: Density, solves: Sequence[Statistics]) -> float | None:
     """Returns the NFE of one pass through the flow, which solves each ODE block once; None if there are no solves.
 
-    For an ensemble, the NFE is the sum over its members.
+    It is the number of all evaluations divided by the number of rows. For an ensemble, the NFE is the sum over its members.
 
     Args:
         solves: the statistics of all solves of one or more complete passes.
     """
-    return len(flow.ode_blocks) * sum(s.nfe_forward for s in solves) / len(solves) if solves else None
+    rows = sum(s.rows for s in solves)
+    return len(flow.ode_blocks) * sum(s.nfe_forward * s.rows for s in solves) / rows if rows else None
 
 
 def trace_rule(flow: Density) -> TraceRule | None:
