@@ -7,6 +7,7 @@ golden.
 import json
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from helpers import Run
 
 import flowtrain
 from flowtrain import ode
+from flowtrain.bijections.continuous import Continuous
 from flowtrain.flow import Flow
 from flowtrain.training import checkpoint
 
@@ -29,7 +31,14 @@ TORCHDIFFEQ_ENGINE = "flowtrain.ode.torchdiffeq_engine"
 # compared keys of a train row in metrics.jsonl
 TRAIN_KEYS = ("nll", "lr", "grad_norm", "rtol", "atol")
 
-pytestmark = pytest.mark.usefixtures("float32")
+pytestmark = pytest.mark.usefixtures("float32", "shared_steps")
+
+
+@pytest.fixture
+def shared_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the rows of a batch share the steps of adaptive solvers, as in the versions that made the goldens."""
+    problem = Continuous._problem
+    monkeypatch.setattr(Continuous, "_problem", lambda *arguments: replace(problem(*arguments), rows=None))
 
 
 class Golden:

@@ -69,8 +69,8 @@ def solve_rows(solver: Solver, tableau: Tableau, problem: Problem, statistics: S
 
     A row accepts a step if its ratio is at most 1. The ratio is the RMS of error / (atol + rtol max(|x0|, |x1|)) over
     the elements of the row. With solver.control=all it is at least the RMS of error / (atol + rtol |integral|) over the
-    path integrals. The functions for (n,) rows in step_control.py choose the step sizes. The integrals are sums over the stages. The integrand also
-    returns the velocity, so a stage needs one evaluation.
+    path integrals. The functions for (n,) rows in step_control.py choose the step sizes. The integrals are sums over
+    the stages. The integrand also returns the velocity, so a stage needs one evaluation.
 
     If a gradient is needed, the steps are found without a graph. Then the accepted steps are taken again, and autograd
     records them. The value is that of a solve without a gradient. The gradient is exact for these steps.
@@ -235,7 +235,9 @@ class _RowRun:
             problem = self.restricted(steps.index)
             h = steps.h.to(x.dtype)
 
-            def step(x: Tensor, problem: Problem = problem, t: Tensor = steps.t, h: Tensor = h) -> tuple[Tensor, Tensor]:
+            def step(
+                x: Tensor, problem: Problem = problem, t: Tensor = steps.t, h: Tensor = h
+            ) -> tuple[Tensor, Tensor]:
                 return self.differentiable_step(problem, t, h, x)
 
             part = x[steps.index]

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from flowtrain.ode.discrete_adjoint import AcceptedStep, AcceptedSteps, differentiable
 from flowtrain.ode.exported_steps import take_steps
 from flowtrain.ode.quadrature import Nodes, gauss_nodes, has_dense_output, stage_nodes
-from flowtrain.ode.solver import Problem, Solution, Solver, Statistics
 from flowtrain.ode.row_control import solve_rows
+from flowtrain.ode.solver import Problem, Solution, Solver, Statistics
 from flowtrain.ode.step_control import NON_FINITE_RETRIES, StepPlan, step_end, step_factor
 from flowtrain.ode.tableaus import TABLEAUS, Tableau
 from flowtrain.ode.tape import (

@@ -43,6 +43,7 @@ class Statistics:
 
     Attributes:
         rows: the number of rows of the batch.
+        rtol: the relative tolerance of the solve.
         nfe_forward, nfe_backward: evaluations of the velocity by the solver, in the solve and in its backward pass.
             With a separate step control for each row, the mean over the rows.
         accepted, rejected: steps of the solve. With a separate step control for each row, the mean over the rows.
@@ -52,6 +53,7 @@ class Statistics:
     """
 
     rows: int = 0
+    rtol: float = math.nan
     nfe_forward: float = 0
     nfe_backward: float = 0
     accepted: float = 0
@@ -351,6 +353,7 @@ class Solver(ABC):
             return unchanged_solution(problem, statistics)
         solver = self.replace(**options.settings)
         solver.check_tolerance(problem.x.dtype)
+        statistics.rtol = solver.rtol
         with full_precision(problem.x.device):
             solution = solver._solve(problem, statistics)
         if solution.integral_error is not None:

@@ -100,9 +100,7 @@ def first_guesses(size: Tensor, speed: Tensor, span: float) -> Tensor:
     return torch.clamp_max(guess, abs(span)) * math.copysign(1, span)
 
 
-def first_steps(
-    guess: Tensor, speed: Tensor, change: Tensor, span: float, order: int, smallest: float
-) -> Tensor:
+def first_steps(guess: Tensor, speed: Tensor, change: Tensor, span: float, order: int, smallest: float) -> Tensor:
     """Returns the first step size of each row, with its sign (Hairer, Norsett and Wanner, II.4, 'starting step size').
 
     The constant 0.3 replaces 0.01 of the book. The result is not finite if the guess is not finite.

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 # the increment and the multipliers of SplitMix64, as signed numbers
-INCREMENT, FACTOR_1, FACTOR_2 = (
-    n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
+INCREMENT, FACTOR_1, FACTOR_2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _FIRST: ContextVar[int] = ContextVar("number of the first row", default=0)
 
 
