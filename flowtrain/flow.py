@@ -167,7 +167,8 @@ class Density(Recorded, nn.Module):
         To first order, this is the sum of the errors, weighted by the responsibilities.
         """
         shares = self.responsibilities(log_p.detach())
-        return torch.where(shares > 0, shares * errors, 0.0).sum(0)
+        total = torch.where(shares > 0, shares * errors, 0.0).sum(0)
+        return torch.where(log_p.isnan().all(0), torch.nan, total)
 
     @property
     def ode_blocks(self) -> list[Continuous]:

@@ -45,7 +45,7 @@ def test_scores_of_a_new_file_have_ids_and_row_numbers(run_dir: str, tmp_path: P
     for path in ("s.csv", "s.parquet", "s.npy"):
         evaluated(run_dir, "data.path=new.parquet", f"scores={path}", "ood=new.parquet", name="eval-new.json")
     scores = read(tmp_path / "s.csv")
-    assert scores.columns == ["name", "row", "log_prob"]
+    assert scores.columns == ["name", "row", "log_prob", "error"]
     assert scores["name"].to_list() == new["name"].to_list()
     assert scores["row"].to_list() == list(range(60))
     missing = new["a"].is_null()
@@ -72,7 +72,7 @@ def test_ids_of_a_run_that_was_trained_without_them(
     table().drop_nulls().write_csv(tmp_path / "t.csv")
     run_dir = trained("data=array", "data.path=t.csv", "data.columns=[a,count]")
     before = evaluated(run_dir, "scores=s.csv")
-    assert read(tmp_path / "s.csv").columns == ["row", "log_prob"]
+    assert read(tmp_path / "s.csv").columns == ["row", "log_prob", "error"]
     # the rows are the same, so the name of the file is the same
     (Path(run_dir) / "eval.json").unlink()
     assert evaluated(run_dir, "scores=s.csv", "data.id=name")["nll"] == before["nll"]
@@ -104,7 +104,7 @@ def test_ids_are_not_part_of_a_sample(trained: Train, run: Run, tmp_path: Path) 
         assert flowtrain.load(each).event_shape == (3,)
         assert run("floweval", f"ckpt={each}", "data.path=x.npy", "scores=s.csv")[0] == 0
         scores = read(tmp_path / "s.csv")
-        assert scores.columns == ["c0", "row", "log_prob"]
+        assert scores.columns == ["c0", "row", "log_prob", "error"]
         assert scores["c0"].to_list() == list(range(100))
         expected = flowtrain.load(each).log_prob(rows)
         np.testing.assert_allclose(scores["log_prob"], expected, rtol=1e-5)
@@ -123,7 +123,7 @@ def test_spread_of_an_ensemble(trained: Train, run: Run, tmp_path: Path) -> None
         code, _, err = run("floweval", f"ckpt=[{','.join(runs)}]", "weights=[0.3,0.7]", f"scores={path}")
         assert code == 0, err
     scores, members = read(tmp_path / "s.csv"), np.load(tmp_path / "s_members.npy")
-    assert scores.columns == ["row", "log_prob", "spread"]
+    assert scores.columns == ["row", "log_prob", "error", "spread"]
     mean = members @ [0.3, 0.7]
     np.testing.assert_allclose(scores["spread"], np.sqrt((members - mean[:, None]) ** 2 @ [0.3, 0.7]), atol=1e-12)
     assert scores["spread"].min() > 0
@@ -142,7 +142,7 @@ def test_samples_have_names_types_and_labels(
     run("flowsample", f"ckpt={run_dir}", "n=150", "out=x.npy")
     np.testing.assert_array_equal(samples["a"].cast(pl.Float32), np.load(tmp_path / "x.npy")[:, 0])
     evaluated(run_dir, f"data.path=x{ending}", "scores=s.csv", name="eval-x.json")
-    assert read(tmp_path / "s.csv").columns == ["row", "log_prob"]
+    assert read(tmp_path / "s.csv").columns == ["row", "log_prob", "error"]
     trained("data=array", f"data.path=x{ending}", "data.label=kind", "data.dequantize=[count]")
     run("flowsample", f"ckpt={run_dir}", "n=20", "label=1", f"out=x{ending}")
     assert set(read(tmp_path / f"x{ending}")["kind"]) == {1}

@@ -81,9 +81,10 @@ def test_failed_rows_do_not_change_the_scores_of_other_rows(trace: str) -> None:
     x[[3, 30]] = 100.0
     with pytest.raises(SolverError):
         log_probs(flow, x)
-    found, z, _ = score_rows(flow, x, batch_size=25, unsolved=2)
+    found, z, _, error = score_rows(flow, x, batch_size=25, unsolved=2)
     assert (~found.isfinite()).nonzero().flatten().tolist() == [3, 30]
     assert z.isnan().any(1).nonzero().flatten().tolist() == [3, 30]
+    assert error.isnan().nonzero().flatten().tolist() == [3, 30]
     kept = found.isfinite()
     torch.testing.assert_close(found[kept], expected[kept], atol=1e-4, rtol=0)
     with pytest.raises(SolverError):
