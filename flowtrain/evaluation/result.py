@@ -545,7 +545,7 @@ class Evaluation:
             name, scale = self.unit
             nll = with_error(scale * bias.nll, scale * bias.stderr)
             words = f"{nll} {name} against an adaptive solve, {brief(scale * bias.per_row)} per row"
-            rows.append(("solver bias", words))
+            rows.append(("bias", words))
         if self.dequantization_samples is not None:
             gap = self.budget.dequantization_gap
             name, scale = self.unit

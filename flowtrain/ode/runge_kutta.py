@@ -212,8 +212,18 @@ class _Run:
         h = (t1 - t0) / n
         for i in range(n):
             self.accept(self.attempt(h), t0 + (i + 1) * h)
-        if not bool(torch.isfinite(plain_values(self.x)).all()):
+        finite = torch.isfinite(plain_values(self.x))
+        if bool(finite.all()):
+            return
+        unsolved = self.problem.unsolved
+        if unsolved is None or self.graph:
             raise self.solver.non_finite(t1, h)
+        lost = (~finite).flatten(1).any(1)
+        for row in lost.nonzero().flatten().tolist():
+            unsolved.setdefault(row, self.solver.non_finite(t1, h))
+        for result in (self.x, self.total):
+            if result is not None:
+                result[lost] = torch.nan
 
     def adaptive(self) -> None:
         t1 = self.problem.t1
