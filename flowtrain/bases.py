@@ -125,8 +125,8 @@ class Base(Recorded, nn.Module, ABC):
     def given(self, context: Tensor | None) -> "Base":
         """Returns the distribution of z for the context of a batch: labels (B,) or features (B, F).
 
-        The default returns this base, whose density does not depend on a context. The methods of a base that depends on
-        the context have one z for each row of the context: z is (B, *event_shape), and n is B.
+        By default, the density does not depend on a context, and the result is this base. Otherwise, the methods of the
+        result need one z for each row of the context: z of shape (B, *event_shape), or n = B.
         """
         return self
 
@@ -375,12 +375,12 @@ class NormalUniform(Base):
             raise FlowtrainError(f"event_shape={self.event_shape}: only vectors have circular columns, so give (d,)")
         self.circular = circular_indices(circular, *self.event_shape)
         is_circular = torch.tensor([i in self.circular for i in range(self.event_shape[0])], device="cpu")
-        # the argument determines it, so checkpoints do not need it
+        # checkpoints do not contain this buffer, because `circular` determines it
         self.register_buffer("is_circular", is_circular, persistent=False)
 
     def log_prob(self, z: Tensor) -> Tensor:
         m = len(self.circular)
-        # z - z keeps NaN
+        # z - z is 0, but NaN if z is NaN or infinite
         real = torch.where(self.is_circular, z - z, z)
         return -0.5 * (real.square().sum(1) + (z.shape[1] + m) * math.log(2 * math.pi))
 
@@ -661,16 +661,16 @@ class GaussianMixture(_Mixture):
 class ConditionalMixture(Base):
     """A mixture density network (Bishop 1994, Mixture density networks): a Gaussian mixture that depends on a context.
 
-    p0(z | c) = sum_k w_k N(z; m_k, L_k L_k^T), k = 1 .. K. The parameters of the mixture are the parameters of this
-    base, which do not depend on c, plus the outputs of a multilayer perceptron of c. L_k is given by
+    p0(z | c) = sum_k w_k N(z; m_k, L_k L_k^T), k = 1 .. K. A parameter of the mixture is the sum of a parameter of this
+    base, which does not depend on c, and an output of a multilayer perceptron of c. L_k is given by
 
         (I - R_k) (z - m_k) = D_k e,    L_k = (I - R_k)^-1 D_k,    D_k = diag(exp(s_k)),
 
     with strictly lower triangular R_k and e ~ N(0, I) (Pourahmadi 1999, Joint mean-covariance models). For any R_k and
     s_k this is a covariance, and the density needs no triangular solve. A network output y adds 6 tanh(y / 6) to s_k.
 
-    The outputs of a new network are zero. `initialize` fits the mixture of all rows, without the context, by EM. The
-    density is computed by `given(context)`.
+    The outputs of the network are initially zero. `initialize` fits the mixture of all rows, without the context, by
+    EM. `given(context)` computes the mixtures of a batch.
 
     Args:
         event_shape: shape of one z.
@@ -704,7 +704,7 @@ class ConditionalMixture(Base):
         self.prior, self.covariance = number("prior", prior, inclusive=True), covariance
         k, d = whole("components", components), math.prod(self.event_shape)
         full = one_of("covariance", covariance, COVARIANCES) == "full"
-        # of each component: logit, mean, log scale, R
+        # the numbers of parameters of each component: logit, mean, log scale, R
         self.sizes = [1, d, d, d * (d - 1) // 2 if full else 0]
         layers = widths("hidden", hidden)
         if sum(self.sizes) * k * layers[-1] > MOST_WEIGHTS:

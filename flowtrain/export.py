@@ -547,6 +547,8 @@ def _about(flow: Flow, columns: Sequence[str]) -> dict[str, Any]:
         "integer_valued": flow.integer_valued,
         "levels": flow.levels,
         "noisy_columns": list(flow.noisy),
+        "column_types": [str(one) for one in flow.types],
+        "categories": {str(i): list(one.categories) for i, one in enumerate(flow.types) if one.categories},
         "base": {
             "class": type(flow.base).__name__,
             "density": (inspect.getdoc(type(flow.base)) or "").partition("\nArgs:")[0].strip(),

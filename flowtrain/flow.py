@@ -34,6 +34,7 @@ from flowtrain.data.tables.from_memory import (
     rows_and_labels,
     whole_labels,
 )
+from flowtrain.data.types import CATEGORICAL, ColumnType, with_whole_noise
 from flowtrain.ode import AS_CONFIGURED, SolveOptions, Solver, StepPlan, record_solves, row_errors
 from flowtrain.utils.autograd import plain_values
 from flowtrain.utils.errors import FlowtrainError
@@ -102,7 +103,7 @@ class Density(Recorded, nn.Module):
 
     Args:
         event_shape: the shape of a sample.
-        classes, integer_valued, levels, centered, noisy, class_counts, context: see `Flow`.
+        classes, integer_valued, levels, centered, noisy, class_counts, context, types: see `Flow`.
 
     Attributes:
         record: see `Flow`.
@@ -121,13 +122,14 @@ class Density(Recorded, nn.Module):
         noisy: tuple[int, ...] = (),
         class_counts: tuple[int, ...] = (),
         context: Sequence[ContextColumn] = (),
+        types: Sequence[ColumnType] = (),
     ) -> None:
         super().__init__()
         self.event_shape = event_shape
         self.classes, self.context = classes, tuple(context)
         self.context_rows: tuple[tuple[float, ...], ...] = ()
         self.integer_valued, self.levels, self.centered = integer_valued, levels, centered
-        self.noisy, self.class_counts = noisy, class_counts
+        self.noisy, self.class_counts, self.types = noisy, class_counts, tuple(types)
 
     @property
     @abstractmethod
@@ -316,14 +318,19 @@ class Density(Recorded, nn.Module):
         samples = None if self.record is None or name == "z" else self.record.samples
         columns = () if samples is None else samples.columns
         if self.context:
-            rows, _ = rows_and_labels(x, None, columns or self._not_context(x), None, name)
+            rows, _ = rows_and_labels(x, None, columns or self._not_context(x), None, name, self._categories)
             context = x if context is None and self._has_context(x) else context
         else:
             label_name = None if samples is None or self.classes is None else samples.label
-            rows, context = rows_and_labels(x, context, columns, label_name, name)
+            rows, context = rows_and_labels(x, context, columns, label_name, name, self._categories)
         self._check_shape(rows.shape, name)
         check_all_finite(rows, name)
         return rows, self.context_of(context, self.like.new_empty(len(rows), 0))
+
+    @property
+    def _categories(self) -> dict[int, tuple[str | float, ...]]:
+        """The categories of each categorical column, by position."""
+        return {i: one.categories for i, one in enumerate(self.types) if one.kind == CATEGORICAL}
 
     def _has_context(self, x: Any) -> bool:
         """Whether x is a data frame that contains all context columns."""
@@ -429,7 +436,7 @@ class Density(Recorded, nn.Module):
     def _drawn(
         self, n: int, temperature: float, chunk: int | None, context: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
-        """Draws n samples (n, *event_shape) for the contexts of `context_of`, or None if there are none."""
+        """Draws n samples (n, *event_shape) for contexts in the form of `context_of`, or without context for None."""
 
     def distribution(self, context: Context = None, *, label: int | None = None) -> "FlowDistribution":
         """Returns the flow as a `torch.distributions.Distribution`. A conditional flow needs one context.
@@ -451,6 +458,7 @@ class Density(Recorded, nn.Module):
     def dequantized(self, x: Tensor) -> Tensor:
         """Returns x + u for integers x (B, *event_shape) of an integer-valued flow, else x.
 
+        If the columns of the flow have types, u is added to the whole numbers in columns of integers and categories.
         The result has the dtype of `data_like`.
 
         Raises:
@@ -467,7 +475,8 @@ class Density(Recorded, nn.Module):
                         f"{self.levels - 1}"
                     )
             return dequantize(x.to(like.device), like)
-        return x.to(like)
+        x = x.to(like)
+        return with_whole_noise(x, self.noisy, torch.rand_like(x)) if self.types and self.noisy else x
 
     def quantized(self, x: Tensor) -> Tensor:
         """Rounds samples x + u (B, *event_shape) of an integer-valued flow down to whole numbers.
@@ -494,8 +503,8 @@ class Density(Recorded, nn.Module):
     def some_context(self, n: int) -> Tensor | None:
         """Returns contexts for n samples, in the form of `context_of`, for checks and figures.
 
-        Labels, and the contexts of the stored training rows, are repeated in turn. Without stored rows, real columns
-        have their mean, and categorical columns their first category.
+        The contexts cycle through the contexts of the stored training rows, or through the labels. Without stored rows,
+        real columns have their mean, and categorical columns their first category.
         """
         if not self.context:
             return None if self.classes is None else self.in_turn(n)
@@ -645,6 +654,8 @@ class Flow(Density):
         noisy: for real data, the indices of the elements of a sample that are whole numbers plus noise. The data set
             adds the noise to `x`, and `quantized` removes it.
         class_counts: the number of training rows of each class. () if unknown.
+        types: the type of each column of a sample. () means that all columns are real. The bijection must map to the
+            supports of these types, see `flowtrain.bijections.support.ToSupport`.
         context: the context columns of a flow p(x | context), or their number if they are real columns that are not
             standardised. The bijection receives their features, see `flowtrain.data.context.features`.
         event_shape: replaces `base`, for a standard normal base.
@@ -676,6 +687,7 @@ class Flow(Density):
         class_counts: tuple[int, ...] = (),
         *,
         context: int | Sequence[ContextColumn] = (),
+        types: Sequence[ColumnType] = (),
         event_shape: int | Sequence[int] | None = None,
     ) -> None:
         if (base is None) == (event_shape is None):
@@ -692,7 +704,9 @@ class Flow(Density):
             raise FlowtrainError(
                 "a flow has either classes or context: with both, make the label a categorical context column"
             )
-        super().__init__(base.event_shape, classes, integer_valued, levels, centered, noisy, class_counts, columns)
+        super().__init__(
+            base.event_shape, classes, integer_valued, levels, centered, noisy, class_counts, columns, types
+        )
         self.bijection: Bijection = bijection
         self.base = base
 
@@ -872,9 +886,9 @@ class Flow(Density):
 
         `flow.pt2` is log_prob: x (B, *event_shape) -> log p(x) in nats, (B,). In the same folder, `flow.inverse.pt2` is
         x -> z, and `flow.sample.pt2` is z -> x. With the ending .onnx the programs are written in ONNX, which needs the
-        extra `onnx`. The programs run on a CPU and accept batches of any size. For a conditional flow, labels (B,),
-        int64, are a second input. The programs draw no random numbers: the caller draws z for `sample`, and adds the
-        noise u to whole numbers.
+        extra `onnx`. The programs run on a CPU and accept batches of any size. For a conditional flow, the context is a
+        second input: values (B, k), float64, or labels (B,), int64. The programs draw no random numbers: the caller
+        draws z for `sample`, and adds the noise u to whole numbers.
 
         ODEs are solved with fixed steps. The bias of log p is measured against an accurate adaptive solve and is stored
         in the metadata of each file. Before the files are written, the programs are compared with this flow, with the
@@ -1008,7 +1022,7 @@ def _distribution(*arguments: Any) -> FlowDistribution:
 
 
 def either(context: Context, label: Context) -> Context:
-    """Returns the context, which may be given by either name.
+    """Returns the context that a caller gave as `context` or as `label`; None if both are None.
 
     Raises:
         FlowtrainError: both are given.

@@ -22,6 +22,7 @@ from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.linear import Affine
 from flowtrain.bijections.logit import Logit
 from flowtrain.bijections.scale import Standardize
+from flowtrain.data.context import CATEGORICAL, ContextColumn
 from flowtrain.flow import Flow
 from flowtrain.models.ffjord import ffjord
 from flowtrain.models.glow import glow
@@ -160,6 +161,19 @@ def test_label_is_a_second_program_input(model: Callable[..., Flow], ending: str
         for name, given, wanted in (("log_prob", x, flow.log_prob), ("inverse", x, flow.inverse), ("sample", z, flow)):
             torch.testing.assert_close(found[name](given, label), wanted(given, label), rtol=1e-5, atol=1e-4)
             assert not torch.allclose(found[name](given, 2 - label), wanted(given, label), atol=1e-2)
+
+
+@pytest.mark.parametrize("ending", SLOW_ONNX)
+def test_context_is_a_second_program_input(ending: str, tmp_path: Path) -> None:
+    columns = [ContextColumn("m", mean=5.0, std=2.0), ContextColumn("k", CATEGORICAL, categories=("blue", "red"))]
+    flow = randomized(realnvp(2, layers=1, hidden=[8], context=3)).with_kind(context=tuple(columns))
+    context = torch.tensor([[4.0, 1.0], [7.0, 0.0]]).double().repeat(ROWS, 1)[:ROWS]
+    found, other = exported_programs(flow, tmp_path, ending=ending), context.flip(0)
+    with torch.no_grad():
+        x, z = flow.sample(ROWS, context=context), flow.base.sample(ROWS, like=flow.like)
+        for name, given, wanted in (("log_prob", x, flow.log_prob), ("inverse", x, flow.inverse), ("sample", z, flow)):
+            torch.testing.assert_close(found[name](given, context), wanted(given, context), rtol=1e-5, atol=1e-4)
+            assert not torch.allclose(found[name](given, other), wanted(given, context), atol=1e-2)
 
 
 def exported_programs(flow: Flow, folder: Path, *given: Any, ending: str = "pt2", **keys: Any) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def test_python_defaults_equal_config_defaults(group: str, name: str) -> None:
         assert default is not inspect.Parameter.empty, key
         assert (list(default) if isinstance(default, tuple) else default) == config[key], key
     # the configs contain every parameter that users can set
-    of_models = ("event_shape", "solver", "classes", "circular")
+    of_models = ("event_shape", "solver", "classes", "context", "circular")
     given = ("self", *of_models, "flow", "regularizer", "teacher", "contexts", "seed", "steps", "tableau")
     rest = [k for k, p in known.items() if p.default is not p.empty and k not in (*keys, *given)]
     assert not rest

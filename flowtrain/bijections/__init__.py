@@ -21,6 +21,7 @@ from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.bijections.scale import ActNorm, BatchNorm, Standardize
 from flowtrain.bijections.spline import Spline
 from flowtrain.bijections.squeeze import FactorOut, Squeeze, Wrapped
+from flowtrain.bijections.support import ToSupport
 
 __all__ = [
     "ActNorm",
@@ -53,6 +54,7 @@ __all__ = [
     "Spline",
     "Squeeze",
     "Standardize",
+    "ToSupport",
     "WrapAngles",
     "Wrapped",
 ]

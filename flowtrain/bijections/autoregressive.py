@@ -28,8 +28,9 @@ class Autoregressive(Bijection):
         cap: bound on the log-scale of the default f.
         input_bound: B. None: no bound and no W.
         transform: f. None: `ScaleShift(cap)`.
-        n_circular: the number of elements at the end of the vectors that are angles in radians, see `Coupling`. The
-            groups of the conditioner's inputs are then those of the real elements, and twice those of the angles.
+        n_circular: the number of elements at the end of the vectors that are angles in radians. The inputs of the
+            conditioner are then the real elements, the cosines and the sines of the angles, as in `Coupling`. The
+            cosine and the sine of an angle have the group of the angle.
 
     Example:
         >>> from flowtrain.nn.residual_mlp import MaskedMLP

@@ -90,9 +90,9 @@ class Bijection(Recorded, nn.Module, ABC):
     def initialize(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Sets data-dependent parameters from data x (B, *event_shape), once, before training. Returns z.
 
-        Moments of the data are weighted with `weights` (B,), if they are given. This default sets no parameters and
-        applies the map to x in parts. Couplings and continuous flows are initially the identity. So if the map does not
-        change the first part, all other parts are returned unchanged too.
+        Moments of the data are weighted if `weights` (B,) are given. The default implementation sets no parameters and
+        applies the map to x in parts. If the map does not change the first part, x is returned unchanged, because
+        couplings and continuous flows are initially the identity.
         """
         rows = max(1, PART // math.prod(x.shape[1:]))
         parts = torch.split(x, rows)
@@ -213,15 +213,16 @@ def check_sample(x: Tensor) -> None:
 
 
 def initialized(bijection: Bijection, x: Tensor, context: Tensor | None, weights: Tensor | None) -> Tensor:
-    """Calls `bijection.initialize`. Without weights, the method need not have an argument for them."""
+    """Calls `bijection.initialize`. Without weights, the call omits the argument, which a user's bijection may lack."""
     return bijection.initialize(x, context) if weights is None else bijection.initialize(x, context, weights)
 
 
 def var_mean(x: Tensor, dims: tuple[int, ...], weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Returns variance and mean of x (B, *event_shape) over the dimensions `dims`, which include 0.
+    """Returns the variance and the mean of x (B, *event_shape) over the dimensions `dims`, which include 0.
 
     Args:
-        weights: weights (B,) of the rows, or None. Negative weights can make a variance negative. It is then 0.
+        weights: weights (B,) of the rows, or None. A variance that is negative because of negative
+            weights is replaced by 0.
     """
     if weights is None:
         return torch.var_mean(x, dims, correction=0)

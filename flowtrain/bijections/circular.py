@@ -11,7 +11,7 @@ from flowtrain.bijections.elementwise import Elementwise
 from flowtrain.bijections.spline import Spline
 from flowtrain.utils.circle import circular_indices, wrap
 
-# below this squared length, a pair (u, v) of numbers gives no phase
+# below this value of u^2 + (1 + v)^2, the phase is atan2(u, 1)
 LEAST_SQUARE = 1e-12
 
 
@@ -20,14 +20,14 @@ class CircularSpline(Spline):
 
         z = wrap(g(wrap(x + phase)))
 
-    g is the spline of `Spline` on [-pi, pi]. It maps -pi to -pi and pi to pi, and its slopes at both ends are the same
-    number, so z has a continuous derivative on the circle (Rezende et al. 2020, Normalizing flows on tori and spheres,
-    section 2.1.2). The phase turns the knots of x. Without it, -pi would be a fixed point. z and x lie in [-pi, pi),
-    and the maps are periodic in their arguments. x -> z is the direction of training.
+    g is the spline of `Spline` on [-pi, pi]. It maps -pi to -pi and pi to pi, and its slopes at both ends are equal, so
+    z has a continuous derivative on the circle (Rezende et al. 2020, Normalizing flows on tori and spheres, section
+    2.1.2). The phase rotates the knots of x. Without a phase, -pi would be a fixed point. z and x lie in [-pi, pi), and
+    the maps are periodic in their arguments. x -> z is the direction of training.
 
     theta has 3 K + 2 numbers for each element: K widths and K heights before a softmax, the logarithms of K slopes, and
-    two numbers (u, v) with phase = atan2(u, 1 + v). So the phase can turn with another angle by whole turns, which no
-    continuous function to the real numbers can.
+    two numbers (u, v) with phase = atan2(u, 1 + v). The phase can therefore make a full turn while another angle makes
+    a full turn. A continuous real-valued output of a network cannot represent this.
 
     Args:
         bins: K, at least 2.
@@ -144,7 +144,7 @@ class WrapAngles(Bijection):
         super().__init__()
         angles = circular_indices(circular, d)
         is_circular = torch.tensor([i in angles for i in range(d)], device="cpu")
-        # the arguments determine it, so checkpoints do not need it
+        # checkpoints do not contain this buffer, because the arguments determine it
         self.register_buffer("is_circular", is_circular, persistent=False)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ class OnColumns(Bijection):
     def __init__(self, inner: Bijection, columns: Sequence[int]) -> None:
         super().__init__()
         self.inner = inner
-        # the argument determines it, so checkpoints do not need it
+        # checkpoints do not contain this buffer, because `columns` determines it
         self.register_buffer("columns", torch.tensor(list(columns), device="cpu"), persistent=False)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

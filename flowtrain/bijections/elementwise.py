@@ -20,7 +20,7 @@ class Elementwise(Recorded, nn.Module, ABC):
     size: int
 
     def owners(self, n: int) -> Tensor:
-        """Returns the element that each number in theta belongs to, for n elements, int64 on the CPU.
+        """Returns the index of the element that each number in theta belongs to, for n elements, int64 on the CPU.
 
         The length of the result is the number of outputs of a conditioner.
         """

@@ -409,7 +409,8 @@ class FromGaussian(Chain):
     `initialize` sets this Gaussian such that the flow starts at N(m, C), with the mean and the shrunk covariance of the
     data x (see `shrunk_covariance`). The model must initially be affine, as all models of flowtrain are. The inverse
     z = J (x - m) + o of the model then maps N(m, C) to the Gaussian N(o, J C J^T). If the model ends with a
-    `ContextShift`, x are the data moved to the context of the first row, so that C is the covariance given the context.
+    `ContextShift`, all rows are first shifted to the context of the first row, so that C is the covariance given the
+    context.
 
     Args:
         model: maps this base to the data.
@@ -417,8 +418,8 @@ class FromGaussian(Chain):
         diagonal: sets the correlations in C to zero, so that the columns are not mixed. This is better for a base that
             is fitted to the data. For example, the NLL of a mixture of diagonal Gaussians on pendigits is higher by
             12 nats if the columns are whitened.
-        circular: the indices of circular columns, to which the Gaussian does not apply. The base keeps their
-            distribution.
+        circular: the indices of circular columns, to which the Gaussian does not apply. In these columns,
+            the base is unchanged.
     """
 
     def __init__(self, model: Bijection, d: int, diagonal: bool = False, circular: Sequence[int] = ()) -> None:

@@ -55,7 +55,7 @@ class Spline(Elementwise):
             )
         self.bins, self.bound, self.least_slope = bins, bound, least_slope
         self.size = 3 * bins - 1
-        # the numbers that `first_axis` arranges
+        # the size of the first axis of the result of `first_axis`
         self.n_numbers = self.size
         # 1 / c. The slope of a chord is a ratio of two softmax outputs, so c is half as large for widths and heights
         self.clip_slope = -1 / math.log(least_slope)
@@ -110,7 +110,7 @@ class Spline(Elementwise):
         return F.pad(inner, ((0, 0) * (inner.dim() - 1) + (1, 1)))
 
     def from_knots(self, gradient: Tensor) -> Tensor:
-        """Returns the gradient of the argument of `at_knots` for the gradient of its result. It may overwrite it."""
+        """Returns the gradient of the argument of `at_knots` for the gradient of the result, which may be modified."""
         return gradient[1:-1]
 
     def evaluated(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,8 +287,8 @@ def _gradient_of_theta(
 
     Args:
         spline: the spline.
-        before, own, slope: gradients of the shares before the bin, of the bin's own shares, and of the numbers in theta
-            that give its slopes, each (2, ...).
+        before, own, slope: gradients of the shares before the bin, of the shares of the bin, and of the numbers in
+            theta that give the slopes of the bin, each (2, ...).
         theta, ends, sums, share, kept: as in `_Bin`.
     """
     k = share.shape[1]

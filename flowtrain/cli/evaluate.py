@@ -61,13 +61,14 @@ USAGE = Usage(
         "scores": "A .csv, .parquet or .npy file for log p(x) of every row, in nats. The rows keep their order. "
         "log p is -inf if the density is zero. It is NaN, or an empty cell, if it cannot be computed, or if the row "
         "has a missing value and data.missing=drop. Tables have the columns row (the row number in the file, from 0) "
-        "log_prob and error (its estimated absolute error in nats, empty without an estimate), and first the ids that "
-        "data.id=COLUMN names. For an ensemble, the column spread is the standard "
-        "deviation of log p(x) between members, and FILE_members.npy beside a .npy file contains log p(x) of each "
-        "member, (rows, members). .parquet needs polars (pip install 'flowtrain[tables]')",
+        "log_prob and error, the estimated absolute error of log_prob in nats, empty without an estimate. With "
+        "data.id=COLUMN, the first column contains the ids. For an ensemble, the column spread is "
+        "the standard deviation of log p(x) between members, and FILE_members.npy beside a .npy file contains log p(x) "
+        "of each member, (rows, members). .parquet needs polars (pip install 'flowtrain[tables]')",
         "grid": "A .npz file for log p on a grid, for samples of one or two columns. It contains the axes x and y, "
-        "log_prob, with the first index along x, and columns, the names of the axes. The axes reach from the 0.5% to "
-        "the 99.5% quantile of the evaluated rows, and 12% further. For whole numbers, it is the density with noise",
+        "log_prob, with the first index along x, and columns, the names of the axes. The axes cover the evaluated rows "
+        "from the 0.5% to the 99.5% quantile, and 12% of this range further on both sides. For whole numbers, log_prob "
+        "is the log density of the numbers plus noise in [0, 1)",
         "grid_points": "Number of grid points of each axis (default: 200)",
         "label": "The class of the grid, for a conditional model. Default: the mean density over the classes",
         "ood": "A second data set, to be distinguished by log p(x): a file, or the name of data. A name stands for its "
@@ -207,7 +208,7 @@ def _command() -> int:
 
 
 def sbc_samples(wanted: bool, samples: Any) -> int:
-    """Returns the number of samples for each row of the SBC, 0 for no SBC.
+    """Returns the number of samples for each row for `sbc=true`, or 0 without it.
 
     Raises:
         ConfigError: a number of samples without sbc=true.
@@ -241,7 +242,8 @@ def read_sets(
 ) -> tuple[Dataset, tuple[str, Dataset] | None, Dataset | None]:
     """Returns the data to evaluate, the second set with its name, and the data that the flow was trained on.
 
-    The last is None if the evaluation does not need it, or if it cannot be read and is not necessary.
+    The data that the flow was trained on are None if the evaluation does not need them, or if they are optional and
+    cannot be read.
 
     Args:
         ood: the option of the command.

@@ -82,12 +82,12 @@ def _command() -> int:
     out = given or loaded_run.run_dir / "flow.pt2"
     check_outputs(list(paths_beside(out).values()), [*loaded_run.files, *paths_of(loaded_run.config["data"])])
     with status("reading the data"):
-        x, label = test_rows(loaded_run)
+        x, context = test_rows(loaded_run)
     exported = export(
         flow,
         out,
         x,
-        label,
+        context,
         solver=solver,
         steps=steps,
         tolerance=tolerance,
@@ -99,7 +99,7 @@ def _command() -> int:
 
 
 def test_rows(loaded_run: LoadedRun) -> tuple[Tensor | None, Tensor | None]:
-    """Returns rows of the test set and their labels. If the data are missing or do not fit, warns and returns None."""
+    """Returns rows of the test set and their context. If the data are missing or do not fit, warns and returns None."""
     try:
         data = loaded_run.build()
         check_fits(loaded_run.flow, data)
@@ -108,7 +108,9 @@ def test_rows(loaded_run: LoadedRun) -> tuple[Tensor | None, Tensor | None]:
     except (FlowtrainError, OSError) as e:
         log.warning("the programs are compared with the flow on samples of the flow, not on test rows: %s", e)
         return None, None
-    if loaded_run.flow.classes is not None and data.test_labels is None:
-        log.warning("the programs are compared with the flow on samples of the flow: the data have no labels")
+    context = data.split_context("test") if loaded_run.flow.conditional else None
+    if loaded_run.flow.conditional and context is None:
+        what = "context" if loaded_run.flow.context else "labels"
+        log.warning("the programs are compared with the flow on samples of the flow: the data have no %s", what)
         return None, None
-    return data.test, None if loaded_run.flow.classes is None else data.test_labels
+    return data.test, context

@@ -29,12 +29,12 @@ USED = ("model", "data", "solver", "threads", "plots")
 
 
 class LoadedRun(NamedTuple):
-    """A checkpoint file, its flow and step, its samples, and its config with the overrides of the command line.
+    """A loaded run: the path of the checkpoint, its flow, its step, its samples, and its config with the overrides.
 
     For an ensemble, `path` is a directory, and the config and the samples are from the first member.
 
     Attributes:
-        changed: whether there are overrides that can change the numbers. Overrides of `plots` and `data.id` cannot.
+        changed: whether there are overrides that can change the numbers, which are all but `plots` and `data.id`.
         own_data: the config of the data that the flow was trained on.
         members: the files of an ensemble.
         tag: for runs that are given as a list, the part of the names of output files that identifies them; else empty.
@@ -119,12 +119,12 @@ class LoadedRun(NamedTuple):
 
 
 def same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two configs of data give the same sets. The column of ids makes no difference."""
+    """Returns whether two data configs give the same sets. The column of ids is not compared."""
     return without_id(one) == without_id(other)
 
 
 def without_id(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config of data without its column of ids."""
+    """Returns a data config without the key `id`."""
     return {key: value for key, value in data.items() if key != "id"}
 
 

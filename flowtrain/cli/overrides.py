@@ -126,7 +126,7 @@ def quoted(arguments: Sequence[str]) -> list[str]:
         >>> quoted(["ckpt=[runs/1, my runs/1e-3]"])
         ["ckpt=['runs/1','my runs/1e-3']"]
     """
-    return [_quoted(argument) for argument in arguments]
+    return [_with_quoted_types(_quoted(argument)) for argument in arguments]
 
 
 def _quoted(argument: str) -> str:
@@ -155,6 +155,23 @@ def _quoted(argument: str) -> str:
         return f"{start}={','.join(_quoted(f'{key}={part.strip()}').partition('=')[2] for part in text.split(','))}"
     # a value that begins with a quote, but cannot be parsed, is not changed, so that Hydra reports it
     return argument if value is None and text[0] in "'\"" else f"{start}={in_quotes(text)}"
+
+
+# types of columns with bounds, which Hydra would read as calls of functions
+_BOUNDED_TYPE = re.compile(r"\b(interval|circular|integer)\s*\(([^()'\"]*)\)")
+
+
+def _with_quoted_types(argument: str) -> str:
+    """Quotes the types with bounds in a value of data.types.
+
+    Example:
+        >>> _with_quoted_types("data.types={p: interval(0,1), n: integer}")
+        "data.types={p: 'interval(0,1)', n: integer}"
+    """
+    key, equals, text = argument.partition("=")
+    if not equals or not re.match(r"data\.types($|\.)", key.lstrip("+")) or re.search(r"['\"]", text):
+        return argument
+    return f"{key}={_BOUNDED_TYPE.sub(lambda found: in_quotes(found[0]), text)}"
 
 
 def parsed(argument: str) -> tuple[Any, bool]:

@@ -15,16 +15,19 @@ from flowtrain.cli.load_run import LoadedRun, load_run, set_name
 from flowtrain.cli.output_files import check_outputs, paths_of, written_as
 from flowtrain.cli.usage import DEVICE_TEXT, RUN_TEXT, TRUST_TEXT, WEIGHTS_TEXT, Usage
 from flowtrain.data.base import Dataset, changes
+from flowtrain.data.context import context_text, context_values, example_of
+from flowtrain.data.tables.context_file import read_context
 from flowtrain.data.tables.output import NAMED, check_can_write, named_columns, write_columns
 from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
 from flowtrain.evaluation.log_likelihood import check_samples
 from flowtrain.evaluation.sample_quality import quality
+from flowtrain.flow import Density
 from flowtrain.plotting.animation import KINDS, can_write_mp4, check_writable
 from flowtrain.plotting.evaluation_figures import Distances, draw_quality
 from flowtrain.plotting.pictures import draw
 from flowtrain.plotting.transport_pictures import animate, check_animated
 from flowtrain.runs.console import messages
-from flowtrain.utils.arguments import flag, number, whole
+from flowtrain.utils.arguments import flag, number, shortened, whole
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.files import write_json, write_npy
 from flowtrain.utils.process import own_settings
@@ -39,7 +42,9 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
     Raises:
         ConfigError: options that are not used with quality, or numbers of steps that are not whole numbers.
     """
-    unused = [key for key in ("n", "label") if own[key] is not None] + ["temperature"] * (own["temperature"] != 1.0)
+    unused = [key for key in ("n", "label", "context") if own[key] is not None] + ["temperature"] * (
+        own["temperature"] != 1.0
+    )
     if unused:
         raise ConfigError(
             f"{unused[0]}: not used with quality, which draws as many samples as there are rows; leave this option out"
@@ -86,13 +91,17 @@ def write_animation(
     seed: int,
     temperature: float,
     label: int | None,
+    context: Any,
 ) -> int:
     """Writes an animation of n samples from the base to the data. Returns the exit code.
 
     For two columns, the animation shows the density beside the samples.
 
+    Args:
+        context: one context, see `contexts_of`. None: a typical context of the data.
+
     Raises:
-        ConfigError: a flow that cannot be animated, or a file format that cannot be written here.
+        ConfigError: a flow that cannot be animated, a file of contexts, or a file format that cannot be written here.
         DataError: the data, which determine the limits of the axes, cannot be read.
         FlowtrainError: a label that the flow does not have.
         NonFiniteError: samples that are not finite. No file is written.
@@ -106,15 +115,30 @@ def write_animation(
     # a wrong label is refused before anything is read
     if label is not None:
         flow.check_label(label)
+    if isinstance(context, str):
+        raise ConfigError("animate=true shows a single context: give one by names, as in 'context={mass: 1.5}'")
+    contexts = None if context is None and label is None else contexts_of(flow, context, label)
     out = loaded_run.run_dir / "animation.gif"
     paths = [given] if given else [out, *([out.with_suffix(".mp4")] if can_write_mp4() else [])]
     check_outputs(paths, [*loaded_run.files, *paths_of(loaded_run.config["data"])])
     with status("reading the data"):
         data = loaded_run.build()
     check_fits(flow, data)
-    title = loaded_run.titled("" if label is None else f"class {label}")
+    words = "" if label is None else f"class {label}"
+    title = loaded_run.titled(words if contexts is None else context_text(flow.context, contexts[0].tolist()))
     options = loaded_run.plot_options
-    animate(flow, data, paths, title, n=n, seed=seed, temperature=temperature, label=label, options=options)
+    animate(
+        flow,
+        data,
+        paths,
+        title,
+        n=n,
+        seed=seed,
+        temperature=temperature,
+        label=label,
+        options=options,
+        context=contexts,
+    )
     print("\n".join(f"written to {path}" for path in paths))
     return 0
 
@@ -127,6 +151,8 @@ USAGE = Usage(
         ("flowsample outputs/first n=10000", "samples.npy in the run directory"),
         ("flowsample outputs/first n=10000 seed=1 out=x.csv", "other samples, in x.csv with names of columns"),
         ("flowsample outputs/digits label=7", "samples of one class of a conditional model"),
+        ("flowsample outputs/cond 'context={mass: 1.5, kind: red}'", "samples at one context (data.context)"),
+        ("flowsample outputs/cond context=new.csv n=100 out=x.csv", "100 samples for each row of new.csv"),
         ("flowsample outputs/first animate=true", "animation.gif: from the base to the data"),
         ("flowsample outputs/first quality=[1,2,4,8]", "distance to test data by solver steps"),
         ("flowsample outputs/first solver=euler solver.steps=4", "samples by another solver"),
@@ -134,11 +160,15 @@ USAGE = Usage(
     options={
         "ckpt": RUN_TEXT,
         "weights": WEIGHTS_TEXT,
-        "n": "Number of samples (default: 10000, or 100 for images). With animate: 2000 (at most 100000), or 60 for "
-        "images (at most 200)",
+        "n": "Number of samples (default: 10000, or 100 for images). With context=FILE: the number for each row of the "
+        "file (default: 1). With animate: 2000 (at most 100000), or 60 for images (at most 200)",
         "seed": "Seed of the base noise (default: 0)",
         "temperature": "Factor of the base noise (default: 1). 1 samples the density",
         "label": "The class, for a conditional model. Default: classes are drawn by their frequency in training",
+        "context": "For a model that was trained with data.context. FILE, such as new.csv: n samples for each row of "
+        "the file, in the order of its rows. The columns of the context are found by name, and other columns are "
+        "ignored. '{mass: 1.5, kind: red}': n samples at one context. A .npy file contains the samples only, "
+        "(rows * n, columns). A .csv or .parquet file begins with the columns of the context",
         "out": "The .npy, .csv or .parquet file (default: samples.npy in the run directory). Samples have the units of "
         "the data. Pixels and counts are whole numbers. .csv and .parquet have the column names of the training file, "
         "and for a conditional model its column of labels. .parquet needs polars (pip install 'flowtrain[tables]'). "
@@ -166,6 +196,7 @@ OWN: dict[str, Any] = {
     "seed": 0,
     "temperature": 1.0,
     "label": None,
+    "context": None,
     "out": None,
     "log_scale": False,
     "animate": False,
@@ -195,10 +226,12 @@ def _command() -> int:
         return report_quality(own, overrides, seed)
     n = None if own["n"] is None else whole("n", own["n"])
     label = None if own["label"] is None else whole("label", own["label"], least=0)
+    if label is not None and own["context"] is not None:
+        raise ConfigError("label and context exclude each other; give one of them")
     if animate:
-        return write_animation(own, overrides, n, seed, temperature, label)
+        return write_animation(own, overrides, n, seed, temperature, label, own["context"])
     given = written_as("out", own["out"], ".npy", *NAMED)
-    return write_samples(load_run(own, overrides), given, n, seed, temperature, label, log_scale)
+    return write_samples(load_run(own, overrides), given, n, seed, temperature, label, own["context"], log_scale)
 
 
 def write_samples(
@@ -208,24 +241,30 @@ def write_samples(
     seed: int,
     temperature: float,
     label: int | None,
+    context: Any,
     log_scale: bool,
 ) -> int:
     """Writes samples to a .npy, .csv or .parquet file and draws a picture of them. Returns the exit code.
 
+    Args:
+        context: the option `context`, see `contexts_of`.
+
     Raises:
-        ConfigError: a path that cannot be written to.
+        ConfigError: a path that cannot be written to, or a context that is missing or not expected.
+        DataError: a context that cannot be read.
         FlowtrainError: a label that the flow does not have.
         NonFiniteError: samples that are not finite. No file is written.
     """
     flow, images = loaded_run.flow, len(loaded_run.flow.event_shape) == 3
-    n = n or (100 if images else 10_000)
+    n = n or (1 if isinstance(context, str) else 100 if images else 10_000)
     tag = loaded_run.tag and f"-{loaded_run.tag}"
     out = given or loaded_run.run_dir / f"samples{tag}.npy"
     options, picture = loaded_run.plot_options, out.with_suffix(".png")
     check_outputs([out, *options.files(picture)], [*loaded_run.files, *paths_of(loaded_run.config["data"])])
     check_can_write(out)
     check_can_write(out)
-    # a wrong label is refused before data are read
+    # a wrong label or context is refused before data are read
+    contexts = contexts_of(flow, context, label)
     if label is not None:
         flow.check_label(label)
     is_drawn = images or flow.event_shape in ((1,), (2,)) or options.columns is not None
@@ -237,27 +276,67 @@ def write_samples(
             "log_scale=true: only for the picture of one or two columns, which is not drawn; leave this option out"
         )
     torch.manual_seed(seed)
-    labels = label if flow.classes is None or label is not None else flow.drawn_labels(n)
-    samples = flow.sample(n, temperature, label=labels).cpu()
+    labels = None
+    if contexts is not None:
+        n *= len(contexts)
+        drawn = contexts.repeat_interleave(n // len(contexts), 0)
+    elif flow.classes is not None:
+        drawn = labels = flow.drawn_labels(n) if label is None else torch.full((n,), label)
+    else:
+        drawn = None
+    samples = flow.sample(n, temperature, context=drawn).cpu()
     check_samples(samples)
     found = flow.quantized(samples)
     if out.suffix in NAMED:
-        drawn = None if labels is None else torch.as_tensor(labels).expand(n)
-        write_columns(out, named_columns(found, loaded_run.samples, drawn))
+        write_columns(out, named_columns(found, loaded_run.samples, labels, drawn if flow.context else None))
     else:
         write_npy(out, found.numpy())
     rows = rows_of_checks(flow.event_shape)
-    few = labels[:rows] if isinstance(labels, Tensor) else labels
     with status("round trip"):
-        error = roundtrip_error(flow, samples[:rows], few)
+        error = roundtrip_error(flow, samples[:rows], None if drawn is None else drawn[:rows])
     print(f"{n} samples, round trip error {error:.1e}, written to {out}")
     if data is not None:
         words = f"{n} samples" + ("" if label is None else f" of class {label}")
+        if contexts is not None:
+            one = context_text(flow.context, contexts[0].tolist())
+            words += f" at {one if len(contexts) == 1 else f'{len(contexts)} contexts'}"
+            drawn = contexts if len(contexts) == 1 else drawn
         title = loaded_run.titled(words if temperature == 1 else f"{words} at temperature {temperature:g}")
         with status("drawing samples"):
-            draw(flow, data, picture, title, samples, label, log_scale, options)
+            draw(flow, data, picture, title, samples, label, log_scale, options, drawn if flow.context else None)
         print(f"picture in {_listed(options.files(picture))}")
     return 0
+
+
+def contexts_of(flow: Density, given: Any, label: int | None = None) -> Tensor | None:
+    """Returns the contexts of the option `context`, (rows, k); None for a flow without context columns.
+
+    Args:
+        given: the path of a file, see `read_context`; a mapping from names to values; a number if there is one column.
+        label: the option `label`.
+
+    Raises:
+        ConfigError: a context that is missing or not expected.
+        DataError: a file that cannot be read, or a context that the flow does not allow.
+    """
+    if not flow.context:
+        if given is not None:
+            advice = "give the class, as in label=0" if flow.classes is not None else "leave this option out"
+            raise ConfigError(f"context: the model was trained without data.context; {advice}")
+        return None
+    names, example = ", ".join(column.name for column in flow.context), f"'context={example_of(flow.context)}'"
+    if label is not None:
+        raise ConfigError(f"label: the model is conditional on {names}; give {example}")
+    if given is None:
+        raise ConfigError(
+            f"the model is conditional on {names}: give context=FILE, a file with these columns, or one context, as in "
+            f"{example}"
+        )
+    if isinstance(given, str):
+        return read_context(given, flow.context)
+    if isinstance(given, list):
+        raise ConfigError(f"context={shortened(given)}: give a file, or one context by names, as in {example}")
+    return context_values(flow.context, given, 1)
 
 
 def _listed(paths: Sequence[Path]) -> str:

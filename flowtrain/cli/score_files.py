@@ -17,7 +17,7 @@ ROW, LOG_PROB, ERROR, SPREAD = "row", "log_prob", "error", "spread"
 
 
 def for_each_row(data: Dataset, values: Tensor) -> NDArray[np.float64]:
-    """Values of the scored rows, (k, ...), as values of all rows of a file; see `ScoredRows.for_each_row`."""
+    """Returns values of all rows of a file for values of the scored rows, (k, ...); see `ScoredRows.for_each_row`."""
     return data.for_each_row(values.numpy()) if isinstance(data, ScoredRows) else values.numpy()
 
 
@@ -27,8 +27,8 @@ def write_scores(
     """Writes log p of each row of a set to a .npy, .csv or .parquet file.
 
     A table has the columns: the ids under their name, if the data have ids; `row`, the row number in the file, from 0;
-    `log_prob` in nats, empty if it is NaN; `error` and `spread` if they are given. If the ids are named
-    like one of these columns, their column is named "id".
+    `log_prob` in nats, empty if it is NaN; `error` and `spread` if they are given. If the name of the ids equals the
+    name of another column, the column of ids is called "id".
 
     Args:
         split: the name of the set: "val", "test", or "all" for the rows of a file.

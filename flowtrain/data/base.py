@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowtrain.data.context import ContextColumn
+from flowtrain.data.types import ColumnType
 from flowtrain.utils.arguments import choose
 from flowtrain.utils.errors import ConfigError
 
@@ -144,6 +145,7 @@ class Samples:
         context: the context columns of a flow p(x | c). () without context.
         context_rows: the context of some training rows, for figures and checks.
         weights: the name of the column of weights if there is one and it has a name.
+        types: the type of each column; () if all columns are real or if samples are integer-valued.
     """
 
     event_shape: tuple[int, ...]
@@ -162,6 +164,7 @@ class Samples:
     context: tuple[ContextColumn, ...] = ()
     context_rows: tuple[tuple[float, ...], ...] = field(default=(), compare=False)
     weights: str | None = None
+    types: tuple[ColumnType, ...] = ()
 
 
 class Dataset(ABC):
@@ -187,7 +190,7 @@ class Dataset(ABC):
             float32. None if float32 resolves the samples.
         n_train: the number of training samples. None if every batch has new samples.
         gaussian_start: whether the flow starts at the Gaussian of the training rows.
-        noisy, class_counts, record: see `Samples`.
+        noisy, class_counts, record, types: see `Samples`.
         entropy: differential entropy of the true density in nats. None if unknown.
         held_rows: for each held-out set, by name, its row numbers in the training data, (n,). Sets that have a separate
             file are not included.
@@ -226,6 +229,7 @@ class Dataset(ABC):
     noisy: tuple[int, ...] = ()
     class_counts: tuple[int, ...] = ()
     record: Record = ()
+    types: tuple[ColumnType, ...] = ()
     entropy: float | None = None
     held_rows: Mapping[str, NDArray[np.int64]] = MappingProxyType({})
 
@@ -261,6 +265,10 @@ class Dataset(ABC):
         """Returns up to `most` distinct training samples (k, *event_shape); None if the data are endless."""
         return None
 
+    def train_context(self, most: int) -> Tensor | None:
+        """Returns the context of the rows of `train_rows`, (k, n_context); None without context."""
+        return None
+
     def row_weights(self, most: int) -> Tensor | None:
         """Returns the weights of `train_rows(most)`, (k,), float64; None without weights."""
         return None
@@ -286,6 +294,7 @@ class Dataset(ABC):
             record=self.record,
             context=self.context,
             context_rows=self.context_rows,
+            types=self.types,
         )
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:

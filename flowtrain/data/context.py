@@ -88,6 +88,17 @@ def feature_count(columns: Sequence[ContextColumn]) -> int:
     return sum(column.size for column in columns)
 
 
+def example_of(columns: Sequence[ContextColumn]) -> str:
+    """Returns an example of one context as a mapping, for commands in messages: the mean, or the first category.
+
+    Example:
+        >>> example_of([ContextColumn("mass", mean=1.25), ContextColumn("colour", "categorical", categories=("blue",))])
+        '{mass: 1.25, colour: blue}'
+    """
+    values = (f"{c.mean:.3g}" if c.kind == REAL else c.text(0) for c in columns)
+    return "{" + ", ".join(f"{column.name}: {value}" for column, value in zip(columns, values, strict=True)) + "}"
+
+
 def features(columns: Sequence[ContextColumn], values: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the features (B, F) of context values (B, k), in the order of the columns.
 
@@ -114,8 +125,8 @@ def context_values(columns: Sequence[ContextColumn], given: Any, n: int, checked
             mapping or a data frame from names to values or columns. In mappings and in arrays of text, categories are
             given by name. In tensors and in arrays of numbers, they are given by position.
         n: the number of rows.
-        checked: whether the values are checked. Training values were checked when they were read, and a check would
-            wait for the device.
+        checked: whether the values are checked. In training they are not, because they were checked when they were
+            read, and a check would wait for the device.
 
     Raises:
         DataError: columns that are missing or unknown, another number of rows, values that are not finite, or unknown
@@ -152,13 +163,14 @@ def context_values(columns: Sequence[ContextColumn], given: Any, n: int, checked
 def _of_named(columns: Sequence[ContextColumn], given: Any, n: int) -> Tensor:
     names = list(given) if isinstance(given, Mapping) else list(map(str, given.columns))
     known = [column.name for column in columns]
-    missing = [name for name in known if name not in names]
-    if missing:
-        raise DataError(f"context lacks {', '.join(missing)}; this flow needs {', '.join(known)}")
     unknown = [str(name) for name in names if name not in known]
     # a data frame may have further columns, such as the samples
     if unknown and isinstance(given, Mapping):
-        raise DataError(f"context has no column {unknown[0]}; {choose(unknown[0], known)}")
+        words = choose(unknown[0], known, "the columns are")
+        raise DataError(f"context: this flow has no context column {unknown[0]}; {words}")
+    missing = [name for name in known if name not in names]
+    if missing:
+        raise DataError(f"context lacks {', '.join(missing)}; this flow needs {', '.join(known)}")
     found = []
     for column in columns:
         one = given[column.name]

@@ -105,7 +105,7 @@ def _fraction(name: str, fraction: float) -> float:
 
 
 class Extras(NamedTuple):
-    """The values of some rows that are not part of the samples.
+    """The labels, context and weights of some rows. They are not part of the samples.
 
     Attributes:
         label: class labels (n,), int64, or None.
@@ -199,6 +199,9 @@ class Finite(Dataset):
 
     def train_rows(self, most: int) -> Tensor:
         return self.train_batch(0, min(most, self._store.n), 0)
+
+    def train_context(self, most: int) -> Tensor | None:
+        return self.context_share(0, min(most, self._store.n), 0, slice(None))
 
     def row_weights(self, most: int) -> Tensor | None:
         return self.weights_share(0, min(most, self._store.n), 0, slice(None))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowtrain.bijections.linear import gaussian_log_prob, shrunk_covariance
 from flowtrain.data.base import Dataset, step_generator
+from flowtrain.data.context import features
 from flowtrain.data.tables.rows_to_score import RowsInMemory
 from flowtrain.evaluation.checks import PAIRED, PAIRED_PER_COLUMN
 from flowtrain.evaluation.result import Baseline, Check
@@ -25,6 +26,8 @@ from flowtrain.utils.weighting import average, resample, stderr
 
 log = logging.getLogger("flowtrain")
 
+# the settings of the Gaussian whose mean is a linear function of the features of the context
+LINEAR = "linear in the context"
 GAUSSIAN, MIXTURE, KERNELS = "gaussian", "gaussian_mixture", "kernel_density"
 # Largest number of values (rows times columns) from which the covariance is estimated, and that are scored at once
 FITTED, SCORED = 2**24, 2**22
@@ -87,7 +90,7 @@ class Fitted(NamedTuple):
 def has_baselines(flow: Density, data: Dataset) -> bool:
     """Returns whether the mixture and the kernel density estimate can be compared with the flow.
 
-    They can for vectors from a finite training set. They cannot for images, and for conditional flows, because the
+    The samples must be vectors from a finite training set, and the flow must not be conditional, because these
     baselines ignore the context.
     """
     return len(data.event_shape) == 1 and data.n_train is not None and not flow.conditional
@@ -107,14 +110,20 @@ def affordable_seconds(train_seconds: float) -> float:
 
 
 def baselines(
-    data: Dataset, points: Sequence[Tensor], log_p: Tensor, seconds: float = 0.0, weights: Tensor | None = None
+    data: Dataset,
+    points: Sequence[Tensor],
+    log_p: Tensor,
+    seconds: float = 0.0,
+    weights: Tensor | None = None,
+    context: Tensor | None = None,
 ) -> dict[str, Baseline] | None:
     """Fits simple densities to the training rows of a table and scores points with them.
 
     "gaussian" has the mean and the covariance of `shrunk_covariance`, from at most 2^24 values. "gaussian_mixture" is a
     mixture of scikit-learn. "kernel_density" has isotropic Gaussian kernels at standardized rows. Both use at most
-    10,000 training rows and 5,000 validation rows. Uniform noise in [0, 1) is added to whole numbers. Labels are not
-    used. A density that cannot be fitted, or that needs a missing package, is left out with a log message.
+    10,000 training rows and 5,000 validation rows. Uniform noise in [0, 1) is added to whole numbers. With a context,
+    "gaussian" is N(x; b + A h(c), S) for the features h of the context c, by least squares, see `residuals`. Labels are
+    not used. A density that cannot be fitted, or that needs a missing package, is left out with a log message.
 
     If the training rows have weights, the Gaussian has their weighted moments. The other two are fitted to rows that
     are drawn by weight (see `resample`), and are left out if weights are negative.
@@ -126,6 +135,7 @@ def baselines(
         log_p: log densities of the flow for these rows, (n,).
         seconds: the time limit for the mixture and the kernel density estimate. 0 means the Gaussian only.
         weights: the weights of these rows, (n,), or None.
+        context: values of the context columns of these rows, (n, k). None without context.
 
     Returns:
         Baselines by name. None for images and data sets without a finite training set.
@@ -139,7 +149,11 @@ def baselines(
         return None
     rows, of_rows = _real(rows.cpu(), _TRAIN), None if of_rows is None else of_rows.cpu()
     points = [x.cpu() for x in points]
-    found = {GAUSSIAN: scored(_gaussian(rows, of_rows), points, log_p, begun, weights)}
+    given, settings = None if context is None else data.train_context(most), ""
+    if context is not None and given is not None:
+        h, h_points = (features(data.context, values.cpu(), torch.float64) for values in (given, context))
+        rows, points, settings = *residuals(rows, points, h, h_points, of_rows), LINEAR
+    found = {GAUSSIAN: scored(_gaussian(rows, of_rows)._replace(settings=settings), points, log_p, begun, weights)}
     if seconds <= 0:
         return found
     if of_rows is not None and bool((of_rows < 0).any()):
@@ -233,6 +247,32 @@ class StandardisedRows:
             return log_prob(z[:, self.varies]) + of_constant - self.std.log().sum()
 
         return of_points
+
+
+def residuals(
+    rows: Tensor, points: Sequence[Tensor], h: Tensor, h_points: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Subtracts a linear regression on features h: x - A (h - mean h), with A by least squares on the training rows.
+
+    The map from x to the residual has slope 1, so p(x | context) is the density of the residual.
+
+    Args:
+        rows: training rows, (n, d).
+        points: points to score, (m, d) each.
+        h: features of the training rows, (n, F).
+        h_points: features of the points, (m, F).
+        weights: weights of the training rows, (n,), or None.
+
+    Returns:
+        The residuals of the training rows, and of the points, in float64.
+    """
+    w = h.new_ones(len(h), 1) if weights is None else weights.to(h).unsqueeze(1)
+    x = rows.double()
+    mean, center = ((w * each).sum(0) / w.sum() for each in (h, x))
+    moments = (w * (h - mean)).T @ torch.cat([h - mean, x - center], 1)
+    # gelsd also solves for columns that are constant or depend on each other, such as one-hot features
+    slope = torch.linalg.lstsq(moments[:, : h.shape[1]], moments[:, h.shape[1] :], driver="gelsd").solution
+    return x - (h - mean) @ slope, [point.double() - (h_points - mean) @ slope for point in points]
 
 
 def _gaussian(rows: Tensor, weights: Tensor | None = None) -> Fitted:
@@ -397,9 +437,10 @@ def check_baseline(nll: float, nll_stderr: float, simple: Baseline | None, d: in
         worse,
         limit,
         False,
-        f"the NLL of the flow is {with_error(nll, nll_stderr)} nats. A Gaussian with the mean and covariance of the "
-        f"training rows has {with_error(simple.nll, simple.nll_stderr)} nats. The flow is worse by "
-        f"{with_error(simple.worse, simple.worse_stderr)} nats. The model may be too large for the number of rows, the "
+        f"the NLL of the flow is {with_error(nll, nll_stderr)} nats. A Gaussian fitted to the training rows"
+        f"{simple.settings and f' ({simple.settings})'} has {with_error(simple.nll, simple.nll_stderr)} nats. The flow "
+        f"is worse by {with_error(simple.worse, simple.worse_stderr)} nats. The model may be too large for the number "
+        "of rows, the "
         "training too short (trainer.steps), or the learning rate too high (trainer.lr)",
     )
 
@@ -456,7 +497,7 @@ def _divided(data: Dataset, rows: Tensor, weights: Tensor | None = None) -> tupl
 
 
 def _drawn(rows: Tensor, weights: Tensor | None) -> Tensor:
-    """Returns as many rows, drawn by weight, or the rows themselves without weights."""
+    """Returns n rows that are drawn by weight from the n rows, or the unchanged rows without weights."""
     return rows if weights is None else rows[resample(weights)]
 
 

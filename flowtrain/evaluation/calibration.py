@@ -23,7 +23,7 @@ SHOWN = 8
 RADIUS, DENSITY = "radius", "density"
 # Calibration by context: number of bins of a real column, largest number of categories, and smallest number of rows
 BINS, MOST_CATEGORIES, FEWEST = 4, 6, 20
-# A bin is clearly miscalibrated if its p-value is below, and its distance above these values
+# A warning names bins with a p-value below CLEAR_P and a distance above CLEAR_KS
 CLEAR_P, CLEAR_KS = 1e-3, 0.1
 
 
@@ -103,8 +103,8 @@ def density_calibration(
 ) -> tuple[Calibration, dict[str, Tensor]]:
     """Tests whether data are draws from an ensemble, by `density_ranks`. An ensemble has no latents.
 
-    The test does not detect how rows are distributed within a level set of the density. The p-value comes from a
-    two-sample test.
+    The test does not depend on the distribution of the rows within a level set of the density. The p-value comes from
+    a two-sample test.
 
     Args:
         log_p: log p of the data, (n,). Rows with NaN are left out.
@@ -123,7 +123,7 @@ def density_calibration(
 
 
 class Transformed(NamedTuple):
-    """Transforms of some rows, and what a test of them needs.
+    """Transforms of some rows, with the weights and the effective number of rows for a test.
 
     Attributes:
         u: the transforms, (m,) or (m, t).
@@ -176,7 +176,8 @@ def context_groups(columns: Sequence[ContextColumn], values: Tensor, weights: Te
     With weights (n,), quartiles and frequencies are weighted by their absolute values.
 
     A real column is divided at its quartiles, or by its values if there are at most BINS. A categorical column gives a
-    group for each of its MOST_CATEGORIES most frequent categories. Groups of less than FEWEST rows are left out.
+    group for each of its MOST_CATEGORIES most frequent categories. Groups of fewer than FEWEST rows are left
+    out.
     """
     found = []
     w = torch.ones(len(values), dtype=torch.float64) if weights is None else weights.double().abs()
@@ -217,20 +218,20 @@ def calibration_by_context(
         weights: the weights of all rows, (n,), or None.
 
     Returns:
-        (bins, for each bin the name of a transform and its values (m,)). The transform is that with the largest
-        deviation in a bin of the column, relative to the deviation of uniform draws.
+        (bins, for each bin the name of a transform and its values (m,)). The bins of a column have the same transform.
+        It has the largest deviation in one of these bins, relative to the deviation of uniform draws.
     """
     made = [(group, transforms_of(group.rows)) for group in groups]
     made = [(group, tested) for group, tested in made if tested.size]
     distances = [ks_distance(tested.u, tested.weights) for _, tested in made]
     chosen: dict[str, int] = {}
     for column in {group.column for group, _ in made}:
-        own = [
+        deviations = [
             d * math.sqrt(tested.size)
             for (group, tested), d in zip(made, distances, strict=True)
             if group.column == column
         ]
-        chosen[column] = int(torch.stack(own).amax(0).argmax())
+        chosen[column] = int(torch.stack(deviations).amax(0).argmax())
     bins, shown = [], []
     for (group, (u, of_rows, size)), distance in zip(made, distances, strict=True):
         names = names_of_transforms(u) if u.shape[1] > 1 else [DENSITY]
@@ -245,7 +246,7 @@ def calibration_by_context(
 
 
 def warn_if_miscalibrated(bins: Sequence[ContextBin]) -> None:
-    """Warns of the bin with the clearest deviation, if its p-value and its size leave no doubt."""
+    """Warns of the bin with the largest distance among the bins that pass both limits, CLEAR_P and CLEAR_KS."""
     bad = [one for one in bins if one.p_value < CLEAR_P and one.ks > CLEAR_KS]
     if not bad:
         return
@@ -265,7 +266,10 @@ def warn_if_miscalibrated(bins: Sequence[ContextBin]) -> None:
 
 
 def _for_figure(u: Tensor, weights: Tensor | None) -> Tensor:
-    """Returns transforms u (n,) with equal weights, as many as effective rows, so that the bands of a figure apply."""
+    """Returns transforms for a figure: u (n,), or values of equal weight, as many as effective rows.
+
+    The bands of a figure depend on this number.
+    """
     return u if weights is None else equal_rows(u, weights, max(1, round(effective_rows(weights))))
 
 

@@ -21,6 +21,7 @@ from flowtrain.bases import (
     StudentT,
     UniformBox,
 )
+from flowtrain.bijections.support import ToSupport
 from flowtrain.data.context import context_text
 from flowtrain.evaluation.error_budget import SMALL, Subset, rows_of_checks, solver_bias
 from flowtrain.evaluation.log_likelihood import estimates_trace, marginal
@@ -344,13 +345,13 @@ def spread_contexts(flow: Density, context: Tensor | None) -> Tensor | None:
 def check_mass(exact: Density, contexts: Tensor | None = None) -> Check | None:
     """Checks that p integrates to 1, for one or two columns.
 
-    A flow with a logit is not checked, because some mass is outside the levels. A flow with circular columns is not
-    checked, because p is periodic in them. For a flow with context columns, p(x | c) is integrated over x for each of
-    the contexts c (m, k), and the mass that is farthest from 1 is returned.
+    A flow with `levels` is not checked, because some mass is outside of them. A flow with circular columns without
+    types is not checked, because its circles are unknown. For a flow with context columns, p(x | c) is integrated over
+    x for each of the contexts c (m, k), and the mass that is farthest from 1 is returned.
     """
     if len(exact.event_shape) != 1 or exact.event_shape[0] > 2 or exact.levels is not None:
         return None
-    if any(flow.base.circular for flow in exact.flows):
+    if any(flow.base.circular for flow in exact.flows) and not exact.types:
         return None
     each = [measured_mass(exact)] if contexts is None else [measured_mass(exact, c) for c in contexts.unsqueeze(1)]
     misses = [abs(1 - one.value) if math.isfinite(one.value) else math.inf for one in each]
@@ -370,16 +371,23 @@ def check_mass(exact: Density, contexts: Tensor | None = None) -> Check | None:
 def measured_mass(flow: Density, context: Tensor | None = None) -> Mass:
     """Computes int p(x) dx of a flow over one or two columns.
 
-    For a flow with labels, p is the `marginal`. A flow with context columns needs one context (1, k).
+    For a flow with labels, p is the `marginal`. A flow with context columns needs one context (1, k). If columns have
+    types, the integral is over their supports: int p(x(y)) |dx/dy| dy with y on the real line. A circle is integrated
+    as an interval.
     """
     of = marginal if context is None else partial(_conditional, context=context)
+    low, high = zip(*(one.support for one in flow.types), strict=True) if flow.types else ([], [])
+    support = ToSupport(low, high).to(flow.like.device) if flow.types else None
 
     @torch.no_grad()
-    def log_prob(x: Tensor) -> Tensor:
-        return torch.cat([of(flow, part) for part in torch.split(x, rows_at_a_time(flow.event_shape))])
+    def log_prob(y: Tensor) -> Tensor:
+        x, log_slope = (y, torch.zeros_like(y[:, 0])) if support is None else support(y)
+        parts = torch.split(x, rows_at_a_time(flow.event_shape))
+        return torch.cat([of(flow, part) for part in parts]) + log_slope
 
     with seeded(0, flow.like.device):
         samples = flow.sample(SAMPLES, context=context)
+        samples = samples if support is None else support.map_inverse(samples.double())
         return mass(log_prob, samples, max(reach_of(one.base) for one in flow.flows))
 
 

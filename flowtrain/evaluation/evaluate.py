@@ -108,9 +108,9 @@ def evaluate(
             sample.
         dequantization_samples: the number of noise draws for each row of an integer-valued flow. exp(log p) is averaged
             over them.
-        other: (name, samples) of another set for OOD detection: how well log p separates it from `data`. A flow with
-            labels uses log p without labels, averaged over all classes. A flow with context columns needs (name,
-            samples, context), with the context of each sample.
+        other: (name, samples) of another set for OOD detection, which measures how well log p separates this set from
+            `data`. For a flow with labels, log p is averaged over all classes. A flow with context columns needs
+            (name, samples, context), with the context of each sample.
         seed: the seed of the noise of dequantization and of estimated traces.
         trained_on: the rows or the data set that the flow was trained on. The baselines are fitted to them, see
             `flowtrain.evaluation.baselines`. None means no baselines. The entropy for the typicality score of `other`
@@ -169,7 +169,7 @@ def evaluate(
     else:
         data, split, fitted = dataset_of(flow, data, context, seed, weights=weights), "all", trained_on
     if not isinstance(fitted, Dataset | None):
-        # the baseline does not use the context
+        # any context is valid here, because the baseline does not use it
         one = flow.some_context(1) if flow.classes is None else flow.seen[0]
         fitted = dataset_of(flow, fitted, one, seed, "trained_on")
     typical = trained_on if isinstance(trained_on, Dataset) else None
@@ -216,8 +216,8 @@ def _check_baselines(flow: Density, trained_on: Any) -> None:
         )
     if flow.conditional:
         raise ConfigError(
-            "baselines: the flow is conditional, but baselines ignore the context, so their NLL is not comparable; "
-            "omit baselines"
+            "baselines: the Gaussian mixture and the kernel density estimate ignore the context, so they are not "
+            "comparable with a conditional flow; omit baselines"
         )
     if trained_on is None:
         raise ConfigError("baselines: give trained_on, the rows that the flow was trained on")
@@ -252,6 +252,7 @@ def dataset_of(
         columns=() if flow.record is None else flow.record.samples.columns,
         context=flow.context,
         context_rows=flow.context_rows,
+        types=flow.types,
     )
     width = math.prod(flow.event_shape)
     table = table_of(rows.reshape(len(rows), width), name)
@@ -351,7 +352,14 @@ def _evaluate(
     simple = None
     if fitted is not None and len(flow.event_shape) == 1:
         with phase("fitting the baselines"):
-            simple = baselines(fitted, dequantized_draws(flow, x, options), log_p, baseline_seconds, weights)
+            simple = baselines(
+                fitted,
+                dequantized_draws(flow, x, options),
+                log_p,
+                baseline_seconds,
+                weights,
+                context if flow.context else None,
+            )
     d = math.prod(flow.event_shape)
     all_checks = [concentrated, check_baseline(nll, nll_stderr, (simple or {}).get(GAUSSIAN), d)]
     if thorough:
@@ -403,7 +411,7 @@ def _evaluate(
         log.warning("%s: %s", check.label, check.message)
     warn_if_better(nll, nll_stderr, simple or {}, d)
     if len(flow.event_shape) == 1:
-        # the latents of images are hardly ever calibrated
+        # latents of images are rarely calibrated
         warn_if_miscalibrated(calibrated.by_context)
     return result
 
@@ -496,7 +504,7 @@ def score_members(
 ) -> dict[str, Any]:
     """Returns the attributes of an `Evaluation` that describe the members of an ensemble.
 
-    Only members of weight 0 are scored by this function. A member whose ODE cannot be solved gets NaN for all rows.
+    This function scores only the members of weight 0. A member whose ODE cannot be solved gets NaN for all rows.
 
     Args:
         log_p: log p of the members with a positive weight, (n, M).
@@ -639,9 +647,9 @@ def rank_transforms(
 def log_p_of_samples(
     flow: Density, log_p: Tensor, context: Tensor | None, options: Mapping[str, Any], thorough: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns log p of evenly spaced rows, (k,), and of RANKED_SAMPLES samples of the flow for each, in rounds of k.
+    """Returns log p of k evenly spaced rows, (k,), and of RANKED_SAMPLES k samples of the flow, in rounds of k.
 
-    A sample has the context of its row.
+    In each round, there is one sample with the context of each row.
 
     Args:
         log_p: log p of the scored rows, (n,).
@@ -685,7 +693,7 @@ def detect_ood(
     For a flow with context columns, this is log p(x | c) with the context of each row. Labels are not used.
 
     Args:
-        log_p: log p of x, (n,). A flow with labels has used the labels of x, so log p is computed again without labels.
+        log_p: log p of x, (n,). For a flow with labels, log p of x is computed again without labels.
         trained_on: the data on whose validation set H of |log p + H| is computed. None means that H is computed on x.
         options: batch size, draws and seed: arguments of `log_probs`.
         weights: the weights of x, (n,), or None. The rows of `other` have equal weights.
@@ -730,6 +738,13 @@ def check_fits(flow: Density, data: Dataset, dequantization_samples: int = 1) ->
         raise DataError(
             f"the flow was made for {_kind(flow.integer_valued, flow.levels, flow.noisy)}, but these data have "
             f"{_kind(data.integer_valued, data.levels, data.noisy)}; change data.dequantize or data.levels"
+        )
+    kinds = [[(one.kind, one.categories) for one in each.types] for each in (flow, data)]
+    if kinds[0] != kinds[1]:
+        types = [", ".join(map(str, each.types)) or "real" for each in (flow, data)]
+        raise DataError(
+            f"the flow was made for columns of the types {types[0]}, but these data have {types[1]}, or other "
+            "categories; change data.types"
         )
     if dequantization_samples > 1 and not flow.integer_valued:
         why = "the noise on its columns is drawn once" if flow.noisy else "no noise is added to its data"

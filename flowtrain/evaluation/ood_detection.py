@@ -51,7 +51,7 @@ def auroc(inside: Tensor, outside: Tensor, weights: Tensor | None = None) -> tup
     that it exceeds, and the variance of these fractions is taken over both sets (DeLong et al. 1988, Comparing the
     areas under two or more correlated ROC curves). The error is NaN if a set has fewer than two scores.
 
-    With weights of `inside` (n,), P is a weighted share, and the variance of a mean is that of
+    With weights of `inside` (n,), P is a weighted share, and the variance of a mean is the square of
     `flowtrain.utils.weighting.stderr`.
 
     Example:

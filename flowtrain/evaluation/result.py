@@ -207,7 +207,7 @@ class ContextBin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A test whether latents of the data are draws from the base, see `evaluation.calibration.calibration`.
+    """A test of whether latents of the data are draws from the base, see `evaluation.calibration.calibration`.
 
     Attributes:
         n: the number of rows.
@@ -217,8 +217,8 @@ class Calibration:
         p_value: the probability of a distance at least as large if the data are draws from the model, with Bonferroni's
             correction for the number of transforms.
         radius: the distance of the transform "radius". None for an ensemble.
-        by_context: the same by ranges and categories of the context, in the order of the context columns. () for a flow
-            that is not conditional, and for few rows.
+        by_context: the same test for each range and category of the context, in the order of the context columns. ()
+            for a flow that is not conditional, and for few rows.
     """
 
     n: int
@@ -267,7 +267,7 @@ class OODDetection:
 
 @dataclass(frozen=True)
 class RankTest:
-    """A test whether ranks of rows among samples of the flow are uniform, see `flowtrain.evaluation.sbc.rank_test`.
+    """A test of whether ranks of rows among samples of the flow are uniform, see `flowtrain.evaluation.sbc.rank_test`.
 
     Attributes:
         statistic: the largest distance sup_u |F_n(u) - u| of the ranks, scaled to [0, 1], from uniform ranks.
@@ -279,7 +279,7 @@ class RankTest:
 
     @property
     def order(self) -> tuple[float, float]:
-        """A key that sorts tests from the least to the most uniform. Of equal p-values, the statistic decides."""
+        """A key that sorts tests from the least to the most uniform, by the p-value and then by the statistic."""
         return self.p_value, -self.statistic
 
 

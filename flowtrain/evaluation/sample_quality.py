@@ -131,7 +131,10 @@ def rows_by_weight(weights: Tensor | None, n: int) -> Tensor:
     if weights is None:
         return torch.arange(n)
     if bool((weights < 0).any()):
-        raise ConfigError("quality: not possible with negative weights (data.signed_weights), which no set of rows has")
+        raise ConfigError(
+            "quality: not possible with negative weights (data.signed_weights), because rows are drawn by weight; "
+            "leave out quality"
+        )
     return resample(weights, n)
 
 

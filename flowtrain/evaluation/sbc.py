@@ -1,8 +1,8 @@
 """Tests of a sampler against data: ranks of the columns (SBC), and expected coverage by distance (TARP) and by density.
 
-A row x with context c is compared with L samples of the flow p(. | c). A function that gives one number for x and for
-each sample also gives a rank of x among the samples. If the rows are draws from p(. | c), the rank is uniform on
-0 .. L, whatever the function is. Three kinds of functions are used here:
+A row x with context c is compared with L samples of the flow p(. | c). A real-valued function orders the row and the
+samples, and the rank of x is the number of samples with a smaller value. If the rows are draws from p(. | c), the rank
+is uniform on 0 .. L for every function. Three kinds of functions are used here:
 
 - each column (simulation-based calibration, Talts et al. 2018, Validating Bayesian inference algorithms with
   simulation-based calibration);
@@ -29,7 +29,7 @@ from flowtrain.utils.weighting import resample
 
 # the largest number of rows, and the number of samples for each row
 ROWS, SAMPLES = 1000, 200
-# the largest number of numbers in the samples that are drawn at once
+# the largest number of elements of the samples that are drawn at once
 AT_ONCE = 4_000_000
 # the levels at which expected coverage is listed
 LEVELS = (0.5, 0.8, 0.9, 0.95)
@@ -62,7 +62,8 @@ def simulation_calibration(
         names: the names of the columns of x. () means x1, x2, ...
         samples: L, the number of samples for each row.
         options: batch size, draws and seed: arguments of `score_rows`.
-        weights: weights of the rows, (n,). Rows are then drawn by weight.
+        weights: weights of the rows, (n,). Rows are then drawn by weight. Their number is so small that no row occurs
+            twice, because the ranks of a repeated row are not independent.
 
     Returns:
         (result of the tests, ranks).
@@ -76,7 +77,8 @@ def simulation_calibration(
     elif bool((weights < 0).any()):
         raise ConfigError("sbc: rows are drawn by weight, but some weights are negative; leave out sbc")
     else:
-        kept = kept[resample(weights[kept], min(len(kept), ROWS))]
+        w = weights[kept]
+        kept = kept[resample(w, min(ROWS, int(w.sum() / w.max())))]
     device = flow.like.device
     x, log_p = x[kept].to(device), log_p[kept].to(device)
     context = None if context is None else context[kept].to(device)
@@ -107,7 +109,11 @@ def simulation_calibration(
 
 
 def coverage(u: Tensor) -> Coverage:
-    """Returns the expected coverage of credible regions, and its test, from ranks u (n,) that start at the centre."""
+    """Computes the expected coverage of credible regions, and tests it.
+
+    Args:
+        u: for each row, the probability of the smallest region that contains the row, (n,).
+    """
     test = rank_test(u)
     return Coverage(
         test.statistic, test.p_value, LEVELS, tuple(float((u <= level).double().mean()) for level in LEVELS)
@@ -148,9 +154,8 @@ def jittered_ranks(x: Tensor, samples: Tensor, generator: torch.Generator | None
 def tarp_ranks(x: Tensor, samples: Tensor, references: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Returns jittered ranks (n,) of |x - r| among |s_l - r|.
 
-    x and the references r are (n, d), and the samples s are (n, L, d).
-    F_n(a), the share of u that are at most a, is the expected coverage of credible regions with probability a: of the
-    balls around r that contain the share a of the samples.
+    x and the references r are (n, d), and the samples s are (n, L, d). The credible region with probability a is the
+    ball around r that contains the share a of the samples. The share of rows with u <= a is its expected coverage.
     """
     distance = (x - references).square().sum(1)
     return jittered_ranks(distance, (samples - references.unsqueeze(1)).square().sum(2), generator)
@@ -161,11 +166,11 @@ def reference_points(x: Tensor, context: Tensor | None, generator: torch.Generat
 
     r = y + OFFSET s + e / 2, where y is a linear prediction of the row from its context (n, k), s is a random vector of
     -1 and 1 that all rows share, and e is standard normal. References that do not depend on the context cannot detect
-    a flow that ignores its context (Lemos et al. 2023, section 4). References in the same direction detect wrong
-    correlations, whose effects cancel between different directions.
+    a flow that ignores its context (Lemos et al. 2023, section 4). All rows share s, because the
+    effects of wrong correlations cancel between different directions.
 
-    y is a ridge regression on the earlier blocks of rows. So r does not depend on its row of x, given the context, and
-    the ranks of all rows are independent. For the first block, and without a context, y is 0.
+    y is a ridge regression on the earlier blocks of rows. Given the context, r does not depend on its row of x, and the
+    ranks of all rows are independent. For the first block, and without a context, y is 0.
     """
     d = x.shape[1]
     s = 2.0 * torch.randint(0, 2, (d,), dtype=x.dtype, device=x.device, generator=generator) - 1
@@ -188,7 +193,8 @@ def rank_test(u: Tensor) -> RankTest:
     The test compares n F_n(k / K), k = 1 .. K - 1, with its binomial distribution. gamma is the smallest two-sided tail
     probability over k. The p-value is the share of simulated uniform sets with a gamma at most as large (Saeilynoja et
     al. 2022, Graphical test for discrete uniformity and its applications in goodness-of-fit evaluation and multiple
-    sample comparison, section 2). It is at least 1 / (SIMULATED + 1). NaN if there are no u.
+    sample comparison, section 2). It is at least 1 / (SIMULATED + 1). Without u, statistic and
+    p-value are NaN.
     """
     n = len(u)
     if n == 0:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any, NoReturn, Self, cast
 
 import torch
@@ -85,6 +86,7 @@ class Ensemble(Density):
             one.noisy,
             one.class_counts,
             one.context,
+            one.types,
         )
         self.context_rows = one.context_rows
         self.members = nn.ModuleList(members)
@@ -185,12 +187,14 @@ def _check_members(members: Sequence[Any]) -> None:
 
 def difference_in_kind(one: Density, other: Density) -> str | None:
     """Returns the first difference between the kinds of samples, such as "classes (None and 3)", or None."""
-    names = ("event_shape", "classes", "integer_valued", "levels", "noisy", "centered")
+    names = ("event_shape", "classes", "integer_valued", "levels", "noisy", "types", "centered")
     for name in names:
         a, b = (tuple(v) if isinstance(v := getattr(flow, name), list) else v for flow in (one, other))
         if a != b:
             return f"{name} ({a} and {b})"
-    return None
+    # each member standardises the context itself
+    a, b = ([replace(column, mean=0.0, std=1.0) for column in flow.context] for flow in (one, other))
+    return None if a == b else f"context ({a} and {b})"
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.squeeze import FactorOut, Squeeze
 from flowtrain.flow import Flow
-from flowtrain.models.multiscale import Size, from_data, halved, labelled, of_images, over_images
+from flowtrain.models.multiscale import Size, conditioned, from_data, halved, of_images, over_images
 from flowtrain.nn.conv_field import ConvField
 from flowtrain.nn.divergence import TraceRule
 from flowtrain.nn.mlp_field import MLPField
@@ -44,6 +44,7 @@ def ffjord(
     actnorm: bool = True,
     conditional: bool = False,
     classes: int | None = None,
+    context: int | None = None,
     trace: str = "auto",
     eval_trace: str = "auto",
     noise: str = "rademacher",
@@ -70,6 +71,7 @@ def ffjord(
             after each flow.
         conditional: whether the flow is p(x | label). The label is then an input of the fields.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
+        context: the number of real features c of a flow p(x | c), in place of labels. None: no context.
         trace, eval_trace, noise, noise_samples: exact or estimated divergence, see `flowtrain.nn.TraceRule`.
         circular: for vectors, the indices of columns that are angles in radians. The fields are periodic in them, see
             `PeriodicField`. Their base is uniform on [-pi, pi), and samples are wrapped to [-pi, pi).
@@ -78,12 +80,13 @@ def ffjord(
         An untrained flow in training mode. `flowtrain.train` trains it.
 
     Raises:
-        ConfigError: `solver` is not a Solver, `conditional` without `classes`, circular columns of images, or a setting
-            out of range.
+        ConfigError: `solver` is not a Solver, `conditional` without `classes` or together with `context`, circular
+            columns of images, or a setting out of range.
     """
     event_shape = shape_of(event_shape)
     if not isinstance(solver, Solver | None):
         raise ConfigError(f"solver={solver!r}: give a solver, such as flowtrain.ode.ode_solver('tsit5')")
+    size, kind = conditioned("ffjord", flag("model.conditional", conditional), classes, context)
     made = Flows(
         solver=ode_solver() if solver is None else solver,
         rule=TraceRule(trace, eval_trace, noise, noise_samples),
@@ -94,21 +97,21 @@ def ffjord(
         full_size=flag("model.full_size", full_size),
         positional_bias=flag("model.positional_bias", positional_bias),
         actnorm=flag("model.actnorm", actnorm),
-        classes=labelled("ffjord", flag("model.conditional", conditional), classes),
+        classes=size,
     )
     if of_images("ffjord", event_shape, least=1):
         if circular:
-            raise ConfigError(f"model.circular={circular}: only vectors have circular columns, and these are images")
-        return over_images(event_shape, made.scale, scales, made.actnorm, made.classes)
+            raise ConfigError(f"model.circular={circular}: only vectors have circular columns, but these are images")
+        return over_images(event_shape, made.scale, scales, made.actnorm, kind)
     d = event_shape[0]
     settings = hidden, field, activation, made.classes, init_scale
     if not circular:
-        return Flow(event_shape, Chain(made.flow(MLPField(d, *settings)) for _ in range(flows)), made.classes)
+        return Flow(event_shape, Chain(made.flow(MLPField(d, *settings)) for _ in range(flows)), **kind)
     angles = circular_indices(circular, d, "model.circular")
     stack = (made.flow(PeriodicField(d, angles, *settings)) for _ in range(flows))
-    # an ODE moves angles on the real line, so they are wrapped at both ends
+    # an ODE moves angles on the real line, so angles are wrapped on the side of the base and on the side of the data
     parts = [WrapAngles(d, angles), *stack, WrapAngles(d, angles)]
-    return Flow(NormalUniform(d, angles), Chain(parts), made.classes)
+    return Flow(NormalUniform(d, angles), Chain(parts), **kind)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from flowtrain.bijections.linear import InvertibleLinear
 from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.squeeze import FactorOut, Squeeze
 from flowtrain.flow import Flow
-from flowtrain.models.multiscale import Size, from_data, halved, labelled, of_images, over_images
+from flowtrain.models.multiscale import Size, conditioned, from_data, halved, of_images, over_images
 from flowtrain.models.nsf import spline
 from flowtrain.nn.conditioners import ACTIVATIONS, MLP, ConvNet, InformedConv, zero
 from flowtrain.utils.arguments import flag, number, one_of, shape_of, share, whole, widths
@@ -40,6 +40,7 @@ def glow(
     positional_bias: bool = False,
     conditional: bool = False,
     classes: int | None = None,
+    context: int | None = None,
 ) -> Flow:
     """Glow (Kingma and Dhariwal 2018) for images (C, H, W), or for vectors of length d >= 2 as images of one pixel.
 
@@ -64,16 +65,19 @@ def glow(
         positional_bias: for images, whether the conditioners have a bias for each pixel.
         conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
+        context: the number of real features c of a flow p(x | c), in place of labels. None: no context.
 
     Returns:
         An untrained flow in training mode. `flowtrain.train` trains it.
 
     Raises:
-        ConfigError: d < 2, one channel at the last scale, `conditional` without `classes`, or a setting out of range.
+        ConfigError: d < 2, one channel at the last scale, `conditional` without `classes` or together with `context`,
+            or a setting out of range.
     """
     event_shape = shape_of(event_shape)
     # this checks the settings of the splines, even if the couplings are affine
     spline(bins, bound)
+    size, kind = conditioned("glow", flag("model.conditional", conditional), classes, context)
     made = Steps(
         steps=whole("model.steps", steps),
         hidden=widths("model.hidden", hidden),
@@ -85,12 +89,12 @@ def glow(
         bound=bound,
         dropout=share("model.dropout", dropout),
         positional_bias=flag("model.positional_bias", positional_bias),
-        classes=labelled("glow", flag("model.conditional", conditional), classes),
+        classes=size,
     )
     if of_images("glow", event_shape, least=2):
-        return over_images(event_shape, made.scale, scales, pixels=True, classes=made.classes)
+        return over_images(event_shape, made.scale, scales, pixels=True, kind=kind)
     d = event_shape[0]
-    return Flow(event_shape, from_data([*made.at(d), ActNorm(d)]), made.classes)
+    return Flow(event_shape, from_data([*made.at(d), ActNorm(d)]), **kind)
 
 
 @dataclass(frozen=True)

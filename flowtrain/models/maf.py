@@ -18,7 +18,7 @@ from flowtrain.bijections.circular import CircularSpline, by_kind
 from flowtrain.bijections.elementwise import ScaleShift
 from flowtrain.bijections.linear import Permutation
 from flowtrain.flow import Flow
-from flowtrain.models.multiscale import labelled
+from flowtrain.models.multiscale import conditioned
 from flowtrain.models.nsf import MIXINGS, assembled, columns, mixed, mixed_real, spline
 from flowtrain.nn.conditioners import ACTIVATIONS
 from flowtrain.nn.residual_mlp import MaskedMLP
@@ -44,6 +44,7 @@ def maf(
     dropout: float = 0.0,
     conditional: bool = False,
     classes: int | None = None,
+    context: int | None = None,
     circular: Sequence[int] = (),
 ) -> Flow:
     """Masked autoregressive flow of vectors (d,), with affine maps or splines.
@@ -69,6 +70,7 @@ def maf(
         dropout: the dropout probability in the conditioners.
         conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
+        context: the number of real features c of a flow p(x | c), in place of labels. None: no context.
         circular: the indices of columns that are angles in radians. Their map is a `CircularSpline` with `bins` bins
             for both values of `transform`, and the conditioners receive their cosines and sines. Their base is uniform
             on [-pi, pi). The layers order the real columns before the circular columns, and every second layer
@@ -76,12 +78,13 @@ def maf(
             real columns among themselves.
 
     Raises:
-        ConfigError: samples that are not vectors, `conditional` without `classes`, or a setting out of range.
+        ConfigError: samples that are not vectors, `conditional` without `classes` or together with `context`, or a
+            setting out of range.
     """
     d = columns("maf", event_shape)
     angles = circular_indices(circular, d, "model.circular")
     activation = one_of("model.activation", activation, ACTIVATIONS)
-    given = labelled("maf", flag("model.conditional", conditional), classes)
+    given, kind = conditioned("maf", flag("model.conditional", conditional), classes, context)
     residual, drop = widths("model.hidden", hidden), share("model.dropout", dropout)
     limit = None if input_bound is None else number("model.input_bound", input_bound)
     largest, _ = number("model.cap", cap), spline(bins, bound)
@@ -99,13 +102,13 @@ def maf(
         net = MaskedMLP(inputs, residual, order[f.owners(d)], activation, given, drop)
         parts += [*mixed_real(mixing, d - m), *permuted(mixing, d - m, m)] if m else mixed(mixing, d)
         parts.append(Autoregressive(order, net, input_bound=limit, transform=f, n_circular=m))
-    return assembled(d, angles, parts, given)
+    return assembled(d, angles, parts, kind)
 
 
 def permuted(mixing: str, n: int, m: int) -> list[Bijection]:
-    """Returns a random permutation of n real columns and m circular columns, each kind among itself, if there is one.
+    """Returns a list with a random permutation that maps n real columns to real columns, and m angles to angles.
 
-    With the mixing `linear`, only the circular columns are permuted, and with `alternate`, none.
+    With the mixing `linear`, only the circular columns are permuted. With `alternate`, the list is empty.
     """
     if mixing == "alternate" or max(m, n if mixing == "permutation" else 0) < 2:
         return []

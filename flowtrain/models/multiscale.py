@@ -1,6 +1,7 @@
 """Functions shared by models of images at several scales."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.scale import ActNorm
@@ -38,7 +39,7 @@ def over_images(
     scale: Callable[[int, Size, int], Bijection],
     scales: int | None,
     pixels: bool,
-    classes: int | None,
+    kind: dict[str, Any],
 ) -> Flow:
     """Builds a flow of images (C, H, W).
 
@@ -47,7 +48,7 @@ def over_images(
         scale: builds the bijection from (channels, (H, W), number of halvings).
         scales: the number of halvings, or None, see `halvings`.
         pixels: whether there is an ActNorm of each pixel at the data end.
-        classes: the number of labels, or None.
+        kind: the arguments of `Flow` for a conditional flow, see `conditioned`.
 
     Raises:
         ConfigError: more halvings than the sides allow.
@@ -55,7 +56,7 @@ def over_images(
     channels, height, width = event_shape
     inside = scale(channels, (height, width), halvings((height, width), scales))
     # at the data end, the pixels have different means and scales, for example at a border that is always black
-    return Flow(event_shape, from_data([*([ActNorm(event_shape)] if pixels else []), inside]), classes)
+    return Flow(event_shape, from_data([*([ActNorm(event_shape)] if pixels else []), inside]), **kind)
 
 
 def halved(size: Size) -> Size:
@@ -89,15 +90,33 @@ def from_data(bijections: Iterable[Bijection]) -> Chain:
     return Chain(list(bijections)[::-1])
 
 
-def labelled(name: str, conditional: bool, classes: int | None) -> int | None:
-    """Returns the number of classes of a conditional model, or None for other models.
+def conditioned(
+    name: str, conditional: bool, classes: int | None, context: int | None
+) -> tuple[int | None, dict[str, Any]]:
+    """Returns the size of the context for the networks of a model, and the arguments of `Flow` for this context.
+
+    Args:
+        conditional: whether the model is p(x | label).
+        classes: the number K of labels.
+        context: the number F of real features of p(x | c).
+
+    Returns:
+        (K, {"classes": K}) for labels, (F, {"context": F}) for features, and (None, {}) for an unconditional model.
 
     Raises:
-        ConfigError: a conditional model without a number of classes.
+        ConfigError: labels without their number, or both labels and features.
     """
+    if context is not None:
+        if conditional:
+            raise ConfigError(
+                f"model={name} is conditional on labels (model.conditional=true) or on a context, not on both: omit "
+                "model.conditional and data.label, and give all columns in data.context, the label as a categorical "
+                "column"
+            )
+        return whole("context", context), {"context": context}
     if conditional and classes is None:
         raise ConfigError(
             f"model={name} with conditional=true needs the labels of the data: give data.label with data=array, label "
             f"in flowtrain.fit, or classes in flowtrain.models.{name}"
         )
-    return classes if conditional else None
+    return (classes, {"classes": classes}) if conditional else (None, {})

@@ -7,7 +7,8 @@ Example:
     -1.8379
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from flowtrain.bijections.linear import InvertibleLinear, Permutation
 from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.spline import Spline
 from flowtrain.flow import Flow
-from flowtrain.models.multiscale import from_data, labelled
+from flowtrain.models.multiscale import conditioned, from_data
 from flowtrain.nn.conditioners import ACTIVATIONS
 from flowtrain.nn.residual_mlp import MaskedMLP, ResidualMLP
 from flowtrain.utils.arguments import flag, number, one_of, shape_of, share, whole, widths
@@ -45,6 +46,7 @@ def nsf(
     dropout: float = 0.0,
     conditional: bool = False,
     classes: int | None = None,
+    context: int | None = None,
     circular: Sequence[int] = (),
 ) -> Flow:
     """Neural spline flow of vectors (d,): a stack of spline couplings.
@@ -66,18 +68,20 @@ def nsf(
         dropout: the dropout probability in the conditioners.
         conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
+        context: the number of real features c of a flow p(x | c), in place of labels. None: no context.
         circular: the indices of columns that are angles in radians. Each coupling has circular splines for them, see
             `CircularSpline`, and its conditioner receives their cosines and sines. Their base is uniform on [-pi, pi).
-            Of two couplings, the second one transforms the columns that the first one keeps. These halves are random
+            Every second coupling transforms the columns that the coupling before it keeps. These halves are random
             unless `mixing` is `alternate`. The invertible matrices mix the other columns only.
 
     Raises:
-        ConfigError: samples that are not vectors, `conditional` without `classes`, or a setting out of range.
+        ConfigError: samples that are not vectors, `conditional` without `classes` or together with `context`, or a
+            setting out of range.
     """
     d = columns("nsf", event_shape)
     angles = circular_indices(circular, d, "model.circular")
     activation = one_of("model.activation", activation, ACTIVATIONS)
-    given = labelled("nsf", flag("model.conditional", conditional), classes)
+    given, kind = conditioned("nsf", flag("model.conditional", conditional), classes, context)
     residual, drop = widths("model.hidden", hidden), share("model.dropout", dropout)
     limit = None if input_bound is None else number("model.input_bound", input_bound)
     one_of("model.mixing", mixing, MIXINGS)
@@ -107,7 +111,7 @@ def nsf(
             kept = d - half if swap else half
             net = ResidualMLP(kept, residual, transform.size * (d - kept), activation, given, drop)
             parts.append(HalfCoupling(d, swap, net, input_bound=limit, transform=transform))
-    return assembled(d, angles, parts, given)
+    return assembled(d, angles, parts, kind)
 
 
 def mixed(mixing: str, d: int) -> list[Bijection]:
@@ -119,7 +123,7 @@ def mixed(mixing: str, d: int) -> list[Bijection]:
 
 
 def mixed_real(mixing: str, n: int) -> list[Bijection]:
-    """Returns the invertible matrix that mixes the first n columns, which are real, if `mixing` is `linear`."""
+    """Returns a list with an invertible matrix for the first n columns if `mixing` is `linear`, else an empty list."""
     if mixing != "linear" or n < 2:
         return []
     return [OnColumns(InvertibleLinear(n, "permutation"), list(range(n)))]
@@ -135,7 +139,7 @@ def kept_half(n: int, m: int, mixing: str) -> Tensor:
     return mask
 
 
-def assembled(d: int, angles: Sequence[int], layers: Sequence[Bijection], given: int | None) -> Flow:
+def assembled(d: int, angles: Sequence[int], layers: Sequence[Bijection], kind: Mapping[str, Any]) -> Flow:
     """Builds the flow from its layers, listed from data to base.
 
     If there are circular columns, the layers receive the real columns first and the circular columns last.
@@ -144,17 +148,17 @@ def assembled(d: int, angles: Sequence[int], layers: Sequence[Bijection], given:
         d: the number of columns.
         angles: the indices of the circular columns.
         layers: the layers.
-        given: the number of classes, or None.
+        kind: the arguments of `Flow` for a conditional flow, see `conditioned`.
     """
     if not angles:
-        return Flow((d,), from_data([ActNorm(d), *layers]), given)
+        return Flow((d,), from_data([ActNorm(d), *layers]), **kind)
     real = [i for i in range(d) if i not in angles]
     order = torch.tensor([*real, *angles], device="cpu")
     norm = [OnColumns(ActNorm(len(real)), list(range(len(real))))] if real else []
     inside = [*norm, *layers]
     if order.tolist() != list(range(d)):
         inside = [Permutation(order.argsort()), *inside, Permutation(order)]
-    return Flow(NormalUniform(d, angles), from_data([WrapAngles(d, angles), *inside]), given)
+    return Flow(NormalUniform(d, angles), from_data([WrapAngles(d, angles), *inside]), **kind)
 
 
 def columns(name: str, event_shape: int | Sequence[int]) -> int:

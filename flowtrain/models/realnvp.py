@@ -18,7 +18,7 @@ from flowtrain.bijections.linear import Permutation
 from flowtrain.bijections.scale import ActNorm, BatchNorm
 from flowtrain.bijections.squeeze import FactorOut, Squeeze
 from flowtrain.flow import Flow
-from flowtrain.models.multiscale import Size, from_data, halved, labelled, of_images, over_images
+from flowtrain.models.multiscale import Size, conditioned, from_data, halved, of_images, over_images
 from flowtrain.nn.conditioners import ACTIVATIONS, MLP, ResidualNet
 from flowtrain.utils.arguments import flag, number, one_of, shape_of, share, whole, widths
 
@@ -41,6 +41,7 @@ def realnvp(
     positional_bias: bool = False,
     conditional: bool = False,
     classes: int | None = None,
+    context: int | None = None,
 ) -> Flow:
     """RealNVP (Dinh et al. 2017): affine couplings for vectors of length d >= 2, or for images (C, H, W).
 
@@ -65,15 +66,17 @@ def realnvp(
         positional_bias: for images, whether the conditioners have a bias for each pixel.
         conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
+        context: the number of real features c of a flow p(x | c), in place of labels. None: no context.
 
     Returns:
         An untrained flow in training mode. `flowtrain.train` trains it.
 
     Raises:
-        ConfigError: d < 2, `conditional` without `classes`, or a setting out of range.
+        ConfigError: d < 2, `conditional` without `classes` or together with `context`, or a setting out of range.
     """
     event_shape = shape_of(event_shape)
     images = of_images("realnvp", event_shape, least=2)
+    size, kind = conditioned("realnvp", flag("model.conditional", conditional), classes, context)
     couplings = Couplings(
         layers=whole("model.layers", layers) if layers is not None else 4 if images else 8,
         hidden=widths("model.hidden", hidden, least_layers=int(images)),
@@ -84,12 +87,12 @@ def realnvp(
         input_bound=None if input_bound is None else number("model.input_bound", input_bound),
         dropout=share("model.dropout", dropout),
         positional_bias=flag("model.positional_bias", positional_bias),
-        classes=labelled("realnvp", flag("model.conditional", conditional), classes),
+        classes=size,
     )
     one_of("model.mixing", mixing, MIXINGS)
     if images:
-        return over_images(event_shape, couplings.scale, scales, couplings.actnorm, couplings.classes)
-    return Flow(event_shape, couplings.stack(event_shape[0], mixing == "permutation"), couplings.classes)
+        return over_images(event_shape, couplings.scale, scales, couplings.actnorm, kind)
+    return Flow(event_shape, couplings.stack(event_shape[0], mixing == "permutation"), **kind)
 
 
 @dataclass(frozen=True)

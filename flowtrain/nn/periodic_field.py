@@ -20,7 +20,7 @@ class PeriodicField(MLPField):
         d: dimension of x.
         circular: the indices of the circular columns.
         hidden, layer, activation, classes, init_scale: see `MLPField`. The initial weights of the cosines and
-            sines are twice as large, because these lie in [-1, 1], and standardized columns mostly in [-2, 2].
+            sines are twice as large, because their values lie in [-1, 1], and standardized values mostly in [-2, 2].
 
     Raises:
         ConfigError: an invalid index, or a setting that `MLPField` does not allow.

@@ -23,9 +23,11 @@ from flowtrain.utils.process import seeded
 log = logging.getLogger("flowtrain")
 
 
-# of z, x, the features of the context and the indices of the circular columns
+# the arguments are z, x, the features of the context and the indices of the circular columns. The result is z in the
+# order of its partners x
 Coupling = Callable[[Tensor, Tensor, Tensor | None, Sequence[int]], Tensor]
-# the largest distance of the features of two contexts whose points may be paired. Real features have a deviation of 1
+# optimal coupling exchanges points only between contexts whose features have at most this distance. Real features have
+# a standard deviation of 1
 CONTEXT_RADIUS = 0.1
 
 
@@ -100,7 +102,7 @@ class Matching(Objective):
     """
 
     likelihood_from = None
-    # whether the lines end at the samples of the batch, so that their weights apply
+    # whether the lines end at the samples of the batch, so that the weights of the samples apply
     weighted = True
 
     def __init__(self, flow: Flow, regularizer: Regularizer) -> None:
@@ -117,7 +119,7 @@ class Matching(Objective):
     def pairs(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns (x0, x1, context) for a training batch: the ends (B, *event) of B lines, and their context.
 
-        The context of the arguments has the form of `Flow.context_of`, and of the result, of `Flow.features`.
+        The argument `context` has the form of `Flow.context_of`. The returned context has the form of `Flow.features`.
         """
 
     def forward(
@@ -275,11 +277,11 @@ class Rectified(Matching):
     ) -> None:
         super().__init__(flow, regularizer)
         whole("objective.pairs", pairs)
-        own, taught = flow.base, teacher.base
-        if type(own) is not type(taught) or own.circular != taught.circular:
+        base, taught = flow.base, teacher.base
+        if type(base) is not type(taught) or base.circular != taught.circular:
             raise ConfigError(
                 f"the teacher has the base {type(taught).__name__}({taught.extra_repr()}) and the flow has the base "
-                f"{type(own).__name__}({own.extra_repr()}): use the same base for both"
+                f"{type(base).__name__}({base.extra_repr()}): use the same base for both"
             )
         begun = time.perf_counter()
         with seeded(seed, teacher.like.device):
@@ -300,7 +302,8 @@ def draw_pairs(
     """Draws n pairs (x0, x1), the ends of paths of the teacher, (n, *event) each, and the features of their context.
 
     Args:
-        contexts: the contexts of the pairs, (n, k), for a teacher with context columns. Labels are drawn.
+        contexts: the contexts of the pairs, (n, k), for a teacher with context columns. For a teacher with labels,
+            labels are drawn.
     """
     like, solver = teacher.like, teacher.solver
     assert solver is not None

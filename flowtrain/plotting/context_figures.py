@@ -50,15 +50,15 @@ def draw_contexts(
 ) -> None:
     """Draws densities p(x | c) of one or two columns at several contexts c, with the rows whose contexts are near c.
 
-    All panels have the same limits, which depend on the data only. The heights or colours of each panel have their own
-    scale. The axis of a heavy-tailed column has an asinh scale.
+    All panels have the same limits, which depend on the data only. Each panel has a separate scale of heights or
+    colours. The axis of a heavy-tailed column has an asinh scale.
 
     Args:
         names: the names of the K contexts.
         data: rows (N_k, d) near each context, with d = 1 or 2.
         log_densities: for each context, a function from (G, d) to (G,), in nats.
         columns: the names of the columns.
-        near_words: says how the rows were chosen, after their number.
+        near_words: the words after the number of rows in the legend, which say how the rows were chosen.
     """
     near = [points.data_points(rows, width=len(columns)) for rows in data]
     values = np.concatenate([rows.values for rows in near])
@@ -68,11 +68,11 @@ def draw_contexts(
     short = [style.abbreviated(name, LETTERS) for name in names]
     draw = _contexts_1d if len(columns) == 1 else _contexts_2d
     with style.styled():
-        words = f"{_number(near)} {near_words}"
+        words = f"{_row_counts(near)} {near_words}"
         style.save(draw(short, near, words, functions, scaled, columns, title, options), path, options)
 
 
-def _number(near: Sequence[Points]) -> str:
+def _row_counts(near: Sequence[Points]) -> str:
     """Returns the number of rows in the panels, such as "100 rows" and "50 to 100 rows"."""
     counts = [len(rows.values) + rows.dropped for rows in near]
     most = counted(max(counts), "row")
@@ -113,7 +113,7 @@ def _contexts_1d(
     figure.text(
         0.2 / style.WIDTH,
         (BOTTOM + HEIGHT / 2) / figure.get_size_inches()[1],
-        "density (own scale)",
+        "density (separate scale)",
         rotation=90,
         va="center",
         ha="center",
@@ -137,7 +137,7 @@ def _contexts_2d(
     limits = picture_limits(np.concatenate([rows.values for rows in near]))
     panels = list(range(len(names)))
     rows = [
-        ("Density of the model (each panel has its own colour scale)", panels, True),
+        ("Density of the model (each panel has a separate colour scale)", panels, True),
         (words, panels, False),
     ]
     figure, (above, below) = square_panels(rows, names, limits, columns, title, options, scaled)

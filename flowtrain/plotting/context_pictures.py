@@ -46,7 +46,7 @@ def draw_context_pictures(
         contexts, varied = panel_contexts(columns, values)
         draw_contexts(
             path_of("contexts"),
-            names=[_name(columns, c, varied) for c in contexts.tolist()],
+            names=[_panel_name(columns, c, varied) for c in contexts.tolist()],
             data=[flow.dequantized(rows_near(flow, data, c)) for c in contexts],
             log_densities=[partial(log_density_at, flow, context=as_context(flow, c)) for c in contexts],
             columns=list(data.columns) or default_names(range(flow.event_shape[0])),
@@ -101,9 +101,9 @@ def _all_categorical(columns: Sequence[ContextColumn]) -> bool:
 
 
 def typical_context(flow: Density, data: Dataset) -> Tensor:
-    """Returns a context (1, k) of `Flow.context_of` in the middle of the contexts of test rows.
+    """Returns a context in the middle of the contexts of test rows, in the form of `Flow.context_of`, (1, k).
 
-    For a flow with labels, this is the first class with training rows, (1,).
+    For a flow with labels, the result is the first class with training rows, (1,).
     """
     if flow.classes is not None:
         return torch.tensor(flow.seen[:1], device=flow.like.device)
@@ -116,8 +116,8 @@ def typical_context(flow: Density, data: Dataset) -> Tensor:
 def rows_near(flow: Density, data: Dataset, context: Tensor) -> Tensor:
     """Returns the test rows whose contexts are nearest to a context (k,), on the device of the flow.
 
-    Distances are between the features of contexts, in which real columns are standardized. Rows of a flow with labels
-    have the same label.
+    The distance is between the features of contexts, in which real columns are standardized. For a flow with labels,
+    the result contains rows with this label.
     """
     columns, values = _test_contexts(flow, data)
     c = context.reshape(1, -1).to(values)
@@ -151,7 +151,7 @@ def context_words(flow: Density, context: Tensor) -> str:
     return context_text(flow.context, context.flatten().tolist())
 
 
-def _name(columns: tuple[ContextColumn, ...], values: list[float], varied: int) -> str:
+def _panel_name(columns: tuple[ContextColumn, ...], values: list[float], varied: int) -> str:
     """Returns the name of a panel: the column that varies, and the other column if there is only one."""
     shown = [varied, *(i for i in range(len(columns)) if i != varied)] if len(columns) <= 2 else [varied]
     return context_text([columns[i] for i in shown], [values[i] for i in shown])

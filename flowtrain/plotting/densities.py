@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowtrain.plotting import points, scales, style
 from flowtrain.plotting.options import DEFAULT, PlotOptions
-from flowtrain.plotting.points import Array, LogDensity, Range
+from flowtrain.plotting.points import EVERYWHERE, Array, LogDensity, Range
 from flowtrain.plotting.scales import Scale, axis_label, set_ticks
 
 HEIGHT_1D = 3.9
@@ -37,6 +37,7 @@ def draw_flow_1d(
     resolution: int = RESOLUTION_1D,
     log_scale: bool = False,
     options: PlotOptions = DEFAULT,
+    support: Range = EVERYWHERE,
 ) -> None:
     """Draws the density of the model with histograms of data (N, 1) and samples (M, 1).
 
@@ -48,12 +49,13 @@ def draw_flow_1d(
         column: the name of the column.
         true_log_density: the log density of the data if it is known.
         log_scale: whether the axis of densities is logarithmic.
+        support: the range of values, which the axis does not leave.
     """
     real, model = points.as_points(data, samples)
     points.require_width(real, 1)
     scale = scales.choose_scale(real.values[:, 0])
     real, model = (scales.on_axes([scale], each) for each in (real, model))
-    limits = points.common_range(real.values[:, 0], model.values[:, 0])
+    limits = _within(points.common_range(real.values[:, 0], model.values[:, 0]), scale, support)
     x = points.centres(limits, resolution)
     density = np.zeros_like(x)
     if log_density is not None:
@@ -122,6 +124,7 @@ def draw_flow_2d(
     resolution: int = 120,
     log_scale: bool = False,
     options: PlotOptions = DEFAULT,
+    supports: Sequence[Range] = (EVERYWHERE, EVERYWHERE),
 ) -> None:
     """Draws data (N, 2), samples (M, 2), the density of the model and the true density in a row of square panels.
 
@@ -135,12 +138,14 @@ def draw_flow_2d(
         columns: the names of the columns.
         true_log_density: the log density of the data if it is known. None: no fourth panel.
         log_scale: whether colours show log densities, from the top of the colour scale to DEPTH_2D nats below.
+        supports: the ranges of values of the columns, which the axes do not leave.
     """
     real, model = points.as_points(data, samples)
     points.require_width(real, 2)
     scaled = [scales.choose_scale(column) for column in real.values.T]
     real, model = (scales.on_axes(scaled, each) for each in (real, model))
-    limits = picture_limits(real.values, model.values)
+    across, up = map(_within, picture_limits(real.values, model.values), scaled, supports)
+    limits = across, up
     blur = points.blur_2d(points.common_count(real.values, model.values))
     panels = [
         (
@@ -170,6 +175,12 @@ def draw_flow_2d(
             figure, left, side, top, brightest > top, log_scale, "area" if all(s.plain for s in scaled) else "axes"
         )
         style.save(figure, path, options)
+
+
+def _within(limits: Range, scale: Scale, support: Range) -> Range:
+    """Returns the limits of an axis, cut to a range of values."""
+    low, high = (float(place) for place in scale.places(np.array(support)))
+    return max(limits[0], low), min(limits[1], high)
 
 
 def picture_limits(values: Array, samples: Array | None = None) -> tuple[Range, Range]:

@@ -1,4 +1,4 @@
-"""The density of one or two columns on a grid, as arrays for figures of the user's own."""
+"""The density of one or two columns on a grid, as arrays for figures that the user draws."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ AXES = ("x", "y")
 
 
 def check_has_grid(flow: Density, path: object, context: Context = None) -> None:
-    """Refuses samples that are not vectors of one or two columns, and a flow with context columns without a context.
+    """Checks that a grid is possible: vectors of one or two columns, and a context for a flow with context columns.
 
     Args:
         path: the file of the grid, for the message.
@@ -57,7 +57,7 @@ def density_grid(
 ) -> dict[str, NDArray[Any]]:
     """Computes log p on a regular grid around data of one or two columns.
 
-    The grid of a column reaches from its 0.5% to its 99.5% quantile, and 12% of this range further on both sides. For
+    The grid of a column covers the range from its 0.5% to its 99.5% quantile, and 12% of this range on both sides. For
     whole numbers x, the density is the density of x + u with u uniform in [0, 1).
 
     Args:

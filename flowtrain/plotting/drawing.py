@@ -23,7 +23,7 @@ log = logging.getLogger("flowtrain")
 
 # the solver tolerance: errors of this size are invisible in a figure, and a tighter solve of a whole grid takes long
 TOLERANCE = 1e-4
-# number of rows among which negative weights are cancelled, which takes a sort of these rows for each negative weight
+# the number of rows among which negative weights are cancelled. Each negative weight needs a sort of these rows
 MOST_CANCELLED = 4_000
 
 

@@ -116,6 +116,10 @@ def robust_range(values: Array, margin: float = 0.12) -> Range:
     return low - margin * span, high + margin * span
 
 
+# the range of an axis without limits
+EVERYWHERE = (-math.inf, math.inf)
+
+
 def common_range(values: Array, samples: Array, margin: float = 0.12) -> Range:
     """The robust range of data `values` (N,). If all values are equal, it reaches over samples (M,), too."""
     if len(samples) == 0 or np.ptp(values) > 0:

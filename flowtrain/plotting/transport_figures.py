@@ -49,7 +49,7 @@ def draw_transport(
 ) -> None:
     """Draws how a flow transforms the base into the data, moment by moment.
 
-    The first row shows the densities, each on its own colour scale. The second row shows the velocities, if the flow
+    The first row shows the densities, each on a separate colour scale. The second row shows the velocities, if the flow
     has any. The last row shows a grid of the base that the flow has mapped, in larger panels for at most three moments.
     All panels have the same limits, which depend on the data (N, 2) only.
 
@@ -66,7 +66,7 @@ def draw_transport(
     tops = np.array([points.peak(height) or 1.0 for height in heights])
     moments = list(range(len(names)))
     grids = [round(i) for i in np.linspace(0, len(names) - 1, min(GRIDS, len(names)))]
-    rows = [("Density (each panel has its own colour scale)", moments, True)]
+    rows = [("Density (each panel has a separate colour scale)", moments, True)]
     if velocity is not None:
         rows.append((f"Velocity (grey arrows: density below {LEAST:.0%} of its peak)", moments, False))
     rows.append(("Grid of the base, mapped by the flow (bold: axes of the base)", grids, True))

@@ -152,7 +152,7 @@ class _Transport:
         self.context = None if context is None else flow.features(context.to(flow.like.device))
         self.trajectory = Trajectory(flow, moments)
         self.shown = self.trajectory.exact(moments)
-        # figures start at the base, which is as wide as the rows of all contexts. So their limits use all rows
+        # the limits use the rows of all contexts, because figures start at the base, which is as wide as these rows
         self.every_row = flow.dequantized(first_test_samples(flow, data, POINTS)[0])
         self.data = self.every_row
         if context is not None:

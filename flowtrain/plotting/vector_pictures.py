@@ -1,5 +1,6 @@
 """Chooses the rows, densities and classes for the figures of samples beside the data of a table."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from flowtrain.plotting.corner import Classes, draw_corner
 from flowtrain.plotting.densities import draw_flow_1d, draw_flow_2d
 from flowtrain.plotting.drawing import evaluate_inside_range, first_test_samples
 from flowtrain.plotting.options import DEFAULT, PlotOptions
-from flowtrain.plotting.points import LogDensity
+from flowtrain.plotting.points import EVERYWHERE, LogDensity, Range
 from flowtrain.utils.errors import FlowtrainError
 
 # the numbers of rows of the data, of samples of one or two columns, and of samples of more columns
@@ -65,6 +66,7 @@ def draw(
         title=title,
         log_scale=log_scale,
         options=options,
+        supports=[one.support for one in flow.types],
     )
 
 
@@ -104,6 +106,7 @@ def _draw_with_context(
         title=title,
         log_scale=log_scale,
         options=options,
+        supports=[one.support for one in flow.types],
     )
 
 
@@ -132,6 +135,7 @@ def draw_flow(
     classes: Classes | None = None,
     log_scale: bool = False,
     options: PlotOptions = DEFAULT,
+    supports: Sequence[Range] = (),
 ) -> None:
     """Draws data (N, d) and samples (M, d) in the figure for their number of columns d.
 
@@ -145,6 +149,7 @@ def draw_flow(
         columns: the names of the columns. If empty, they are c0, c1, ...
         classes: the classes of the rows, for a corner plot.
         log_scale: whether densities of one and two columns are drawn on a logarithmic scale.
+        supports: the range of values of each column, which the axes do not leave; () if it is not limited.
     """
     if data.ndim != 2:
         raise FlowtrainError(f"cannot plot data of shape {tuple(data.shape)}: give it as (rows, columns)")
@@ -162,7 +167,8 @@ def draw_flow(
         "log_scale": log_scale,
         "options": options,
     }
+    ranges = list(supports) or [EVERYWHERE] * width
     if width == 1:
-        draw_flow_1d(path, column=names[0], **arguments)
+        draw_flow_1d(path, column=names[0], support=ranges[0], **arguments)
     else:
-        draw_flow_2d(path, columns=names, **arguments)
+        draw_flow_2d(path, columns=names, supports=ranges, **arguments)

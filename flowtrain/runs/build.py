@@ -16,8 +16,10 @@ from flowtrain.bijections.linear import FromGaussian, Preconditioned
 from flowtrain.bijections.logit import Logit
 from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.bijections.scale import Standardize
+from flowtrain.bijections.support import ToSupport
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.context import feature_count
+from flowtrain.data.types import circular_columns, whole_columns_of
 from flowtrain.flow import Density, Flow
 from flowtrain.models.described import TARGET
 from flowtrain.objectives.base import Objective
@@ -31,9 +33,9 @@ from flowtrain.utils.errors import ConfigError, first_line
 Config = Mapping[str, Any]
 
 # arguments that are passed in addition to the keys of a group; messages do not list them
-GIVEN = ("event_shape", "solver", "classes", "circular")
+GIVEN = ("event_shape", "solver", "classes", "context", "circular")
 # attributes of a flow that describe its samples
-OF_SAMPLES = ("integer_valued", "levels", "centered", "noisy", "class_counts")
+OF_SAMPLES = ("integer_valued", "levels", "centered", "noisy", "class_counts", "types")
 # keys that are not arguments, as in hydra.utils.instantiate
 RESERVED = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 
@@ -130,6 +132,7 @@ def build_flow(config: Config, samples: Samples) -> Flow:
     of:
 
     - a Logit if the samples are integers in a known range (`samples.levels`)
+    - a ToSupport if columns have types with bounds or are circular (`samples.types`)
     - a Standardize if `samples.standardized` or `samples.centered`
     - the bijection of the model
     - if `samples.gaussian_start`, a linear layer with which the flow starts at the Gaussian of the training rows; for
@@ -154,16 +157,23 @@ def build_density(config: Config, samples: Samples) -> Density:
     offered: dict[str, Any] = {"solver": build_solver(config), "classes": samples.classes}
     kind = {key: getattr(samples, key) for key in OF_SAMPLES}
     if samples.context:
-        # the networks of a model receive the features of the context in place of one-hot labels
-        kind |= {"classes": None, "context": samples.context, "context_rows": samples.context_rows}
+        kind |= {"context": samples.context, "context_rows": samples.context_rows}
         if not is_description(config["model"]):
-            offered |= {"classes": feature_count(samples.context), "conditional": True}
-            config = {**config, "model": {k: v for k, v in config["model"].items() if k != "conditional"}}
+            offered |= {"classes": None, "context": feature_count(samples.context)}
+    angles = circular_columns(samples.types)
+    if angles and not is_description(config["model"]):
+        offered["circular"] = angles
     wanted = _wanted(config, "model", offered)
-    if samples.context and "conditional" in offered and not {"classes", "conditional"} <= set(wanted):
+    if "circular" in offered and "circular" not in wanted:
+        names = [samples.columns[i] if samples.columns else str(i) for i in angles]
+        raise ConfigError(
+            f"data.types: model={config['model'].get('name')} cannot have circular columns ({', '.join(names)}); use "
+            "model=nsf, maf or ffjord"
+        )
+    if samples.context and offered.get("context") and "context" not in wanted:
         raise ConfigError(
             f"data.context: model={config['model'].get('name')} cannot be conditional; use a model with the argument "
-            "conditional, such as nsf, maf, realnvp, glow or ffjord"
+            "context, such as nsf, maf, realnvp, ffjord, affine or mixture"
         )
     found = cast(Density, _call(config, "model", event_shape=samples.event_shape, **wanted))
     if is_description(config["model"]) or not isinstance(found, Flow):
@@ -180,7 +190,7 @@ def _prepared(flow: Flow, samples: Samples) -> Bijection:
     """Returns the bijection of a model, extended by the preprocessing of the samples; see `build_flow`."""
     bijection, circular = flow.bijection, flow.base.circular
     d = math.prod(samples.event_shape)
-    # circular columns already have a scale, and no Gaussian
+    # the Gaussian applies to the other columns only
     if samples.gaussian_start and len(circular) < d:
         if flow.ode_blocks:
             bijection = Preconditioned(bijection, d, circular)
@@ -191,6 +201,11 @@ def _prepared(flow: Flow, samples: Samples) -> Bijection:
         bijection = Chain([bijection, Standardize(samples.event_shape, samples.centered, circular)])
     if samples.levels is not None:
         bijection = Chain([bijection, Logit(samples.levels, samples.alpha)])
+    if any(one.is_bounded or one.is_circular for one in samples.types):
+        low, high = zip(*(one.support for one in samples.types), strict=True)
+        scale = [one.scale for one in samples.types]
+        support = ToSupport(low, high, circular_columns(samples.types), whole_columns_of(samples.types), scale)
+        bijection = Chain([bijection, support])
     return bijection
 
 

@@ -9,6 +9,8 @@ from flowtrain.utils.formatting import with_error
 SMALL = 1_000
 # above this number of columns, realnvp is trained before maf
 WIDE = 16
+# the models that can have circular columns
+CIRCULAR = ("nsf", "maf", "ffjord")
 
 
 def recommended(rows: int | None, event_shape: tuple[int, ...]) -> list[str]:

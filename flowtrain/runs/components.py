@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowtrain.bases import COVARIANCES, GaussianMixture
 from flowtrain.data.base import Dataset
+from flowtrain.data.types import on_line
 from flowtrain.runs.auto_settings import AUTO, FROM_DATA
 from flowtrain.utils.arguments import whole
 from flowtrain.utils.errors import ConfigError
@@ -34,7 +35,7 @@ BESIDE: dict[str, tuple[float, ...]] = {"full": (0.1, 1.0), "diagonal": (0.5, 2.
 MOST_ROWS, MOST_VAL = 10_000, 5_000
 # smallest number of training rows for each component
 LEAST_ROWS = 10
-# a conditional mixture has this number of components by default, and full covariances up to this number of columns
+# for a conditional mixture, the number of components, and the largest number of columns with full covariances
 CONDITIONAL_COMPONENTS, MOST_COLUMNS = 8, 32
 # seconds after which no further mixture is tried
 SECONDS = 60.0
@@ -86,6 +87,9 @@ def resolve_components(config: Mapping[str, Any], data: Dataset, seconds: float 
     with phase("choosing the mixture"), seeded(int(config["seed"]), torch.device("cpu")):
         parts = [(part + torch.rand(part.shape) if data.integer_valued else part).flatten(1) for part in (train, val)]
         rows, held = (part.double().cpu() for part in parts)
+        if data.types:
+            # the mixture is fitted on the real line
+            rows, held = (torch.from_numpy(on_line(data.types, part.numpy())) for part in (rows, held))
         mean, std = rows.mean(0), rows.std(0, correction=0)
         std = torch.where(std > 0, std, 1.0)
         best, tried = choose_mixture(

@@ -18,6 +18,8 @@ from flowtrain.utils.formatting import flattened
 
 # keys of model=auto
 SEARCH_KEYS = {"model.candidates", "model.conditional"}
+# prefix of the keys of column types
+TYPES = "data.types."
 # keys of the whole config that only the commands use
 COMMAND_KEYS = ("name", "resume", "from", "trust", "hydra")
 
@@ -236,6 +238,11 @@ def _set_values(config: dict[str, Any], values: Mapping[str, Any]) -> None:
         node: Any = config
         for part in path:
             node = node.get(part) if isinstance(node, dict) else None
+        if key.startswith(TYPES) and "types" in config["data"]:
+            # the keys below data.types are columns of the user's table, whose names may contain dots
+            column = {key.removeprefix(TYPES): plain_value(key, value)}
+            config["data"]["types"] = {**(config["data"]["types"] or {}), **column}
+            continue
         if not isinstance(node, dict) or last not in node:
             raise ConfigError(f"unknown key {key}; {_suggested(config, key)}")
         node[last] = plain_value(key, value)

@@ -1,6 +1,7 @@
 """Messages of a run: title, banner, log, and suggested commands."""
 
 import logging
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from flowtrain.data.base import Dataset
+from flowtrain.data.context import example_of
 from flowtrain.evaluation import NAMES
 from flowtrain.flow import Density, Flow
 from flowtrain.ode import Solver
@@ -234,7 +236,10 @@ def next_commands(run_dir: Path, flow: Density) -> str:
     # an ensemble has no path from base to data to animate
     moving = isinstance(flow, Flow) and (len(flow.event_shape) == 3 or flow.event_shape == (2,))
     run = option("ckpt", shown)
-    sample = f"flowsample {run} {'animate=true' if moving else 'n=10000'}"
+    what = "animate=true" if moving else "n=10000"
+    if flow.context and not moving:
+        what = shlex.quote(f"context={example_of(flow.context)}")
+    sample = f"flowsample {run} {what}"
     return f"{'next':>{NAMES}}  floweval {run} report=true\n{'':>{NAMES}}  {sample}"
 
 

@@ -76,7 +76,7 @@ TORCH_MODULES: dict[str, type[nn.Module]] = {
 }
 TORCH_CONTAINERS = {"torch.nn.ModuleList": "modules", "torch.nn.Sequential": "_args_"}
 # arguments of `Flow` that a checkpoint stores with its samples
-OF_SAMPLES = ("integer_valued", "levels", "centered", "noisy", "class_counts")
+OF_SAMPLES = ("integer_valued", "levels", "centered", "noisy", "class_counts", "types")
 
 
 def describe(part: Any, where: str = "flow") -> Any:

@@ -28,7 +28,7 @@ EQUAL = "equal"
 # largest number of validation rows for the weights, evenly spaced
 ROWS = 20_000
 # attributes of `Samples` that all members must have in common
-SAME = ("event_shape", "integer_valued", "levels", "noisy", "columns", "label")
+SAME = ("event_shape", "integer_valued", "levels", "noisy", "types", "columns", "label", "context")
 
 
 class Run(NamedTuple):

@@ -52,6 +52,8 @@ def finish(
     with phase("evaluating"):
         tested, thorough = (data, True) if time_budget is None else time_budget.affordable_data()
         seconds = affordable_seconds(trainer.seconds) if has_baselines(flow, data) else 0.0
+        if flow.conditional and len(data.event_shape) == 1:
+            log.info("baselines: only a Gaussian, because the others ignore the context")
         if time_budget is not None:
             seconds = min(seconds, time_budget.for_baselines)
         result = evaluate(

@@ -9,15 +9,14 @@ Example:
 """
 
 import logging
-import numbers
 import os
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,20 +26,19 @@ import yaml
 from flowtrain.bijections.linear import FromGaussian, Preconditioned
 from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import Dataset
-from flowtrain.data.tables.from_memory import Rows, column_names, event_shape_of, is_frame, table_of, write_table
-from flowtrain.data.tables.missing import missing_of
-from flowtrain.data.tables.table_reader import Table
+from flowtrain.data.tables.from_memory import Rows, write_table
 from flowtrain.flow import Flow, Record
 from flowtrain.models.described import TARGET
 from flowtrain.runs import load
 from flowtrain.runs.build import with_whole_numbers
-from flowtrain.runs.compose import Composed, compose, default_choices, options, read_yaml, values_of
+from flowtrain.runs.compose import Composed, compose, default_choices, options
 from flowtrain.runs.console import writing_log
 from flowtrain.runs.descriptions import describe, describe_solver
 from flowtrain.runs.prepare import Parts
 from flowtrain.runs.run import Ended
 from flowtrain.runs.run import train as run_training
 from flowtrain.runs.run_directory import claim_directory, cleaned_up_unless_begun, locked_directory, remove_empty
+from flowtrain.runs.source import Source, as_mapping, plain, source_of
 from flowtrain.utils.arguments import choose, number, path_of, shortened
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.files import config_dir, config_groups, write_text
@@ -83,6 +81,8 @@ def fit(
     *,
     model: str | None = None,
     label: Any = None,
+    context: Any = None,
+    weights: Any = None,
     val: Any = None,
     test: Any = None,
     levels: int | None = None,
@@ -115,8 +115,14 @@ def fit(
             flow built by hand.
         label: for p(x | label), a class 0, 1, ... for each row, (n,), or the name or position of a column of x. True
             uses the labels of a data set.
-        val: the validation set, by which the best weights are chosen: rows like x, or (rows, labels). A number is the
-            share of x to hold out. None: 0.1.
+        context: for p(x | context), the values of the context c for each row: an array (n, k) or (n,), or a data frame,
+            whose names are kept. Or the columns of x or of a file that are the context: a name, a position, or a list
+            of them. The real columns of the context are standardised.
+        weights: a weight of each row, (n,), or the name or position of a column of x or of a file. Only the ratios of
+            the weights matter.
+        val: the validation set, by which the best weights are chosen: rows like x. If label, context or weights are
+            arrays: (rows, labels), (rows, context) or (rows, weights), or for several of them a mapping such as {"x":
+            rows, "context": context, "weights": weights}. A number is the share of x to hold out. None: 0.1.
         test: the test set, given like `val`. The test set is scored only if there is a run directory.
             `Flow.record.held_out` has the positions of the rows that were held out from x.
         levels: the number of values if x contains integers 0 .. levels - 1, such as 256 for images of bytes. The flow
@@ -158,8 +164,8 @@ def fit(
             f"model is of type {type(model).__name__}: give a name such as model='realnvp', or use "
             "flowtrain.train(flow, x) for a flow that was built by hand"
         )
-    source = source_of(x, label, val, test, overrides)
-    chosen = _open_choices(source, model, _as_mapping(overrides))
+    source = source_of(x, {"label": label, "context": context, "weights": weights}, val, test, overrides)
+    chosen = _open_choices(source, model, as_mapping(overrides))
     settings = {**source.settings, **chosen, "seed": seed, "device": str(device)}
     if levels is not None:
         settings["data.levels"] = levels
@@ -185,6 +191,8 @@ def train(
     x: Rows | Dataset | str | Path,
     *,
     label: Any = None,
+    context: Any = None,
+    weights: Any = None,
     val: Any = None,
     test: Any = None,
     steps: int | None = None,
@@ -205,8 +213,9 @@ def train(
 
     Args:
         device: the device to train on. None: the device of the flow.
-        initialize: whether to set data-dependent parameters first, such as scale and shift of ActNorm. None: only if
-            the flow was never trained by `fit` or `train`.
+        initialize: whether to set data-dependent parameters first, such as scale and shift of ActNorm. A flow with
+            context then gets the names of the context columns, and their mean and std, by which they are standardised.
+            None: only if the flow was never trained by `fit` or `train`.
         overrides: as in `fit`. The groups `model` and `solver` cannot be changed.
 
     Returns:
@@ -226,7 +235,7 @@ def train(
     """
     begun = time.perf_counter()
     _check_trainable(flow)
-    source = source_of(x, label, val, test, overrides)
+    source = source_of(x, {"label": label, "context": context, "weights": weights}, val, test, overrides)
     if source.labelled and flow.classes is None:
         raise DataError("the flow is not conditional: remove the argument label")
     kind = CONTINUOUS if flow.ode_blocks else DISCRETE
@@ -241,13 +250,14 @@ def train(
         composed.config["solver"] = composed.config["solver"] if flow.solver is None else describe_solver(flow.solver)
     if initialize is None:
         initialize = flow.record is None
-    before = deepcopy(flow.state_dict())
+    before, context = deepcopy(flow.state_dict()), (flow.context, flow.context_rows)
     try:
         ended = _run(composed, source, run_dir, progress, begun, Parts(flow, source.data, initialize=initialize))
         saved = ended.trainer.read()
         load.load_averaged_weights(flow, saved)
     except BaseException:
         flow.load_state_dict(before)
+        flow.context, flow.context_rows = context
         raise
     finally:
         flow.eval()
@@ -273,171 +283,11 @@ def _check_trainable(flow: Any) -> None:
         )
 
 
-def _open_choices(source: "Source", model: str | None, overrides: Mapping[str, Any]) -> dict[str, str]:
+def _open_choices(source: Source, model: str | None, overrides: Mapping[str, Any]) -> dict[str, str]:
     """Returns the default choices of model and objective; see `flowtrain.cli.overrides.with_default_choices`."""
     if source.settings["data"] != "array" or set(overrides) & {"data", "experiment"}:
         return {"model": model or "ffjord"}
     return {**({} if model is None else {"model": model}), **default_choices(set(flattened(overrides)), model)}
-
-
-@dataclass(frozen=True)
-class Source:
-    """The data of a fit.
-
-    Attributes:
-        settings: the choice of the data and its keys.
-        tables: tables in memory, by the keys of the data that they replace.
-        data: a data set that the caller has built, or None.
-        labelled: whether the caller has given labels.
-    """
-
-    settings: dict[str, Any]
-    tables: dict[str, Table] = field(default_factory=dict)
-    data: Dataset | None = None
-    labelled: bool = False
-
-    @property
-    def held_keys(self) -> list[str]:
-        """The keys of the data whose files are replaced by tables in memory."""
-        return [f"data.{key}" for key in self.tables]
-
-
-def source_of(
-    x: Any,
-    label: Any = None,
-    val: Any = None,
-    test: Any = None,
-    overrides: Mapping[str, Any] | Sequence[str] | None = None,
-) -> Source:
-    """Converts the data arguments of `fit`. Of the overrides, only `data.na` is used.
-
-    Raises:
-        ConfigError: a name that is neither a data set nor a file, or incompatible arguments.
-        DataError: rows that are not a table of numbers.
-    """
-    label = _plain(label)
-    if not isinstance(x, str | Path | Dataset):
-        na = missing_of(None, flattened(_as_mapping(overrides)).get("data.na")).texts
-        return _in_memory(x, label, val, test, na)
-    for name, given in (("val", val), ("test", test)):
-        if given is not None:
-            raise ConfigError(f"{name}: only for rows in memory; {_by_overrides(x, name)}")
-    named = not isinstance(x, Dataset) and str(x) in options("data", [config_dir()])
-    if isinstance(x, Dataset) or named:
-        if label is not None and label is not True:
-            raise ConfigError("label: this data set has its own labels; give label=True to use them")
-        chosen = _settings_of(x) if isinstance(x, Dataset) else {"data": str(x)}
-        return Source(chosen, data=x if isinstance(x, Dataset) else None, labelled=label is True)
-    path = path_of("x", x)
-    if not path.is_file():
-        names = choose(str(x), options("data", [config_dir()]), "the data sets are")
-        raise ConfigError(f"x={str(x)!r}: no data set and no file has this name; {names}")
-    settings: dict[str, Any] = {"data": "array", "data.path": str(path.absolute())}
-    if label is not None:
-        if not isinstance(label, str | int) or isinstance(label, bool):
-            raise ConfigError("label: for a file, give the name or the position of its column of labels")
-        settings["data.label"] = label
-    return Source(settings, labelled=label is not None)
-
-
-def _by_overrides(x: Any, name: str) -> str:
-    if isinstance(x, Dataset):
-        return "a Dataset has its own held-out sets"
-    return f"for data by name or path, give overrides={{'data.{name}_path': FILE}}"
-
-
-def _settings_of(data: Dataset) -> dict[str, Any]:
-    """Returns settings for the caller's data set: the config of its class, or defaults for finite or endless data."""
-    target = f"{type(data).__module__}.{type(data).__qualname__}"
-    folders = [config_dir()]
-    named = (
-        name for name in options("data", folders) if values_of("data", name, folders)["data"]["_target_"] == target
-    )
-    endless = {"data": "moons", "recipe": "none"}
-    return {"data": found} if (found := next(named, None)) else endless if data.n_train is None else {"data": "array"}
-
-
-def _in_memory(x: Any, label: Any, val: Any, test: Any, na: Collection[str]) -> Source:
-    """Converts rows in memory to tables that replace the files of data=array. `na` is text that counts as missing."""
-    settings: dict[str, Any] = {"data": "array"}
-    if isinstance(label, bool):
-        raise ConfigError(f"label={label}: for rows in memory, give the labels, or the name or position of a column")
-    names = column_names(x) if is_frame(x) else ()
-    labels = None
-    if isinstance(label, str | int):
-        # the name of a column of a data frame can be a number
-        own = list(x.columns) if names and not isinstance(label, str) else []
-        settings["data.label"] = own.index(label) if label in own else label
-    elif label is not None:
-        labels = label
-    free = next(name for name in ("label", "class_label", "_label") if name not in names)
-    table = table_of(x, "x", labels, free, na)
-    if labels is not None:
-        settings["data.label"] = free if names else len(table.columns) - 1
-    event_shape = event_shape_of(x)
-    if event_shape is not None:
-        settings["data.event_shape"] = event_shape
-        if event_shape[-1] in (1, 3, 4) and event_shape[0] > event_shape[-1]:
-            log.warning(
-                f"x has images of shape {tuple(event_shape)}, read as {event_shape[0]} channels. If the channels are "
-                "last, give x.transpose(0, 3, 1, 2)"
-            )
-    tables = {"path": table}
-    for key, given in (("val", _plain(val)), ("test", _plain(test))):
-        if isinstance(given, int | float):
-            settings[f"data.{key}_fraction"] = given
-        elif given is not None:
-            tables[f"{key}_path"] = _held_out(key, given, table, event_shape, bool(names), free, labels is not None, na)
-    return Source(settings, tables, labelled=label is not None)
-
-
-def _held_out(
-    key: str,
-    given: Any,
-    table: Table,
-    event_shape: list[int] | None,
-    is_named: bool,
-    free: str,
-    has_labels: bool,
-    na: Collection[str],
-) -> Table:
-    """Returns the table of a held-out set, with the columns of the table of x.
-
-    Args:
-        key: val or test.
-        given: the argument `val` or `test` of `fit`.
-        table: the table of x.
-        event_shape: the shape of the images of x; None for vectors.
-        is_named: whether x is a data frame.
-        free: the name of the column of labels.
-        has_labels: whether the labels of x are an array.
-        na: text that counts as missing.
-    """
-    if isinstance(given, str | Path | Dataset):
-        raise ConfigError(f"{key}={shortened(given)}: give rows like x, (rows, labels), or the share to hold out")
-    rows, own = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
-    if (own is None) == has_labels:
-        raise DataError(f"{key}: give (rows, labels) if label is an array, else rows alone")
-    held = table_of(rows, key, own, free, na)
-    shape = event_shape_of(rows)
-    if shape not in (None, event_shape):
-        raise DataError(f"{key} has images of shape {shape}, but x has {event_shape or 'vectors'}")
-    if is_frame(rows) and is_named:
-        missing = [name for name in table.columns if name not in held.columns]
-        if missing:
-            raise DataError(f"{key} has no column {missing[0]!r}; it needs the columns of x")
-        held = held.only([held.columns.index(name) for name in table.columns])
-        return replace(held, indices=table.indices)
-    if is_named and len(held.columns) == len(table.columns):
-        return replace(held, columns=table.columns)
-    return held
-
-
-def _plain(value: Any) -> Any:
-    """Converts a NumPy or torch number, or an array of rank 0, to a Python number. Other values are not changed."""
-    scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
-    plain = value.item() if scalar else value
-    return plain if isinstance(plain, numbers.Real) else value
 
 
 def _data_settings(flow: Flow) -> dict[str, Any]:
@@ -448,7 +298,8 @@ def _data_settings(flow: Flow) -> dict[str, Any]:
         "data.gaussian_start": any(isinstance(part, FromGaussian | Preconditioned) for part in parts),
         "data.center": flow.centered,
         "data.levels": flow.levels,
-        "data.dequantize": list(flow.noisy) or (flow.integer_valued and flow.levels is None),
+        "data.dequantize": not flow.types and (list(flow.noisy) or (flow.integer_valued and flow.levels is None)),
+        "data.types": {str(i): str(one) for i, one in enumerate(flow.types)} or None,
     }
 
 
@@ -470,8 +321,8 @@ def _composed(
     if steps is not None:
         settings["trainer.steps"] = steps
     if minutes is not None:
-        settings["time_budget"] = 60 * number("minutes", _plain(minutes))
-    given = _as_mapping(overrides)
+        settings["time_budget"] = 60 * number("minutes", plain(minutes))
+    given = as_mapping(overrides)
     refused = [key for key in flattened(given) if key.partition(".")[0] in fixed]
     if refused:
         raise ConfigError(f"overrides: {refused[0]} cannot be changed, because the flow is built already")
@@ -483,25 +334,6 @@ def _composed(
         if composed.choices[group] is None:
             raise ConfigError(f"{group}={None}: {choose(None, options(group, [config_dir()]))}")
     return replace(composed, config=with_whole_numbers(composed.config, config_groups()))
-
-
-def _as_mapping(overrides: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
-    """Returns overrides by their keys, from a mapping or a list of KEY=VALUE.
-
-    Raises:
-        ConfigError: an entry of a list that is not KEY=VALUE.
-    """
-    if overrides is None or isinstance(overrides, Mapping):
-        return dict(overrides or {})
-    if not isinstance(overrides, Iterable):
-        raise ConfigError(f"overrides={shortened(overrides)}: give a mapping, or a list of KEY=VALUE")
-    found = {}
-    for override in [overrides] if isinstance(overrides, str) else overrides:
-        key, equals, value = str(override).partition("=")
-        if not equals:
-            raise ConfigError(f"overrides: {override!r}: give KEY=VALUE")
-        found[key] = read_yaml(value)
-    return found
 
 
 def _run(

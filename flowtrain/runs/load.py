@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.context import ContextColumn, is_context_column
+from flowtrain.data.types import ColumnType, is_column_type
 from flowtrain.flow import Density, Flow, Record
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.runs.build import build_data, build_density, is_description, resolve_device, with_whole_numbers
@@ -316,6 +317,8 @@ def samples_of(saved: Mapping[str, Any]) -> Samples:
         good &= all(map(is_context_column, context)) and (not context or samples.classes is None)
         good &= all(len(row) == len(context) and all(map(math.isfinite, row)) for row in samples.context_rows)
         good &= isinstance(samples.weights, str | None)
+        types = tuple(ColumnType(**one) for one in saved["samples"].get("types", ()))
+        good &= all(map(is_column_type, types)) and (not types or event_shape == (len(types),))
         good &= all(
             len(part) == 3 and isinstance(part[0], str) and is_count(part[1]) and isinstance(part[2], str)
             for part in samples.record
@@ -336,4 +339,5 @@ def samples_of(saved: Mapping[str, Any]) -> Samples:
         record=record,
         context=context,
         context_rows=rows,
+        types=tuple(replace(one, categories=tuple(one.categories)) for one in types),
     )

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from flowtrain.data.base import Dataset, Samples, changes
+from flowtrain.data.context import CATEGORICAL, ContextColumn, feature_count
 from flowtrain.data.tables.table_reader import Table
 from flowtrain.evaluation import check_fits
 from flowtrain.flow import Flow
@@ -27,6 +28,7 @@ from flowtrain.utils import ranks
 from flowtrain.utils.arguments import number, whole, within_memory
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError
 from flowtrain.utils.files import config_dir
+from flowtrain.utils.formatting import counted
 from flowtrain.utils.process import choose_threads
 from flowtrain.utils.status import phase, status
 
@@ -83,21 +85,13 @@ def prepare(
         auto_settings.resolve_auto(config, data.n_train, data.event_shape, bool(data.context)), data
     )
     settings = build.build_settings(config)
-    if saved is not None:
-        check_same("resume", load.samples_of(saved), data.samples)
-        check_unchanged(load.samples_of(saved), data.samples)
+    data = _for_trained(data, saved, given)
     within_memory("trainer.batch_size", settings.batch_size, 4 * math.prod(data.event_shape))
     choose_threads(config.get("threads"), data.event_shape)
     teacher_checkpoint = read_teacher(config, run_dir, saved is not None)
     teacher = None
     if teacher_checkpoint is not None:
-        check_same("from", load.samples_of(teacher_checkpoint), data.samples)
-        if saved is None and (change := changes(load.samples_of(teacher_checkpoint).record, data.samples.record)):
-            log.warning(
-                "from: since that run, %s. It may have been trained on rows that are held out now, whose NLL is then "
-                "too low",
-                change,
-            )
+        data = _for_teacher(data, load.samples_of(teacher_checkpoint), saved is None)
         with status("loading the run to begin from"):
             teacher = load.restore_flow(teacher_checkpoint, device, trust)
     if saved is not None:
@@ -181,22 +175,75 @@ def objective_of(event_shape: tuple[int, ...], steps: Any) -> str:
     return "likelihood" if len(event_shape) > 1 or event_shape[0] <= 2 or few else "hybrid"
 
 
-def _fitting(flow: Flow, data: Dataset) -> Flow:
-    """Returns the flow after a check that it fits the data.
+def _for_teacher(data: Dataset, before: Samples, is_new: bool) -> Dataset:
+    """Returns the data set for a run that begins with a trained flow.
+
+    Args:
+        before: the samples of the run `from`.
+        is_new: whether the run is new, not resumed.
 
     Raises:
-        DataError: samples of another shape or kind, or no labels for a conditional flow.
+        ConfigError: see `check_same`.
+    """
+    check_same("from", before, data.samples)
+    if is_new and (change := changes(before.record, data.samples.record)):
+        log.warning(
+            "from: since that run, %s. It may have been trained on rows that are held out now, whose NLL is then too "
+            "low",
+            change,
+        )
+    return with_context(data, before.context)
+
+
+def _for_trained(data: Dataset, saved: Mapping[str, Any] | None, given: Parts) -> Dataset:
+    """Returns the data set for a flow that was trained before. The data of a resumed run must not have changed.
+
+    Raises:
+        ConfigError, DataError: see `check_same` and `check_unchanged`.
+    """
+    if saved is None:
+        return data if given.flow is None or given.initialize else with_context(data, given.flow.context)
+    before = load.samples_of(saved)
+    # the description may come from an earlier training: from a run `from`, or from a flow built by hand
+    data = with_context(data, before.context)
+    check_same("resume", before, data.samples)
+    check_unchanged(before, data.samples)
+    return data
+
+
+def with_context(data: Dataset, context: tuple[ContextColumn, ...]) -> Dataset:
+    """Returns the data set with the context columns of a trained flow, which have the moments of earlier data.
+
+    The data set keeps its context columns if their number, kinds or categories differ from the flow.
+    """
+    alike = [(column.kind, column.categories) for column in context]
+    if not context or alike != [(column.kind, column.categories) for column in data.context]:
+        return data
+    found = copy(data)
+    found.context = context
+    return found
+
+
+def _fitting(flow: Flow, data: Dataset) -> Flow:
+    """Returns the flow after a check that it fits the data. The flow gets the context columns of the data.
+
+    Raises:
+        DataError: samples of another shape or kind, or no labels or no context for a conditional flow.
     """
     check_fits(flow, data)
     if flow.classes is not None and (data.classes or 0) > flow.classes:
         raise DataError(f"the flow has {flow.classes} classes, but the data have {data.classes}")
     if flow.classes is not None and data.classes is None:
         raise DataError("the flow is conditional, but the data have no labels: give label")
-    if len(flow.context) != len(data.context):
+    wanted, found = feature_count(flow.context), feature_count(data.context)
+    if wanted != found:
+        names = ", ".join(column.name for column in data.context)
         raise DataError(
-            f"the flow has {len(flow.context)} context columns, but the data have {len(data.context)}: check "
-            "data.context"
+            f"the flow has a context of {counted(wanted, 'feature')}, but the data have {found}"
+            f"{names and f' ({names})'}: give data.context or the argument context with {counted(wanted, 'feature')}, "
+            f"or build the flow with context={found or None}"
         )
+    flow.context, flow.context_rows = data.context, data.context_rows
     return flow
 
 
@@ -232,6 +279,7 @@ def check_same(who: str, before: Samples, now: Samples) -> None:
         "event_shape",
         "integer_valued",
         "noisy",
+        "types",
         "levels",
         "alpha",
         "standardized",
@@ -239,12 +287,19 @@ def check_same(who: str, before: Samples, now: Samples) -> None:
         "gaussian_start",
         "context",
     ):
-        old, new = getattr(before, key), getattr(now, key)
+        old, new = (_kind_of(getattr(samples, key)) for samples in (before, now))
         if old != new:
             raise ConfigError(
                 f"{who}: the run was trained on samples with {key}={old}, but the data now have {key}={new}: leave the "
                 "keys data.* unchanged, except for paths of files"
             )
+
+
+def _kind_of(value: Any) -> Any:
+    """Returns a property of samples. For context columns, names and categories, because moments may differ."""
+    if isinstance(value, tuple) and any(isinstance(column, ContextColumn) for column in value):
+        return [(c.name, *c.categories) if c.kind == CATEGORICAL else c.name for c in value]
+    return list(value) if isinstance(value, tuple) else value
 
 
 def check_unchanged(before: Samples, now: Samples) -> None:

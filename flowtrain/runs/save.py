@@ -66,6 +66,7 @@ def content_of(flow: Density) -> dict[str, Any]:
         class_counts=tuple(flow.class_counts),
         context=flow.context,
         context_rows=flow.context_rows,
+        types=flow.types,
     )
     data, step = NO_DATA, 0
     if record is not None and isinstance(flow, Ensemble):

@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.base import Dataset
+from flowtrain.data.types import circular_columns
 from flowtrain.evaluation import NAMES
 from flowtrain.flow import Density, Flow, Record
 from flowtrain.models.ensemble import Ensemble, sparse_weights, stacked
 from flowtrain.plotting.options import DEFAULTS, PlotOptions
 from flowtrain.runs import auto_settings, build, load
 from flowtrain.runs.auto_settings import AUTO
-from flowtrain.runs.candidates import Candidate, recommended
+from flowtrain.runs.candidates import CIRCULAR, Candidate, recommended
 from flowtrain.runs.components import resolve_components
 from flowtrain.runs.compose import options, values_of, with_choices
 from flowtrain.runs.console import as_banner, data_name, describe_device, describe_samples, prefixed, shortest
@@ -654,7 +655,7 @@ class Search:
 
 
 def trimmed_mean(log_p: Tensor, weights: Tensor | None = None) -> float:
-    """Returns the (weighted) mean of log_p (n,) without the rows with the lowest values, a share TRIMMED of the weight.
+    """Returns the (weighted) mean of log_p (n,) without the lowest values, which have the share TRIMMED of the weight.
 
     Without weights, the number of rows that are left out is rounded down.
     """
@@ -771,10 +772,17 @@ def _models(config: Mapping[str, Any], data: Dataset) -> list[str]:
     """
     given = config["model"].get("candidates")
     names = [name for name in options("model", [config_dir()]) if name != AUTO]
-    if config["model"].get("conditional") and data.classes is None:
+    labelled = bool(config["model"].get("conditional"))
+    if labelled and data.context:
+        raise ConfigError(
+            "model.conditional=true is for data.label, but the data have the context "
+            f"{', '.join(column.name for column in data.context)}: omit it. A label can be a categorical context column"
+        )
+    if labelled and data.classes is None:
         raise DataError("model.conditional=true needs labels: give data.label")
     if given is None:
-        return [*CHEAP, *recommended(data.n_train, data.event_shape)]
+        found = [*CHEAP, *recommended(data.n_train, data.event_shape)]
+        return [name for name in found if name in CIRCULAR] if circular_columns(data.types) else found
     listed = [given] if isinstance(given, str) else given
     if not isinstance(listed, list) or not listed:
         raise ConfigError(f"model.candidates={given}: give a list of models, as in [nsf,maf]")

@@ -74,7 +74,7 @@ class Batches:
 
 
 def _stand_ins(weights: Tensor) -> Tensor:
-    """Returns for each row its position, or the position of a row with a weight if its own weight is 0.
+    """Returns the position of each row. Rows of weight 0 get the position of a row with another weight instead.
 
     A row of weight 0 may have a loss or a gradient that is not finite, and 0 times such a value is NaN.
     """

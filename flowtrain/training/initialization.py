@@ -74,7 +74,7 @@ def initialize(flow: Flow, batches: Batches, time_budget: TimeBudget | None = No
         return
     _check_takes_weights(flow)
     if not float(weights.sum()) > 0:
-        # with signed weights, some rows can have a negative sum although the sum of all rows is positive
+        # with signed weights, the sum over these rows can be negative although the sum over all rows is positive
         weights = weights.clamp_min(0)
     z = flow.bijection.initialize(flow.dequantized(x), features, weights)
     flow.base.initialize(z[resample(weights).to(z.device)])

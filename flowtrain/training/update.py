@@ -179,7 +179,7 @@ class Update:
         total: dict[str, Tensor] = {}
         for part, c, w in zip(batch.x.tensor_split(n), contexts, weights, strict=True):
             with narrowed(self.settings.precision, self.device):
-                # objectives of users that do not know weights are refused when they are built
+                # `build_objective` refuses an objective without the argument `weights` if the data have weights
                 loss, terms = self.objective(part, c, options, **({} if w is None else {"weights": w}))
             share = len(part) / len(batch.x)
             (share * loss).backward()

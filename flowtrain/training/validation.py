@@ -208,7 +208,8 @@ class Validation:
     def nll(self) -> tuple[float, float]:
         """Returns the NLL of the validation set and its standard error, in nats. Each rank scores its own rows.
 
-        With weights, rows of weight 0 are not scored. The standard error is that of `flowtrain.utils.weighting.stderr`.
+        With weights, rows of weight 0 are not scored. For the
+        standard error, see `flowtrain.utils.weighting.stderr`.
         """
         x, context, weights = self.rows()
         begun = time.perf_counter()

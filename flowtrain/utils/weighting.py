@@ -92,10 +92,10 @@ def resample(weights: Tensor, n: int | None = None, seed: int = 0) -> Tensor:
 
 
 def equal_rows(values: Tensor, weights: Tensor, n: int) -> Tensor:
-    """Returns n values with equal weights whose distribution function is about that of weighted values (N,).
+    """Returns n values of equal weight with approximately the distribution function of weighted values (N,).
 
-    They are the quantiles (k + 1/2) / n of the weighted distribution function. With negative weights, this function is
-    first made increasing by its running maximum.
+    The result contains the quantiles (k + 1/2) / n, k = 0 .. n - 1, of the weighted distribution function. If weights
+    are negative, the running maximum of this function is used.
 
     Example:
         >>> equal_rows(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 3.0]), 4)

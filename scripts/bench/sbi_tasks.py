@@ -205,7 +205,7 @@ def log_normal(x: Array, mean: Array | float, std: Array | float) -> Array:
 
 
 class Observation(NamedTuple):
-    """An observation of the benchmark: x (k,), the parameters (d,) that made it, and posterior samples (10,000, d)."""
+    """An observation of the benchmark: x (k,), its parameters (d,), and posterior samples (10,000, d)."""
 
     x: Array
     theta: Array

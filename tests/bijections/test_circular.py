@@ -127,7 +127,7 @@ def test_gradients_are_finite_at_knots_and_without_a_direction_of_the_phase() ->
         assert all(g.isfinite().all() for g in torch.autograd.grad((y + log_slope).sum(), [x, theta]))
 
 
-def test_elements_of_both_kinds_have_maps_of_their_kind() -> None:
+def test_real_and_circular_elements_have_different_maps() -> None:
     both = RealThenCircular(2, ScaleShift(), CircularSpline(3))
     owners = both.owners(5)
     theta = torch.randn(4, len(owners))
@@ -142,7 +142,7 @@ def test_elements_of_both_kinds_have_maps_of_their_kind() -> None:
     torch.testing.assert_close(back_log_slope, -log_slope)
 
 
-def test_other_splines_have_one_number_less_per_bin_than_knots() -> None:
+def test_size_of_other_splines_is_unchanged() -> None:
     assert (Spline(4).size, len(Spline(4).owners(3))) == (11, 33)
 
 

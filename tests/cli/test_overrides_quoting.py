@@ -83,3 +83,18 @@ def test_printed_commands_run_again(run: Run, tmp_path: Path, monkeypatch: pytes
     code, _, err = run("flowtrain", "model=affine", *SMALL, f"hydra.run.dir={run_dir}")
     assert code == 2
     assert resume_command(run_dir) in err
+
+
+@pytest.mark.parametrize(
+    ("argument", "types"),
+    [
+        ("data.types={a: positive, p: interval(0,1)}", {"a": "positive", "p": "interval(0,1)"}),
+        ("data.types={p:circular(360),3:integer(0, inf)}", {"p": "circular(360)", 3: "integer(0, inf)"}),
+        ("data.types={p: 'interval(0,1)'}", {"p": "interval(0,1)"}),
+        ("data.types={p: [interval,0,1]}", {"p": ["interval", 0, 1]}),
+        ("+data.types={p: circular(-180,180)}", {"p": "circular(-180,180)"}),
+        ("data.types=null", None),
+    ],
+)
+def test_types_with_bounds_need_no_quotes(argument: str, types: object) -> None:
+    assert OverridesParser.create().parse_overrides(quoted([argument]))[0].value() == types

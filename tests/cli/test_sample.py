@@ -153,3 +153,27 @@ def test_images_are_animated(run: Run, tmp_path: Path, name: str, conditional: b
     code, out, err = run("flowsample", "ckpt=r", "animate=true", "n=6", *label)
     assert (code, out, err) == (0, "written to r/animation.gif\n", "")
     assert gif_of(tmp_path / "r/animation.gif").n_frames == FRAMES
+
+
+def test_pictures_at_one_context_have_it_in_their_titles(run: Run, titles: list[str], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    mass = rng.normal(5, 2, 200)
+    rows = np.column_stack([mass, mass + rng.normal(size=200), rng.normal(size=200)])
+    np.savetxt(tmp_path / "x.csv", rows, delimiter=",", header="mass,a,b", comments="")
+    data = ["data=array", f"data.path={tmp_path}/x.csv", "data.context=[mass]"]
+    trained(run, "model=affine", "trainer.steps=5", *data)
+    titles.clear()
+    code, _, err = run("flowsample", "ckpt=r", "context={mass: 4}", "n=50")
+    assert (code, err) == (0, "")
+    assert "50 samples at mass = 4" in titles[0]
+    assert (tmp_path / "r/samples.png").exists()
+    titles.clear()
+    assert run("flowsample", "ckpt=r", f"context={tmp_path}/x.csv")[0] == 0
+    assert "200 samples at 200 contexts" in titles[0]
+    titles.clear()
+    assert run("flowsample", "ckpt=r", "animate=true", "n=20", "context={mass: 4}")[0] == 0
+    assert "mass = 4" in titles[0]
+    # a file has several contexts
+    code, _, err = run("flowsample", "ckpt=r", "animate=true", f"context={tmp_path}/x.csv")
+    assert code == 2
+    assert "context" in err

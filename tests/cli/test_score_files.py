@@ -115,7 +115,7 @@ def test_ids_are_not_part_of_a_sample(trained: Train, run: Run, tmp_path: Path) 
     assert (code, "data.id" in err) == (2, True), err
 
 
-def test_spread_of_an_ensemble(trained: Train, run: Run, tmp_path: Path) -> None:
+def test_scores_of_an_ensemble_have_the_spread_and_the_members(trained: Train, run: Run, tmp_path: Path) -> None:
     table().drop_nulls().write_csv(tmp_path / "t.csv")
     keys = ["model=realnvp", "model.layers=2", "model.hidden=[4]", "data=array", "data.path=t.csv"]
     runs = [trained(*keys, "data.columns=[a,count]", f"seed={seed}") for seed in (0, 1)]
@@ -163,7 +163,7 @@ def test_samples_of_a_file_without_names_are_read_again(
     np.testing.assert_allclose(np.load(tmp_path / "p.npy"), expected, rtol=1e-4)
 
 
-def test_grid_of_one_class(run_dir: str, run: Run, tmp_path: Path) -> None:
+def test_grid_file_contains_log_p_of_one_class(run_dir: str, run: Run, tmp_path: Path) -> None:
     code, _, err = run("floweval", f"ckpt={run_dir}", "grid=new/g.npz", "grid_points=12", "label=1")
     assert code == 0, err
     with np.load(tmp_path / "new/g.npz") as found:

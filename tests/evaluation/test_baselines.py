@@ -113,6 +113,28 @@ def test_memory_mapped_and_integer_tables_have_a_gaussian_baseline(tmp_path: Pat
     assert found.nll == pytest.approx(0.5 * math.log(2 * math.pi * math.e / 12), abs=0.02)
 
 
+def test_gaussian_with_context_is_a_linear_regression(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    context = np.column_stack([rng.normal(1e6, 10, 1000), rng.normal(size=1000)])
+    x = rng.normal(size=(1000, 2)) @ [[1, 0.5], [0, 0.2]] + (context - [1e6, 0]) @ [[3, 0], [1, -2]] + [5, 7]
+    np.save(tmp_path / "x.npy", np.column_stack([x, context]))
+    data = ArrayData(str(tmp_path / "x.npy"), context=[2, 3])
+    found = baselines(data, [data.test], torch.zeros(len(data.test)), context=data.test_context)
+    assert found is not None
+    # by the normal equations, without centering
+    train, given = data.train_rows(10**6), data.train_context(10**6)
+    assert given is not None
+    mean, std = given.mean(0), given.std(0)
+    theirs = data.test_context
+    assert theirs is not None
+    design, own = (torch.cat([(c - mean) / std, torch.ones(len(c), 1)], 1).double() for c in (given, theirs))
+    slope = torch.linalg.solve(design.T @ design, design.T @ train.double())
+    expected = gaussian_log_prob(data.test - own @ slope, *shrunk_covariance(train - design @ slope))
+    assert found["gaussian"].nll == pytest.approx(-expected.mean().item(), abs=1e-4)
+    # the entropy of the noise
+    assert found["gaussian"].nll == pytest.approx(math.log(2 * math.pi * math.e) + math.log(0.2), abs=0.2)
+
+
 def test_images_and_data_without_training_rows_have_no_baseline(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(50, 4)))
     images = ArrayData(str(tmp_path / "x.npy"), event_shape=[1, 2, 2])

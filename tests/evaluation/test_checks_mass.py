@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowtrain.evaluation.checks import mass, remaining_error
+from flowtrain.bases import NormalUniform
+from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.support import ToSupport
+from flowtrain.data.types import ColumnType, circular_columns, whole_columns_of
+from flowtrain.evaluation.checks import check_mass, mass, measured_mass, remaining_error
+from flowtrain.flow import Flow
 
 
 def gaussian_log_prob(x: Tensor) -> Tensor:
@@ -77,3 +82,39 @@ def test_remaining_error_is_extrapolated_from_grid_doublings() -> None:
     assert remaining_error([0.01, 0.0001]) == pytest.approx(1e-6, rel=0.02)
     assert remaining_error([0.1, 0.2]) == 0.2
     assert remaining_error([0.0]) == 0.0
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [["positive"], ["interval(0,1)"], ["circular(360)"], ["integer(0,9)"], ["positive", "circular(1)"]],
+    ids="-".join,
+)
+@pytest.mark.parametrize("factor", [1.0, 0.9])
+def test_mass_of_typed_columns_is_over_their_supports(kinds: list[str], factor: float) -> None:
+    types = [ColumnType.parse(kind) for kind in kinds]
+    angles = circular_columns(types)
+    low, high = zip(*(one.support for one in types), strict=True)
+    support = ToSupport(low, high, angles, whole_columns_of(types))
+    flow = Flow(NormalUniform(len(types), angles), support, noisy=whole_columns_of(types), types=types).double().eval()
+    assert measured_mass(flow).value == pytest.approx(1, abs=1e-3)
+    # a wrong log-determinant is detected
+    flow.bijection = Scaled(support, factor)
+    found = check_mass(flow)
+    assert found is not None
+    assert found.passed is (factor == 1)
+
+
+class Scaled(Bijection):
+    """A bijection with a wrong log-determinant of the inverse."""
+
+    def __init__(self, inner: Bijection, factor: float) -> None:
+        super().__init__()
+        self.inner, self.factor = inner, factor
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self.inner(z)
+        return found
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, log_det = self.inner.inverse(x)
+        return z, log_det + math.log(self.factor)

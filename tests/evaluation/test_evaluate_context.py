@@ -42,9 +42,9 @@ def test_all_checks_of_a_conditional_flow_pass_on_its_own_samples() -> None:
 
 
 def test_base_that_depends_on_the_context_is_calibrated() -> None:
-    """In float32, because the features of the context have the dtype of the flow."""
+    """The test is in float32, because the features of the context have the dtype of the flow."""
     samples = Samples((2,), context=COLUMNS)
-    flow = flow_of(["model=mixture", "model.components=2", "model.conditional=true"], samples, TIGHT).float()
+    flow = flow_of(["model=mixture", "model.components=2"], samples, TIGHT).float()
     found = evaluate(flow, drawn_from(flow, 400))
     assert not found.failed
     assert found.calibration.p_value > 1e-3

@@ -34,7 +34,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=generator(seed))
 
 
-def test_ranks_of_equal_distributions_are_uniform_and_those_of_others_are_not() -> None:
+def test_ranks_are_uniform_only_for_equal_distributions() -> None:
     x, samples = normal(N, 3), normal(N, L, 3, seed=1)
     for changed, passes in (
         (samples, True),
@@ -84,14 +84,14 @@ def test_the_band_is_made_of_binomial_quantiles() -> None:
         assert float(low[k]) <= float(points[k]) <= float(high[k])
 
 
-def test_the_statistic_is_that_of_kolmogorov_and_smirnov() -> None:
+def test_the_statistic_is_the_kolmogorov_smirnov_distance() -> None:
     u = torch.rand(77, dtype=torch.float64, generator=generator()) ** 1.1
     assert rank_test(u).statistic == pytest.approx(stats.kstest(u.numpy(), "uniform").statistic)
     assert math.isnan(rank_test(u[:0]).p_value)
 
 
 def test_tarp_finds_a_wrong_correlation_that_the_ranks_of_columns_do_not_show() -> None:
-    correlated = torch.linalg.cholesky(torch.tensor([[1.0, 0.8], [0.8, 1.0]], dtype=torch.float64))
+    correlated = torch.linalg.cholesky(torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64))
     x, independent = normal(N, 2) @ correlated.T, normal(N, L, 2, seed=1)
     for samples, passes in ((independent @ correlated.T, True), (independent, False)):
         assert all(rank_test(u).p_value > 0.01 for u in jittered_ranks(x, samples, generator()).T)
@@ -213,17 +213,20 @@ class OneHotShift(Shifted):
         return super().inverse(x, context.unsqueeze(1))
 
 
-def test_rows_of_sbc_are_drawn_by_weight() -> None:
-    """Half of the rows are far too wide. With weight 0 they do not count, and without weights they do."""
-    x = torch.randn(800, 2)
+def test_rows_of_sbc_are_drawn_by_weight_and_no_row_twice() -> None:
+    x = normal(800, 2).float()
+    # half of the rows are far too wide. With weight 0 they do not count
     x[::2] *= 3
     flow = Flow((2,), Affine(2)).eval()
     log_p = flow.log_prob(x).detach()
-    weights = torch.ones(800)
+    weights = torch.ones(800, dtype=torch.float64)
     weights[::2] = 0
     plain, _ = simulation_calibration(flow, x, None, log_p, ("a", "b"), 100)
     weighted, _ = simulation_calibration(flow, x, None, log_p, ("a", "b"), 100, weights=weights)
     assert plain.p_value < 1e-3
     assert weighted.p_value > 0.01
+    assert weighted.n == 400
+    weights[1] = 4
+    assert simulation_calibration(flow, x, None, log_p, ("a", "b"), 100, weights=weights)[0].n == 100
     with pytest.raises(ConfigError, match="weights"):
         simulation_calibration(flow, x, None, log_p, ("a", "b"), 100, weights=-weights)

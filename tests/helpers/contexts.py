@@ -35,7 +35,7 @@ def contexts(n: int) -> Tensor:
 
 def conditional(name: str, columns: int = 2) -> Flow:
     """Returns a flow p(x | mass, colour) of a model of VECTORS."""
-    return flow_of([*VECTORS[name], "model.conditional=true"], Samples((columns,), context=COLUMNS), TIGHT)
+    return flow_of(VECTORS[name], Samples((columns,), context=COLUMNS), TIGHT)
 
 
 def drawn_from(flow: Flow, n: int) -> WithContext:

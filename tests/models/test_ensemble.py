@@ -17,6 +17,7 @@ from torch import Tensor
 from flowtrain import Ensemble, Flow
 from flowtrain.bijections import Affine, Bijection, Chain
 from flowtrain.data.base import Samples
+from flowtrain.data.context import ContextColumn
 from flowtrain.models.ensemble import sparse_weights, stacking_weights
 from flowtrain.utils.errors import DataError, FlowtrainError, NonFiniteError
 
@@ -284,3 +285,28 @@ def test_weighted_rows_give_the_weights_of_repeated_rows(fit: Callable[..., list
     assert fit(log_p, k / 2.0) == pytest.approx(fit(log_p.repeat_interleave(k, 0)), abs=1e-4)
     with pytest.raises(DataError):
         fit(log_p, k - 1.0)
+
+
+class Shift(Bijection):
+    """The map x = z + c."""
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert context is not None
+        return z + context, z.new_zeros(len(z))
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert context is not None
+        return x - context, x.new_zeros(len(x))
+
+
+def test_members_standardise_the_context_each_in_its_way() -> None:
+    columns = [(ContextColumn("a", mean=mean, std=std),) for mean, std in ((0.0, 1.0), (4.0, 2.0))]
+    ensemble = Ensemble([Flow((1,), Shift(), context=column) for column in columns])
+    c = torch.tensor([[6.0], [8.0]])
+    log_p = ensemble.log_prob(torch.zeros(2, 1), c)
+    # the first member has the mean c, the second has (c - 4) / 2
+    normal = torch.distributions.Normal(torch.cat([c, (c - 4) / 2], 1), 1.0)
+    torch.testing.assert_close(log_p, normal.log_prob(torch.zeros(2, 1)).logsumexp(1) - math.log(2))
+    other = Flow((1,), Shift(), context=(ContextColumn("b"),))
+    with pytest.raises(FlowtrainError, match="context"):
+        Ensemble([ensemble.flows[0], other])

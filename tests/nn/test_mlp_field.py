@@ -116,7 +116,7 @@ def test_invalid_mlp_field_options_are_refused(arguments: tuple[int, list[int], 
 
 
 class ByAutograd(MLPField):
-    """The same field with a context, without kernels and tapes."""
+    """An `MLPField` that is differentiated by autograd, without kernels and tapes."""
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.jvp_rows(t, x, tangents, shift)

@@ -17,7 +17,7 @@ from flowtrain.ode import SolveOptions, ode_solver
 
 
 class Plain(nn.Module):
-    """The same field without `jvp` and without a tape."""
+    """A module with the velocity of a field, without `jvp` and without a tape."""
 
     def __init__(self, field: PeriodicField, context: Tensor | None) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Plain(nn.Module):
 
 
 class ByAutograd(PeriodicField):
-    """The same field with a context, without kernels and tapes."""
+    """A `PeriodicField` that is differentiated by autograd, without kernels and tapes."""
 
     def can_use_kernels(self, t: Tensor, x: Tensor) -> bool:
         return False

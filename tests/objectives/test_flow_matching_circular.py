@@ -52,7 +52,7 @@ def test_lines_are_the_shortest_on_the_circle(coupling: str, classes: int | None
 
 
 def turning(speed: float) -> torch.nn.Module:
-    """A flow that turns every angle at the same speed."""
+    """Returns a flow that moves every angle at the same speed."""
     flow = ffjord(1, circular=[0], hidden=[4], field="concat", solver=ode_solver("dopri5", rtol=1e-8))
     with torch.no_grad():
         flow.ode_blocks[0].field.head.linear.bias.fill_(speed)
@@ -60,7 +60,7 @@ def turning(speed: float) -> torch.nn.Module:
 
 
 def test_reflow_keeps_the_number_of_turns_of_a_path() -> None:
-    """The shortest line of a turn by 4 is a turn by 4 - 2 pi, with another velocity."""
+    """A path of length 4 is longer than the shortest line between its ends, which has length 2 pi - 4."""
     teacher = turning(4.0)
     x0, x1, _ = draw_pairs(teacher, 20, 1e-6)
     torch.testing.assert_close(x1 - x0, torch.full_like(x0, 4.0))

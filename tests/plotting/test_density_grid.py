@@ -23,7 +23,7 @@ def log_normal(x: np.ndarray, mean: float, std: float) -> np.ndarray:
     return -(((x - mean) / std) ** 2) / 2 - np.log(std) - np.log(2 * np.pi) / 2
 
 
-def test_two_columns() -> None:
+def test_grid_of_two_columns_has_the_exact_density() -> None:
     mean, std = [3.0, -20.0], [0.5, 7.0]
     x = torch.tensor(mean) + torch.tensor(std) * torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
     found = density_grid(gaussian(mean, std), x, 61, ("a", "b"))
@@ -36,7 +36,7 @@ def test_two_columns() -> None:
     assert 0.98 < mass < 1.001
 
 
-def test_one_column_in_float64() -> None:
+def test_grid_of_one_column_keeps_float64() -> None:
     flow = gaussian([1e6], [1.0]).double()
     flow.centered = True
     x = 1e6 + torch.randn(500, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -58,7 +58,7 @@ class Shift(Bijection):
         return x - 3 * label[:, None], x.new_zeros(len(x))
 
 
-def test_classes_and_their_mean() -> None:
+def test_grid_of_a_class_and_of_the_mean_over_classes() -> None:
     flow = Flow((1,), Shift(), classes=2, class_counts=(3, 1)).eval()
     x = torch.linspace(-2, 5, 100)[:, None]
     both = [density_grid(flow, x, 9, context=label) for label in (0, 1)]
@@ -85,7 +85,7 @@ def test_whole_numbers_have_density_zero_outside_their_range() -> None:
     np.testing.assert_array_equal(again["x"], found["x"])
 
 
-def test_samples_without_a_grid_are_refused() -> None:
+def test_impossible_grids_are_refused() -> None:
     for shape in ((3,), (1, 2, 2)):
         with pytest.raises(ConfigError, match="one or two"):
             check_has_grid(Flow(shape, Standardize(shape)), "g.npz")
@@ -105,7 +105,7 @@ class ShiftByContext(Bijection):
         return x - 2 * context, x.new_zeros(len(x))
 
 
-def test_a_context_of_columns() -> None:
+def test_grid_of_a_flow_with_context_columns_needs_a_context() -> None:
     flow = Flow((1,), ShiftByContext(), context=(ContextColumn("mass", mean=1.0, std=0.5),)).eval()
     with pytest.raises(ConfigError, match="mass"):
         check_has_grid(flow, "g.npz")

@@ -442,8 +442,6 @@ def test_labels_give_a_conditional_flow() -> None:
     assert by_name.record is not None
     assert (by_name.classes, by_name.record.samples.columns) == (2, ("a", "b"))
     assert fit_small(x, label=y, val=(x[:50], y[:50]), steps=20).classes == 2
-    with pytest.raises(ConfigError):
-        fit(x, model="affine", label=y, progress=False)
     with pytest.raises(DataError):
         fit_small(x, label=y[:-1])
     with pytest.raises(DataError):

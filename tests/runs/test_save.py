@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import pickle
 import sys
 from collections.abc import Callable, Iterator
@@ -87,6 +88,9 @@ BUILDERS: dict[str, Callable[[], Flow]] = {
     "GaussianStart": lambda: flow_of(bijections.GaussianStart(3), ActNorm(3)),
     "Preconditioned": lambda: flow_of(bijections.Preconditioned(ode_block(), 3)),
     "FromGaussian": lambda: flow_of(bijections.FromGaussian(Chain([ActNorm(3)]), d=3)),
+    "ToSupport": lambda: flow_of(
+        bijections.ToSupport([0.0, -math.inf, 0.0], [1.0, math.inf, math.inf], scale=[0.0, 0.0, 2.0])
+    ),
     "Logit": lambda: flow_of(bijections.Logit(16), integer_valued=True, levels=16),
     "MLPField": lambda: flow_of(ode_block()),
     "two fields, two solvers": lambda: flow_of(

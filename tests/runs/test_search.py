@@ -352,7 +352,7 @@ def test_damaged_search_state_is_refused(clusters: np.ndarray, tmp_path: Path, r
     assert code == 0, err
 
 
-def test_trimmed_mean_of_integer_weights_equals_that_of_repeated_rows() -> None:
+def test_trimmed_mean_of_integer_weights_equals_the_mean_of_repeated_rows() -> None:
     log_p, k = torch.randn(500), torch.randint(0, 4, (500,))
     assert trimmed_mean(log_p, k / 3.0) == pytest.approx(trimmed_mean(log_p.repeat_interleave(k)), abs=1e-2)
     expected = log_p.sort(descending=True).values[: math.ceil(0.99 * 500)].mean()

@@ -97,7 +97,7 @@ def test_validation_has_the_nll_of_repeated_rows(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("float32")
 def test_rows_of_weight_0_change_nothing(tmp_path: Path) -> None:
-    """Rows far outside have an infinite loss, and 0 times infinity is NaN."""
+    """The loss of rows far from the data is infinite, and 0 times infinity is NaN."""
     train, held = values_of(60, 0), values_of(40, 1)
     train[::7, 2] = held[::7, 2] = 0
     train[::7, :2] = held[::7, :2] = 1e38
@@ -146,7 +146,7 @@ def test_optimal_coupling_is_refused_with_weights(objective: str, tmp_path: Path
         built(tmp_path, "optimal", train, held, *keys, "objective.coupling=optimal")
 
 
-def test_streamed_weights_equal_those_in_memory(tmp_path: Path) -> None:
+def test_streamed_weights_equal_weights_in_memory(tmp_path: Path) -> None:
     path = npy(tmp_path / "rows.npy", values_of(500, 0))
     streamed, memory = (ArrayData(path, weights=2, memory_map=memory_map) for memory_map in (True, False))
     assert streamed.n_train is not None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from flowtrain.data.base import ALPHA, Checksum, Ids, Samples, record_of
 from flowtrain.data.context import ContextColumn
 from flowtrain.data.in_memory import Finite, InMemoryStore, held_out, split
+from flowtrain.data.tables.column_types import asked_types, categories_of, encoded, hint_of_types
 from flowtrain.data.tables.columns import Columns, listed
 from flowtrain.data.tables.csv_reader import DETECTED, TextFormat
 from flowtrain.data.tables.ids import read_ids
@@ -47,6 +49,7 @@ from flowtrain.data.tables.table_checks import (
 )
 from flowtrain.data.tables.table_reader import Table, ending_of, takes_key
 from flowtrain.data.tables.typed_files import TYPED
+from flowtrain.data.types import CATEGORICAL, INTEGER, REAL, ColumnType, whole_columns_of
 from flowtrain.utils.arguments import below_half, flag, one_of, whole
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.formatting import counted
@@ -81,6 +84,28 @@ class InMemoryTable:
             in_file = self.n if self.table.kept is None else self.table.kept.of
             self.read_ids = partial(read_ids, path, key, roles.id, text_format, in_file)
 
+    def values_range(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the smallest and the largest value of each column of the samples, (d,)."""
+        return self.table.values.min(0), self.table.values.max(0)
+
+    def some_values(self, most: int) -> NDArray[np.float64]:
+        """Returns at most `most` rows of the samples at equal distances, (n, d)."""
+        return self.table.values[:: -(-self.n // most)]
+
+    def encode(self, types: Sequence[ColumnType], context: Sequence[ColumnType]) -> None:
+        """Replaces the values of categorical columns by positions in the categories.
+
+        Args:
+            types, context: the types of the columns of the samples and of the context.
+
+        Raises:
+            DataError: a value that is not one of the categories.
+        """
+        tables = replace(self.tables, samples=encoded(self.table, types))
+        if tables.context is not None:
+            tables = replace(tables, context=encoded(tables.context, context))
+        self.tables, self.table = tables, tables.samples
+
     def all(self, spec: SampleSpec, most: int, seed: int, *stream: int) -> Part:
         """Checks all rows and returns them as a held-out set. `most` is ignored because the rows are in memory."""
         rows = np.arange(self._checked(spec))
@@ -104,6 +129,9 @@ class InMemoryTable:
         labels = np.empty(0, np.int64) if extras.label is None else extras.label.numpy()
         moments, of_context = Moments(values.shape[1]), None
         moments.add(values, weights)
+        on_line = Moments(values.shape[1])
+        for each in spec.on_line(values):
+            on_line.add(each, weights)
         if extras.context is not None:
             of_context = Moments(extras.context.shape[1])
             of_context.add(extras.context.numpy(), weights)
@@ -123,6 +151,7 @@ class InMemoryTable:
             context=None if of_context is None else np.stack([of_context.mean, of_context.variance]),
             look_extras=extras,
             mean_weight=mean_weight,
+            on_line=np.stack([on_line.mean, on_line.variance]) if spec.types else None,
         )
 
     def in_file(self, rows: np.ndarray) -> np.ndarray:
@@ -148,6 +177,8 @@ _SPLIT, _ORDER, _OWN = 1, 2, 3
 MOST_HELD_OUT, HELD_OUT_BYTES = 100_000, 2**28
 # Number of training rows whose context is stored in checkpoints
 CONTEXT_ROWS = 100
+# Number of rows from which the maps of column types are chosen
+SOME_VALUES = 10_000
 # A column is centred if the rounding error of float32 exceeds this fraction of its standard deviation
 COARSE = 1e-4
 
@@ -173,8 +204,8 @@ class ArrayData(Finite):
             files of other formats ignore it.
         decimal: the decimal mark of text files, point or comma. None means detected. Held-out files of other formats
             ignore it.
-        missing: "refuse" refuses a table with missing values, "drop" leaves out its rows that have one in the used
-            columns. A file that is read in blocks is always refused.
+        missing: "refuse" refuses a table with missing values. "drop" leaves out rows that have a missing value in the
+            used columns. A file that is read in blocks is refused in both cases.
         na: numbers and text that count as missing values, besides NaN, empty cells and words such as NA.
         label: name or position of a column of class labels 0, 1, ..., which is not part of a sample. None means that
             there are no labels.
@@ -183,6 +214,8 @@ class ArrayData(Finite):
         weights: name or position of a column of weights, which is not part of a sample. Only the ratios of the weights
             matter. None means equal weights.
         signed_weights: whether weights may be negative, as in simulations of particle physics.
+        types: the types of columns, by name or position, see `flowtrain.data.types.ColumnType.parse`. Columns without a
+            type are real. None means that all columns are real.
         id: name or position of a column that identifies the rows, and is not part of a sample. It may contain anything.
         event_shape: the shape (C, H, W) of images. A row of the table is a flattened image. None means vectors.
         val_fraction, test_fraction: the fraction of the training file to hold out if there is no separate file.
@@ -234,15 +267,11 @@ class ArrayData(Finite):
         context: Columns | None = None,
         weights: str | int | None = None,
         signed_weights: bool = False,
+        types: Mapping[str | int, Any] | None = None,
         id: str | int | None = None,
     ) -> None:
-        if path is None:
-            raise ConfigError(
-                "data.path is not set: data=array reads your own file; give data.path=FILE, such as mine.csv"
-            )
-        for name, given in (("path", path), ("val_path", val_path), ("test_path", test_path)):
-            if given is not None and not isinstance(given, str | Table):
-                raise ConfigError(f"data.{name}={given}: give the path of a file")
+        path = _checked_paths(path, val_path, test_path)
+        _check_types_alone(types, levels, event_shape, dequantize)
         self.levels = None if levels is None else whole("data.levels", levels, least=2)
         self.alpha = below_half("data.alpha", alpha)
         self._standardize = _standardizes(standardize, levels)
@@ -250,7 +279,7 @@ class ArrayData(Finite):
         text_format, absent = format_of(header, decimal), missing_of(missing, na)
         if not isinstance(path, Table):
             check_format(path, text_format)
-        roles = Roles(label, context, weights, flag("data.signed_weights", signed_weights), id)
+        roles = Roles(label, context, weights, flag("data.signed_weights", signed_weights), id, asked_types(types))
         first = _source(path, memory_map, key, columns, roles, text_format, absent)
         # memory_map=true is for the training file only: held-out files are streamed if they are large
         rest = None if memory_map else memory_map
@@ -263,26 +292,32 @@ class ArrayData(Finite):
                 check_same_columns(first.table, other.table)
                 for role, table in first.tables.others.items():
                     check_same_columns(table, other.tables.others[role])
+        self.types, context_types = _fitted_types(
+            [first, *(other for other in others if other is not None)], dequantize
+        )
         width = len(first.table.columns)
         self.event_shape = _event_shape(event_shape, width)
         self.columns = first.table.columns if event_shape is None else ()
         self._names = first.table.columns if first.table.named else ()
         self._label, self._weights = (_name_of(first.tables.others.get(role)) for role in ("label", "weights"))
-        self.integer_valued, self.noisy = _noise(dequantize, self.levels, first.table)
-        spec = SampleSpec(self.event_shape, self.integer_valued, self.levels, self.noisy)
+        self.integer_valued, self.noisy = (
+            (False, whole_columns_of(self.types)) if self.types else _noise(dequantize, self.levels, first.table)
+        )
+        spec = SampleSpec(self.event_shape, self.integer_valued, self.levels, self.noisy, types=self.types)
 
         most = max(1, min(MOST_HELD_OUT, HELD_OUT_BYTES // (8 * width)))
-        have = [other is not None for other in others]
         cap = most if isinstance(first, StreamedTable) else None
-        sizes = held_out(first.n, first.table.path, have, (val_fraction, test_fraction), cap)
+        sizes = held_out(first.n, first.table.path, [o is not None for o in others], (val_fraction, test_fraction), cap)
         training, spec = self._divide(first, spec, sizes, seed)
         own = [None if o is None else o.all(spec, most, seed, _STREAM, _OWN, i) for i, o in enumerate(others)]
         self.gaussian_start = _starts(gaussian_start, self.event_shape)
         val, test = (held if part is None else part for held, part in zip(training.held, own, strict=True))
-        self.val, self.test = (add_set_noise(part.x, self.noisy, seed, i) for i, part in enumerate((val, test)))
+        self.val, self.test = (
+            add_set_noise(part.x, self.noisy, seed, i, self.types) for i, part in enumerate((val, test))
+        )
         self.val_labels, self.val_context, self.val_weights = val.extras
         self.test_labels, self.test_context, self.test_weights = test.extras
-        self._describe_context(first.tables.context, training)
+        self._describe_context(first.tables.context, training, context_types)
         sets = {"val": val, "test": test}
         self._own_numbers = {name: part.numbers for name, part in sets.items() if isinstance(part.rows, tuple)}
         self._read_ids = {name: (other or first).read_ids for name, other in zip(sets, others, strict=True)}
@@ -316,6 +351,8 @@ class ArrayData(Finite):
             check_enough_rows(first.table.path, training.n, len(self._mean))
         noisy = range(len(self._mean)) if self.integer_valued else self.noisy
         check_spread(first.table, self._mean, self._std, training.whole, noisy, self._centers)
+        if training.on_line is not None:
+            self._mean, self._std = spec.line_moments(*training.on_line)
         coarse = COARSE * self._std < np.finfo(np.float32).eps * np.abs(self._mean)
         if self._centers and coarse.any():
             names = [name for name, is_coarse in zip(first.table.columns, coarse, strict=True) if is_coarse]
@@ -342,6 +379,8 @@ class ArrayData(Finite):
         codes = warn_of_sentinels(table, training.look) if self.levels is None else {}
         if self.integer_valued:
             return
+        if len(self.event_shape) == 1:
+            hint_of_types(table, training.look, self.types, {*self.noisy, *codes})
         few = warn_of_repeats(table, training.look, training.whole, set(self.noisy), codes)
         if len(self.event_shape) == 1:
             warn_of_dependence(table, training.look, spec.noise(len(table.columns)))
@@ -349,8 +388,8 @@ class ArrayData(Finite):
             hashes = {name: row_hashes(part.x.numpy(), training.hash_step) for name, part in held.items()}
             warn_of_copies(table.path, training.hashes, hashes)
 
-    def _describe_context(self, table: Table | None, training: TrainingSplit) -> None:
-        """Sets the description of the context columns from the training rows.
+    def _describe_context(self, table: Table | None, training: TrainingSplit, types: Sequence[ColumnType]) -> None:
+        """Sets the description of the context columns from the training rows and their types.
 
         Raises:
             DataError: a context column that is constant in training.
@@ -360,8 +399,10 @@ class ArrayData(Finite):
         mean, std = training.context[0], np.sqrt(training.context[1])
         check_context(table, mean, std)
         self.context = tuple(
-            ContextColumn(name, mean=float(m), std=float(s))
-            for name, m, s in zip(table.columns, mean, std, strict=True)
+            ContextColumn(name, CATEGORICAL, categories=one.categories)
+            if one.kind == CATEGORICAL
+            else ContextColumn(name, mean=float(m), std=float(s))
+            for name, m, s, one in zip(table.columns, mean, std, types, strict=True)
         )
         rows = training.look_extras.context
         assert rows is not None
@@ -371,7 +412,7 @@ class ArrayData(Finite):
 
     def train_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
         x = super().train_share(step, batch_size, seed, share)
-        return add_batch_noise(x, self.noisy, seed, step, batch_size, share) if self.noisy else x
+        return add_batch_noise(x, self.noisy, seed, step, batch_size, share, self.types)
 
     @property
     def samples(self) -> Samples:
@@ -395,8 +436,77 @@ class ArrayData(Finite):
         return mean, std
 
 
+def _fitted_types(
+    sources: Sequence[InMemoryTable | StreamedTable], dequantize: bool | Sequence[str | int] | str | int
+) -> tuple[tuple[ColumnType, ...], tuple[ColumnType, ...]]:
+    """Returns the types of the columns of the samples, () if all are real, and the types of the context columns.
+
+    Ranges and categories are those of the training file. Columns that `data.dequantize` names are integers. In all
+    tables, categories are replaced by their positions.
+
+    Args:
+        sources: the tables. The first is the training file.
+
+    Raises:
+        DataError: a category that the training file does not contain.
+    """
+    first = sources[0]
+    tables, types = first.tables, first.tables.types_of(first.table)
+    context = () if tables.context is None else _with_categories(tables.context, tables.types_of(tables.context))
+    if all(one.kind == REAL for one in types):
+        types = ()
+    else:
+        counts = () if dequantize is False else _noise(dequantize, None, first.table)[1]
+        (low, high), some = first.values_range(), first.some_values(SOME_VALUES)
+        types = tuple(
+            (ColumnType(INTEGER) if i in counts and not one.is_whole else one).fitted(
+                float(low[i]), float(high[i]), some[:, i]
+            )
+            for i, one in enumerate(types)
+        )
+        types = _with_categories(first.table, types)
+    for source in sources:
+        source.encode(types, context)
+    return types, context
+
+
+def _with_categories(table: Table, types: Sequence[ColumnType]) -> tuple[ColumnType, ...]:
+    """Returns the types with the categories of the columns of a table. A table in a file has no rows."""
+    return tuple(
+        one.with_categories(categories_of(table, i)) if one.kind == CATEGORICAL and len(table.values) else one
+        for i, one in enumerate(types)
+    )
+
+
+def _checked_paths(path: Any, val_path: Any, test_path: Any) -> str | Table:
+    """Returns the training file, after a check of all paths.
+
+    Raises:
+        ConfigError: no training file, or a path that is neither text nor a table.
+    """
+    for name, given in (("path", path), ("val_path", val_path), ("test_path", test_path)):
+        if given is not None and not isinstance(given, str | Table):
+            raise ConfigError(f"data.{name}={given}: give the path of a file")
+    if path is None:
+        raise ConfigError("data.path is not set: data=array reads your own file; give data.path=FILE, such as mine.csv")
+    return cast(str | Table, path)
+
+
+def _check_types_alone(types: object, levels: object, event_shape: object, dequantize: object) -> None:
+    """Checks that `data.types` is not combined with settings that apply to all columns.
+
+    Raises:
+        ConfigError: there is such a setting.
+    """
+    if types and (levels is not None or event_shape is not None or dequantize is True):
+        raise ConfigError(
+            "data.types cannot be combined with data.levels, data.event_shape or data.dequantize=true: omit one of "
+            "them; the type integer adds noise to a column"
+        )
+
+
 def _name_of(table: Table | None) -> str | None:
-    """Returns the name of the only column of a table; None if the file has no names, or for None."""
+    """Returns the name of the only column of a table; None if the file has no names, or without a table."""
     return table.columns[0] if table is not None and table.named else None
 
 

@@ -178,12 +178,18 @@ def advice_on_text(found: Sequence[TextColumn], indices: Sequence[int]) -> str:
     Example:
         >>> column = TextColumn(1, "sex", "text", "line 2", "m", 4, {"m", "f", "d", "x"})
         >>> advice_on_text([column], [0, 1, 2])
-        "Not numbers: column 'sex' (text in 4 cells). Keep the other columns with 'data.columns=[0,2]'"
+        "Not numbers: column 'sex' (text in 4 cells). Keep the other columns with 'data.columns=[0,2]', or model the \
+text as categories with 'data.types={sex: categorical}'"
     """
     each = [f"{c.name!r} ({c.kind} in {counted(c.count, 'cell')})" for c in found[:_MOST_COLUMNS]]
     words = f"Not numbers: column{'s' * (len(found) > 1)} {first_of(each, len(found))}. "
     keep = [i for i in indices if i not in {c.index for c in found}]
     words += f"Keep the other columns with {as_option(keep)}" if keep else "There are no other columns"
+    if {c.kind for c in found} == {"text"} and len(found) <= _MOST_COLUMNS:
+        keys = [c.name if re.fullmatch(r"[A-Za-z_]\w*", c.name) else str(c.index) for c in found]
+        words += (
+            f", or model the text as categories with 'data.types={{{','.join(f'{key}: categorical' for key in keys)}}}'"
+        )
     texts = sorted(set().union(*(c.texts for c in found)))
     # text with quotes needs other quotes than these
     plain = len(texts) <= _MOST_TEXTS and not re.search(r"[\"'\\\n]", "".join(texts))

@@ -13,12 +13,12 @@ import re
 import warnings
 import zlib
 from array import array
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, TextIO, cast
+from typing import IO, Any, NamedTuple, TextIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,9 +42,22 @@ _GROUPED = re.compile(rf"\s*[+-]?\d{{1,3}}(?:,\d{{3}})+(?:\.\d*)?{_EXPONENT}\s*"
 # Numbers with a decimal comma, optionally with points between thousands
 _COMMA = re.compile(rf"\s*[+-]?(?:\d+|\d{{1,3}}(?:\.\d{{3}})+)(?:,\d+)?{_EXPONENT}\s*")
 
-# A function that returns the positions of the columns to keep. Its arguments are the names of all columns, and the
-# positions of the columns that contain row numbers or row names
-ChooseColumns = Callable[[Sequence[str], Sequence[int]], list[int]]
+
+class Chosen(NamedTuple):
+    """The columns of a file to read.
+
+    Attributes:
+        indices: the positions of the columns in the file.
+        text: the positions of the columns among these that may contain text.
+    """
+
+    indices: list[int]
+    text: Collection[int] = ()
+
+
+# A function that returns the columns to keep. Its arguments are the names of all columns, and the positions of the
+# columns that contain row numbers or row names
+ChooseColumns = Callable[[Sequence[str], Sequence[int]], Chosen]
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,8 @@ class TextTable:
         names, indices: the names of the columns and their positions in the file.
         lines: the line number of each row, from 1.
         cells: the text of the first cell with a missing value, by its row and column in `values`; empty if unknown.
+        labels: the distinct texts of each column that contains text, by the position of the column in the file. The
+            values of such a column are positions in this tuple.
     """
 
     values: NDArray[np.float64]
@@ -103,6 +118,7 @@ class TextTable:
     indices: tuple[int, ...]
     lines: Sequence[int]
     cells: Mapping[tuple[int, int], str]
+    labels: Mapping[int, tuple[str, ...]]
 
 
 class _File:
@@ -137,7 +153,7 @@ def read_delimited(path: Path, choose: ChooseColumns, text_format: TextFormat) -
     with _reading_errors(file):
         layout = find_layout(file, text_format)
         left_out = [i for i, name in enumerate(layout.names) if _is_row_index(file, layout, i)]
-        indices = choose(layout.names, left_out)
+        indices, text = choose(layout.names, left_out)
         _warn_of_unnamed(path, layout, indices, left_out)
         rows = _plain_rows(file, layout)
         values = None if rows is None else _read_with_numpy(file, layout, indices, rows, text_format)
@@ -145,11 +161,12 @@ def read_delimited(path: Path, choose: ChooseColumns, text_format: TextFormat) -
             values = _read_with_numpy(file, layout, indices, rows, text_format, with_nan=True)
         lines: Sequence[int] = range(layout.first_line, layout.first_line + (rows or 0))
         cells: dict[tuple[int, int], str] = {}
+        labels: dict[int, tuple[str, ...]] = {}
         if values is None:
-            values, lines, cells = _read_by_cell(file, layout, indices, text_format)
+            values, lines, cells, labels = _read_by_cell(file, layout, indices, text_format, text)
     if not lines:
         raise DataError(f"{path} has no rows" + (" below its header" if layout.named else ""))
-    return TextTable(values, tuple(layout.names[i] for i in indices), tuple(indices), lines, cells)
+    return TextTable(values, tuple(layout.names[i] for i in indices), tuple(indices), lines, cells, labels)
 
 
 def read_text_column(path: Path, choose: ChooseColumns, text_format: TextFormat) -> list[str]:
@@ -164,7 +181,7 @@ def read_text_column(path: Path, choose: ChooseColumns, text_format: TextFormat)
     with _reading_errors(file):
         # the reader of the samples has already warned
         layout = find_layout(file, text_format, warns=False)
-        (column,) = choose(layout.names, ())
+        (column,) = choose(layout.names, ()).indices
         rows = ((line, row) for line, row in _rows(file, layout.delimiter, layout.first_line) if row)
         cells = []
         for line, row in rows:
@@ -401,6 +418,21 @@ def is_missing(cell: str, na: Collection[str] = ()) -> bool:
     return cell.strip().lower() in (_MISSING.union(na) if na else _MISSING)
 
 
+def codes_of_text(cells: Iterable[str | None], na: Collection[str] = ()) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    """Returns the positions of cells in the tuple of their distinct texts, and this tuple. Missing values are NaN.
+
+    Example:
+        >>> codes_of_text(["red", "blue", "", "red "])
+        (array([ 0.,  1., nan,  0.]), ('red', 'blue'))
+    """
+    words: dict[str, int] = {}
+    codes = [
+        float("nan") if cell is None or is_missing(cell, na) else float(words.setdefault(cell.strip(), len(words)))
+        for cell in cells
+    ]
+    return np.array(codes), tuple(words)
+
+
 def number_of(cell: str, decimal: str) -> float | None:
     """Parses the number in a cell, or 1 and 0 for true and false; None if the cell is not a number."""
     if (boolean := _BOOLEANS.get(cell.strip().lower())) is not None:
@@ -540,11 +572,17 @@ def _missing_cells(delimiter: str | None, na: Collection[str]) -> re.Pattern[str
 
 
 def _read_by_cell(
-    file: _File, layout: Layout, indices: Sequence[int], text_format: TextFormat
-) -> tuple[NDArray[np.float64], Sequence[int], dict[tuple[int, int], str]]:
-    """Reads the table cell by cell. Returns the values, the line numbers, and the first missing cell."""
-    decimal = text_format.decimal or _decimal_mark(file, layout, indices)
+    file: _File, layout: Layout, indices: Sequence[int], text_format: TextFormat, text: Collection[int] = ()
+) -> tuple[NDArray[np.float64], Sequence[int], dict[tuple[int, int], str], dict[int, tuple[str, ...]]]:
+    """Reads the table cell by cell. Returns the values, the line numbers, the first missing cell, and the labels.
+
+    Args:
+        text: the positions of the columns that may contain text.
+    """
+    decimal = text_format.decimal or _decimal_mark(file, layout, [i for i in indices if i not in text])
     values, lines = array("d"), array("q")
+    # the distinct texts of each column that may contain text, and their positions
+    words: dict[int, dict[str, int]] = {i: {} for i in indices if i in text}
     cells: dict[tuple[int, int], str] = {}
     blank, commas, pointed = 0, False, ""
     for line, row in _rows(file, layout.delimiter, layout.first_line):
@@ -556,12 +594,13 @@ def _read_by_cell(
         if len(row) != len(layout.names):
             raise DataError(f"{file.path}, line {line} {_width_error(row, layout)}")
         for column, i in enumerate(indices):
-            value = number_of(row[i], decimal)
+            value = _code_of(row[i], words[i], text_format.na) if i in words else number_of(row[i], decimal)
             if value is None:
                 if not is_missing(row[i], text_format.na):
-                    words = _number_error(file.path, line, layout, i, row[i], decimal)
-                    found = _text_columns(file, layout, indices, text_format.na, decimal)
-                    raise DataError(f"{words}. {advice_on_text(found, indices)}")
+                    error = _number_error(file.path, line, layout, i, row[i], decimal)
+                    numeric = [j for j in indices if j not in words]
+                    found = _text_columns(file, layout, numeric, text_format.na, decimal)
+                    raise DataError(f"{error}. {advice_on_text(found, indices)}")
                 value = float("nan")
                 if not cells:
                     cells[len(lines), column] = row[i]
@@ -575,7 +614,27 @@ def _read_by_cell(
             f"{file.path}, {pointed} has a point, and no number in the file has a decimal comma: omit "
             "data.decimal=comma"
         )
-    return np.frombuffer(values, np.float64).reshape(len(lines), len(indices)), lines, cells
+    table = np.frombuffer(values, np.float64).reshape(len(lines), len(indices))
+    labels = {i: texts for i in words if (texts := _texts(table[:, indices.index(i)], words[i], decimal))}
+    return table, lines, cells, labels
+
+
+def _code_of(cell: str, words: dict[str, int], na: Collection[str]) -> float | None:
+    """Returns the position of a cell in the distinct texts `words`, to which it is added; None for a missing value."""
+    return None if is_missing(cell, na) else words.setdefault(cell.strip(), len(words))
+
+
+def _texts(column: NDArray[np.float64], words: Mapping[str, int], decimal: str) -> tuple[str, ...]:
+    """Returns the distinct texts of a column in which each value is a position of a text.
+
+    If all texts are numbers, the values of the column are replaced by these numbers, and the result is empty.
+    """
+    numbers = [number for word in words if (number := number_of(word, decimal)) is not None]
+    if len(numbers) < len(words):
+        return tuple(words)
+    known = ~np.isnan(column)
+    column[known] = np.array(numbers, np.float64)[column[known].astype(np.int64)]
+    return ()
 
 
 def _text_columns(

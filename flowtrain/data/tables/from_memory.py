@@ -1,7 +1,9 @@
 """Tables from arrays, tensors and data frames in memory, and the .npz file that stores a table in a run directory."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowtrain.data.tables.column_types import with_codes
 from flowtrain.data.tables.columns import default_names, listed
-from flowtrain.data.tables.csv_reader import is_missing
-from flowtrain.data.tables.table_reader import COLUMNS, VALUES, Table
+from flowtrain.data.tables.csv_reader import codes_of_text, is_missing
+from flowtrain.data.tables.table_reader import COLUMNS, LABELS, VALUES, Table, refuse_text
 from flowtrain.utils.arguments import shortened
 from flowtrain.utils.errors import DataError, first_line
 from flowtrain.utils.files import write_npz
@@ -41,30 +44,41 @@ def column_names(frame: Any) -> tuple[str, ...]:
     return tuple(map(str, frame.columns))
 
 
-def columns_of(frame: Any, columns: Sequence[str], name: str = "x") -> NDArray[Any]:
+def columns_of(frame: Any, columns: Sequence[str], name: str = "x", na: Collection[str] | None = None) -> NDArray[Any]:
     """Returns the values of these columns of a data frame, (n, d), in this order. The other columns are not read.
 
     Args:
         name: the name of the frame in messages.
+        na: see `as_array`.
 
     Raises:
         DataError: a column is missing, occurs twice, or has values that are not real numbers.
     """
     names = column_names(frame)
-    for words, bad in (
-        ("lacks the columns", [column for column in columns if column not in names]),
-        ("has several columns named", [column for column in columns if names.count(column) > 1]),
-    ):
-        if bad:
-            raise DataError(f"{name} {words} {listed(bad)}; it has {listed(names, most=50)}")
+    _check_names(names, columns, name)
     keys, positions = list(frame.columns), [names.index(column) for column in columns]
     if hasattr(frame, "__getitem__"):
         return as_array(frame[[keys[i] for i in positions]], name)
     return as_array(np.asarray(frame.to_numpy())[:, positions], name)
 
 
+def _check_names(names: Sequence[str], columns: Sequence[str], name: str) -> None:
+    """Raises DataError if a column is not one of the names of a data frame, or occurs twice."""
+    for words, bad in (
+        ("lacks the columns", [column for column in columns if column not in names]),
+        ("has several columns named", [column for column in columns if names.count(column) > 1]),
+    ):
+        if bad:
+            raise DataError(f"{name} {words} {listed(bad)}; it has {listed(names, most=50)}")
+
+
 def rows_and_labels(
-    x: Rows, label: Any, columns: Sequence[str], label_name: str | None, name: str = "x"
+    x: Rows,
+    label: Any,
+    columns: Sequence[str],
+    label_name: str | None,
+    name: str = "x",
+    categories: Mapping[int, Sequence[str | float]] = MappingProxyType({}),
 ) -> tuple[NDArray[Any], Any]:
     """Returns the rows of x as an array, and their labels.
 
@@ -76,9 +90,11 @@ def rows_and_labels(
             If it is empty or contains a name twice, all columns are read in their order.
         label_name: the column of labels that the flow was trained on. None if there is none.
         name: the name of x in messages.
+        categories: the categories of each categorical column, by its position in a sample. In a data frame, categories
+            are given by name. In other rows, they are given by position.
 
     Raises:
-        DataError: columns are missing, or values are not real numbers.
+        DataError: columns are missing, values are not real numbers, or categories are unknown.
     """
     if not is_frame(x):
         if isinstance(label, str):
@@ -89,6 +105,15 @@ def rows_and_labels(
     if isinstance(label, str):
         label = columns_of(x, [label], name).reshape(-1)
     by_name = columns and len(set(columns)) == len(columns)
+    if categories:
+        table = table_of(x, name)
+        if by_name:
+            _check_names(column_names(x), columns, name)
+            table = table.only([table.columns.index(column) for column in columns])
+        for i, each in categories.items():
+            table = with_codes(table, i, each)
+        refuse_text(table, range(len(table.columns)))
+        return table.values, label
     return columns_of(x, columns, name) if by_name else as_array(x, name), label
 
 
@@ -237,35 +262,103 @@ def _first_text(array: NDArray[Any]) -> str:
     return "a value"
 
 
-def table_of(x: Rows, name: str = "x", label: Any = None, label_name: str = "label", na: Collection[str] = ()) -> Table:
-    """Converts rows in memory to a table. If there are labels, they are the last column.
+def table_of(x: Rows, name: str = "x", na: Collection[str] = ()) -> Table:
+    """Converts rows in memory to a table.
 
     Args:
         x: (n, d), (n,) for one column, or (n, C, H, W) for images, whose elements become columns.
         name: the name of x in messages.
-        label: (n,), or None.
         na: text that counts as missing. Missing values become NaN; `read_table` refuses them or leaves out their rows.
 
+    Text in a data frame is stored in `Table.labels`. `read_table` refuses it unless the column is categorical.
+
     Raises:
-        DataError: an array of another rank, without rows, or with values that are not real numbers; labels of another
-            length.
+        DataError: an array of another rank, without rows, or with values that are not real numbers.
     """
     names = column_names(x) if is_frame(x) else ()
-    array = as_array(x, name, na)
+    array, labels = _with_codes(x, name, na) if names else (as_array(x, name, na), {})
     if array.ndim not in (1, 2, 4) or not array.size:
         raise DataError(f"{name} has shape {array.shape}; give rows (n, d), or images (n, C, H, W), with n > 0")
     values = np.ascontiguousarray(array.reshape(len(array), -1), dtype=np.float64)
-    if label is not None:
-        labels = as_array(label, f"the label of {name}", na)
-        if labels.shape not in ((len(values),), (len(values), 1)):
-            raise DataError(
-                f"label has shape {labels.shape}; give one label for each of the {len(values)} rows of {name}"
-            )
-        values = np.column_stack([values, labels.reshape(-1, 1).astype(np.float64)])
-        if names:
-            names = (*names, label_name)
     indices = tuple(range(values.shape[1]))
-    return Table(values, names or default_names(indices), indices, name)
+    return Table(values, names or default_names(indices), indices, name, labels=labels)
+
+
+def _with_codes(frame: Any, name: str, na: Collection[str]) -> tuple[NDArray[Any], dict[int, tuple[str, ...]]]:
+    """Returns the values of a data frame, (n, d), and the distinct texts of its columns with text, by position.
+
+    The values of a column with text are positions of texts.
+    """
+    _refuse_dates(frame, name)
+    array = np.asarray(frame.to_numpy())
+    if array.dtype.kind not in "OUS" or array.ndim != 2:
+        return as_array(frame, name, na), {}
+    columns, labels = [], {}
+    for i in range(array.shape[1]):
+        texts = _texts_of(array[:, i], na)
+        if texts is None:
+            columns.append(as_array(array[:, i], f"{name}, column {column_names(frame)[i]!r}", na).astype(np.float64))
+        else:
+            codes, labels[i] = codes_of_text(texts, na)
+            columns.append(codes)
+    return np.column_stack(columns), labels
+
+
+def _texts_of(column: NDArray[Any], na: Collection[str]) -> list[str | None] | None:
+    """Returns the cells of a column that contains text, with None for missing values; None for other columns."""
+    cells = column.tolist()
+    absent = [cell is None or type(cell).__name__ == "NAType" or cell != cell for cell in cells]
+    present = [cell for cell, lost in zip(cells, absent, strict=True) if not lost]
+    if not any(isinstance(cell, str) for cell in present) or _with_nan(column, na) is not None:
+        return None
+    if not all(isinstance(cell, str | int | float | np.number) for cell in present):
+        return None
+    return [None if lost else str(cell) for cell, lost in zip(cells, absent, strict=True)]
+
+
+def with_columns(
+    table: Table, given: Any, name: str, columns: Sequence[str] | None = None, na: Collection[str] = ()
+) -> Table:
+    """Appends columns to a table.
+
+    Args:
+        given: an array (n, k) or (n,), or a data frame.
+        name: the name of `given` in messages.
+        columns: the k names. They are read from a data frame. None means all columns of a data frame.
+        na: text that counts as missing.
+
+    Raises:
+        DataError: another number of rows or columns, a name that the table has already, or values that are not real
+            numbers.
+    """
+    other = table_of(given, name, na)
+    if is_frame(given):
+        columns = other.columns if columns is None else columns
+        if missing := [column for column in columns if column not in other.columns]:
+            raise DataError(f"{name} lacks the columns {listed(missing)}; it has {listed(other.columns, most=50)}")
+        other = other.only([other.columns.index(column) for column in columns])
+    columns = tuple(columns or ())
+    n, k = len(table.values), len(columns)
+    if other.values.shape != (n, k):
+        one = " or (n,)" if k == 1 else ""
+        raise DataError(
+            f"{name} has shape {other.values.shape}; give shape (n, {k}){one} with n = {n}, one row for each row of "
+            f"{table.path}"
+        )
+    if twice := [column for column in columns if column in table.columns]:
+        raise DataError(
+            f"{name} and {table.path} both have a column {twice[0]!r}: rename one, or give the name of the column of "
+            f"{table.path}"
+        )
+    added = range(len(table.indices), len(table.indices) + k)
+    texts = {new: other.labels[old] for new, old in zip(added, other.indices, strict=True) if old in other.labels}
+    return replace(
+        table,
+        values=np.column_stack([table.values, other.values]),
+        columns=(*table.columns, *columns),
+        indices=(*table.indices, *added),
+        labels={**table.labels, **texts},
+    )
 
 
 def event_shape_of(x: Rows) -> list[int] | None:
@@ -293,4 +386,6 @@ def write_table(path: Path, table: Table) -> None:
     arrays: dict[str, NDArray[Any]] = {VALUES: values}
     if table.named:
         arrays[COLUMNS] = np.array(table.columns)
+    for index, texts in table.labels.items():
+        arrays[f"{LABELS}{table.indices.index(index)}"] = np.array(texts)
     write_npz(path, arrays, durable=True)

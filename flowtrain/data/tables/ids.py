@@ -9,21 +9,21 @@ from numpy.typing import NDArray
 
 from flowtrain.data.base import Ids
 from flowtrain.data.tables.columns import pick
-from flowtrain.data.tables.csv_reader import TextFormat, read_text_column
+from flowtrain.data.tables.csv_reader import ChooseColumns, Chosen, TextFormat, read_text_column
 from flowtrain.data.tables.table_reader import ARRAYS, ending_of, read_array
 from flowtrain.data.tables.typed_files import TYPED, read_raw_column
 from flowtrain.utils.errors import ConfigError, DataError
 
 
 def read_ids(
-    path: str | Path, key: str | None, column: str | int, text_format: TextFormat, n: int | None = None
+    path: str | Path, key: str | None, column: str | int | ChooseColumns, text_format: TextFormat, n: int | None = None
 ) -> Ids:
-    """Reads the column of ids of a file, which may contain anything. Text is not changed, except for blanks around it.
+    """Reads the column of ids of a file. The column may contain any values. Blanks around text are removed.
 
     Args:
         path: a file that `read_table` reads.
         key: the array of an .npz file or the sheet of an .xlsx file, see `read_table`.
-        column: the name or the position of the column.
+        column: the name or the position of the column, or a function that returns its position, see `ChooseColumns`.
         text_format: the format with which the samples of the file were read.
         n: the number of rows when the samples were read; None if it is not known.
 
@@ -34,21 +34,27 @@ def read_ids(
     file = Path(path).expanduser()
     name = ""
 
-    def choose(names: Sequence[str], left_out: Sequence[int]) -> list[int]:
+    def choose(names: Sequence[str], left_out: Sequence[int]) -> Chosen:
         nonlocal name
-        position = id_position(column, names, path)
+        position = column(names, left_out).indices[0] if callable(column) else id_position(column, names, path)
         name = names[position]
-        return [position]
+        return Chosen([position], [position])
 
     ending = ending_of(file)
     if ending in ARRAYS:
-        values: NDArray[Any] = read_array(file, key, choose).values[:, 0]
+        table = read_array(file, key, choose)
+        values: NDArray[Any] = table.values[:, 0]
+        for texts in table.labels.values():
+            values = np.array([None if np.isnan(code) else texts[int(code)] for code in values], object)
     elif ending in TYPED:
         values = read_raw_column(file, key, choose, text_format.header)
     else:
         values = _as_whole(read_text_column(file, choose, text_format))
     if n is not None and len(values) != n:
-        raise DataError(f"{file} has {len(values):,} rows, but had {n:,} when the samples were read; run this again")
+        raise DataError(
+            f"{file} has {len(values):,} rows, but had {n:,} when the samples were read. The file was changed in "
+            "between: repeat the command"
+        )
     return Ids(name, whole_ids(values))
 
 
@@ -71,7 +77,7 @@ def id_position(column: str | int, names: Sequence[str], path: object) -> int:
 
 
 def _as_whole(cells: Sequence[str]) -> NDArray[Any]:
-    """Returns text as int64 if this changes no cell, as it would change 007, else as objects with None for empty."""
+    """Converts text to int64 if no cell would change (007 would), else to objects with None for an empty cell."""
     if all(cell.removeprefix("-").isdecimal() and cell.isascii() and len(cell) < 19 for cell in cells):
         numbers = np.array([int(cell) for cell in cells], np.int64)
         if all(str(number) == cell for number, cell in zip(numbers.tolist(), cells, strict=True)):

@@ -31,11 +31,12 @@ def named_columns(
 ) -> dict[str, NDArray[Any]]:
     """Returns samples as columns with the names and the types of the training file, in the order of the file to write.
 
-    Columns of whole numbers are int64, other columns have the dtype of the samples. The pixels of an image are columns
-    c0, c1, ..., channel by channel and row by row, which `data.event_shape` reads again.
+    Columns of whole numbers are int64, categories are given by name, and other columns have the dtype of the samples.
+    The pixels of an image are columns c0, c1, ..., channel by channel and row by row. With the setting
+    `data.event_shape`, `ArrayData` reads them as images.
 
     Args:
-        samples: (n, *event_shape), in data units, whole numbers rounded as by `Flow.quantized`.
+        samples: (n, *event_shape), in data units. Whole numbers are rounded, see `Flow.quantized`.
         description: the description of the samples that the flow was trained on.
         label: class labels (n,), which become the last column; None without labels.
         context: context values (n, k), which become the first columns; None without context.
@@ -51,15 +52,19 @@ def named_columns(
     whole = range(values.shape[1]) if description.integer_valued else description.noisy
     columns = [] if context is None else _context_columns(description.context, context.detach().cpu().numpy())
     columns += [column.astype(np.int64) if i in whole else column for i, column in enumerate(values.T)]
+    first = len(columns) - values.shape[1]
+    for i, one in enumerate(description.types):
+        if one.kind == CATEGORICAL:
+            columns[first + i] = np.array(one.categories)[columns[first + i]]
     if label is not None:
         columns.append(label.detach().cpu().numpy())
     return dict(zip(column_names(description, label is not None), columns, strict=True))
 
 
 def column_names(description: Samples, with_label: bool) -> tuple[str, ...]:
-    """Returns the names of the columns of a file of samples: of the context, of the samples, and of the label.
+    """Returns the names of the columns of a file of samples: the context, the samples and the label, in this order.
 
-    If a name occurs twice, its position is appended to the second.
+    If two columns have the same name, the position of the second is appended to its name.
     """
     names = [*(column.name for column in description.context), *sample_names(description)]
     names += [description.label or LABEL] if with_label else []
@@ -67,7 +72,7 @@ def column_names(description: Samples, with_label: bool) -> tuple[str, ...]:
 
 
 def sample_names(description: Samples) -> tuple[str, ...]:
-    """Returns the names of the columns of the samples. Columns without names get those of c0, c1, ... that are free."""
+    """Returns the names of the columns of the samples. Without names, they are c0, c1, ..., except for used names."""
     taken, width = {column.name for column in description.context}, math.prod(description.event_shape)
     free = [name for name in default_names(range(width + len(taken))) if name not in taken]
     return description.columns or tuple(free[:width])
@@ -82,7 +87,7 @@ def _context_columns(description: Sequence[ContextColumn], context: NDArray[np.f
 
 
 def check_can_write(path: Path) -> None:
-    """Checks, before any work is done, that the package for the format of a table is installed.
+    """Checks that the package for the format of a table is installed. Commands call this before any other work.
 
     Raises:
         ConfigError: polars, which writes .parquet, is not installed.

@@ -1,7 +1,7 @@
 """Columns of a table with another role than the samples: class labels, context and weights."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,18 +10,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowtrain.data.in_memory import Extras
+from flowtrain.data.tables.column_types import NO_TYPES, AskedTypes, check_roles
 from flowtrain.data.tables.columns import Columns, listed, pick
-from flowtrain.data.tables.csv_reader import DETECTED, TextFormat
+from flowtrain.data.tables.csv_reader import DETECTED, Chosen, TextFormat
 from flowtrain.data.tables.ids import id_position
 from flowtrain.data.tables.missing import REFUSED, Missing
 from flowtrain.data.tables.table_checks import check_labels, check_weights
 from flowtrain.data.tables.table_reader import Table, read_table
+from flowtrain.data.types import CATEGORICAL, ColumnType
 from flowtrain.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Roles:
-    """The settings `data.label`, `data.context`, `data.weights` and `data.id`.
+    """The settings `data.label`, `data.context`, `data.weights`, `data.id` and `data.types`.
 
     Attributes:
         label: name or position of the column of class labels, or None.
@@ -30,6 +32,7 @@ class Roles:
         signed: whether weights may be negative.
         id: name or position of the column of ids, or None. It is not read with the samples, see `read_ids`, and it may
             also be a column of labels, context or weights.
+        types: the types of columns of samples and context.
     """
 
     label: str | int | None = None
@@ -37,6 +40,7 @@ class Roles:
     weights: str | int | None = None
     signed: bool = False
     id: str | int | None = None
+    types: AskedTypes = NO_TYPES
 
     def pick(self, names: Sequence[str], path: object) -> "RolePositions":
         """Returns the positions of the columns of each role.
@@ -64,14 +68,14 @@ class Roles:
             )
         return positions
 
-    def less_ids(self, indices: Sequence[int], names: Sequence[str], path: object) -> list[int]:
+    def without_ids(self, indices: Sequence[int], names: Sequence[str], path: object) -> list[int]:
         """Returns the positions of the samples' columns without the column of ids.
 
         Raises:
             ConfigError: a column of ids that the table does not have, or no column is left.
         """
-        own = None if self.id is None else id_position(self.id, names, path)
-        left = [i for i in indices if i != own]
+        of_ids = None if self.id is None else id_position(self.id, names, path)
+        left = [i for i in indices if i != of_ids]
         if not left:
             raise ConfigError(f"data.id={self.id} is the only column of {path}: there are no columns for samples")
         return left
@@ -98,6 +102,7 @@ class RoleTables:
         samples: the columns of the samples.
         label, context, weights: the columns of these roles, or None.
         signed: whether weights may be negative.
+        types: the types that the user has given to columns, by the positions of the columns in the file.
     """
 
     samples: Table
@@ -105,10 +110,11 @@ class RoleTables:
     context: Table | None = None
     weights: Table | None = None
     signed: bool = False
+    types: Mapping[int, ColumnType] = field(default_factory=dict)
 
     @property
     def others(self) -> dict[str, Table]:
-        """The tables that are not samples, by the name of the role."""
+        """The tables of the roles other than samples, by the name of the role."""
         named = {"label": self.label, "context": self.context, "weights": self.weights}
         return {name: table for name, table in named.items() if table is not None}
 
@@ -120,9 +126,16 @@ class RoleTables:
 
     def map(self, function: Callable[[Table], Table]) -> "RoleTables":
         """Applies a function to each table."""
-        return RoleTables(
-            function(self.samples), signed=self.signed, **{k: function(t) for k, t in self.others.items()}
-        )
+        others = {k: function(t) for k, t in self.others.items()}
+        return RoleTables(function(self.samples), signed=self.signed, types=self.types, **others)
+
+    def types_of(self, table: Table) -> tuple[ColumnType, ...]:
+        """Returns the type of each column of a table. A context column with text is categorical."""
+        found = []
+        for index in table.indices:
+            default = ColumnType(CATEGORICAL) if index in table.labels else ColumnType()
+            found.append(self.types.get(index, default))
+        return tuple(found)
 
     def check(self) -> None:
         """Checks labels and weights.
@@ -165,20 +178,50 @@ def read_roles(
         ConfigError: see `Roles.pick`; or no column is left for the samples.
     """
     source = path.path if isinstance(path, Table) else path
-    positions = RolePositions((), (), ())
+    positions, types = RolePositions((), (), ()), dict[int, ColumnType]()
 
-    def choose(names: Sequence[str], left_out: Sequence[int]) -> list[int]:
-        nonlocal positions
+    def choose(names: Sequence[str], left_out: Sequence[int]) -> Chosen:
+        nonlocal positions, types
         positions = roles.pick(names, source)
-        indices = roles.less_ids(pick(columns, names, source, left_out=left_out), names, source)
-        return [*indices, *(i for i in positions.all if i not in indices)]
+        indices = roles.without_ids(pick(columns, names, source, left_out=left_out), names, source)
+        indices = [*indices, *(i for i in positions.all if i not in indices)]
+        types = picked_types(roles, names, source, positions, indices)
+        text = [i for i in indices if i in types and types[i].kind == CATEGORICAL]
+        return Chosen(indices, [*text, *(i for i in positions.context if i not in types)])
 
     table = read_table(path, key, choose, text_format=text_format, missing=missing)
-    return divided(table, positions, roles)
+    # a table in memory may be part of another table, with other positions
+    moved = {path.indices[i]: one for i, one in types.items()} if isinstance(path, Table) else types
+    places = [tuple(path.indices[i] for i in each) for each in positions] if isinstance(path, Table) else positions
+    return divided(table, RolePositions(*places), roles, moved)
 
 
-def divided(table: Table, positions: RolePositions, roles: Roles) -> RoleTables:
+def picked_types(
+    roles: Roles, names: Sequence[str], path: object, positions: RolePositions, indices: Sequence[int]
+) -> dict[int, ColumnType]:
+    """Returns the types that `data.types` gives to columns, by their positions in the file.
+
+    Args:
+        indices: the positions of the columns that are read.
+
+    Raises:
+        ConfigError: a column that the file does not have or that is not read, or a type that its role does not allow.
+    """
+    types = roles.types.pick(names, path)
+    check_roles(types, names, positions.context, positions.label + positions.weights)
+    unused = [names[i] for i in types if i not in indices]
+    if unused:
+        raise ConfigError(f"data.types: data.columns does not keep {listed(unused)}: omit the type, or keep the column")
+    return types
+
+
+def divided(
+    table: Table, positions: RolePositions, roles: Roles, types: Mapping[int, ColumnType] | None = None
+) -> RoleTables:
     """Divides a table by the roles of its columns.
+
+    Args:
+        types: the types of columns by their positions in the file.
 
     Raises:
         ConfigError: no column is left for the samples.
@@ -192,4 +235,4 @@ def divided(table: Table, positions: RolePositions, roles: Roles) -> RoleTables:
         keys = [f"data.{name}" for name, indices in zip(RolePositions._fields, positions, strict=True) if indices]
         raise ConfigError(f"{' and '.join(keys)} name all columns of {table.path}: there are no columns for samples")
     label, context, weights = (only(indices) for indices in positions)
-    return RoleTables(samples, label, context, weights, roles.signed)
+    return RoleTables(samples, label, context, weights, roles.signed, types or {})

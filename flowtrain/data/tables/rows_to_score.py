@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,9 @@ from flowtrain.data.base import Dataset, Ids, Samples
 from flowtrain.data.images import read_idx
 from flowtrain.data.in_memory import Extras
 from flowtrain.data.tables.array import check_format, format_of
+from flowtrain.data.tables.column_types import with_codes
 from flowtrain.data.tables.columns import Columns, as_option, default_names, listed, pick
-from flowtrain.data.tables.csv_reader import TextFormat
+from flowtrain.data.tables.csv_reader import Chosen, TextFormat
 from flowtrain.data.tables.ids import id_position, read_ids
 from flowtrain.data.tables.missing import missing_of
 from flowtrain.data.tables.output import LABEL, column_names, sample_names
@@ -25,6 +27,7 @@ from flowtrain.data.tables.sample_spec import SampleSpec, add_set_noise
 from flowtrain.data.tables.table_checks import warn_of_unseen
 from flowtrain.data.tables.table_reader import ARRAYS, TEXTS, Kept, Table, ending_of, is_images, read_table, takes_key
 from flowtrain.data.tables.typed_files import TYPED, sheets_of
+from flowtrain.data.types import CATEGORICAL
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.formatting import counted
 
@@ -53,12 +56,12 @@ class ScoredRows(Dataset):
         self.integer_valued, self.levels, self.alpha = samples.integer_valued, samples.levels, samples.alpha
         self.classes, self.columns, self.noisy = samples.classes, samples.columns, samples.noisy
         self.class_counts, self.context = samples.class_counts, samples.context
-        self.context_rows = samples.context_rows
-        spec = SampleSpec(self.event_shape, self.integer_valued, self.levels, self.noisy)
-        spec.check(table)
+        self.context_rows, self.types = samples.context_rows, samples.types
+        spec = SampleSpec(self.event_shape, self.integer_valued, self.levels, self.noisy, types=self.types)
+        spec.check(table, ranges=False)
         # float64, because a flow may be evaluated in float64
         x = spec.samples(table.values, real=np.float64)
-        self.val = self.test = add_set_noise(x, self.noisy, seed)
+        self.val = self.test = add_set_noise(x, self.noisy, seed, types=self.types)
         labels = self.val_labels = self.test_labels = extras.label
         self.val_context = self.test_context = extras.context
         self.val_weights = self.test_weights = extras.weights
@@ -97,6 +100,9 @@ class RowsInMemory(ScoredRows):
     def train_rows(self, most: int) -> Tensor:
         return self.test[:most]
 
+    def train_context(self, most: int) -> Tensor | None:
+        return None if self.test_context is None else self.test_context[:most]
+
     def row_weights(self, most: int) -> Tensor | None:
         return None if self.test_weights is None else self.test_weights[:most]
 
@@ -113,8 +119,8 @@ class RowsToScore(ScoredRows):
         path: a file, see `read_table`, or an IDX file, plain or gzipped.
         samples: the description of the samples that the flow was trained on.
         key, columns, label, header, decimal, missing, na, context, weights, signed_weights, id: the settings that the
-            training file was read with, see `ArrayData`. None for missing and na means that no row is left out, and no
-            further values are missing. A position of the ids refers to this file.
+            training file was read with, see `ArrayData`. If `missing` is None, no row is left out. If `na` is None, no
+            further values count as missing. If `id` is a position, it is the position in the file to score.
         asked: the names of the settings among these that the user gave for this file. These settings have priority over
             the column names in the file.
         seed: the seed of the noise on columns that `data.dequantize` names.
@@ -186,10 +192,13 @@ class _Selection:
         self.ids: int | None = None
         self.sampled = False
 
-    def choose(self, names: Sequence[str], left_out: Sequence[int]) -> list[int]:
-        """Returns the positions of the samples' columns, followed by the columns of other roles."""
+    def choose(self, names: Sequence[str], left_out: Sequence[int]) -> Chosen:
+        """Returns the positions of the samples' columns, followed by the columns of other roles.
+
+        Columns that were categorical in training may contain text.
+        """
         named = tuple(names) != default_names(range(len(names)))
-        # a file written by flowsample, in which columns without names have got names
+        # flowsample writes names for columns that had no names in the training file
         self.sampled = tuple(names) in (column_names(self.samples, False), column_names(self.samples, True))
         trained = sample_names(self.samples) if self.sampled else self.samples.columns
         by_name = named and bool(trained) and "columns" not in self.asked
@@ -216,11 +225,28 @@ class _Selection:
                     f"role; give another column with data.{role}"
                 )
             taken += positions
-        return taken
+        text = [i for i, one in zip(indices, self.samples.types, strict=False) if one.kind == CATEGORICAL]
+        text += [
+            i
+            for i, column in zip(self.others["context"], self.samples.context, strict=True)
+            if column.kind == CATEGORICAL
+        ]
+        return Chosen(taken, text)
 
     def divided(self, table: Table) -> RoleTables:
-        """Divides the table by the roles of its columns."""
-        found, start = {}, self.width
+        """Divides the table by the roles of its columns. Categories become their positions.
+
+        Raises:
+            DataError: a category that does not occur in the training file.
+        """
+        for i, one in enumerate(self.samples.types):
+            if one.kind == CATEGORICAL:
+                table = with_codes(table, i, one.categories)
+        first = self.width + len(self.others["label"])
+        for i, column in enumerate(self.samples.context):
+            if column.kind == CATEGORICAL:
+                table = with_codes(table, first + i, column.categories)
+        found, start = dict[str, Any](), self.width
         for role, positions in self.others.items():
             found[role] = table.only(range(start, start + len(positions))) if positions else None
             start += len(positions)
@@ -230,10 +256,10 @@ class _Selection:
         """Returns the positions of the samples' columns as chosen in training, or of all columns in order."""
         every = [i for i in range(len(names)) if i not in left_out]
         if "columns" in self.asked:
-            indices = self._less_others(pick(self.columns, names, self.file), names)
+            indices = self._without_others(pick(self.columns, names, self.file), names)
         else:
             try:
-                indices = self._less_others(pick(self.columns, names, self.file, left_out=left_out), names)
+                indices = self._without_others(pick(self.columns, names, self.file, left_out=left_out), names)
             except ConfigError:
                 if len(every) != self.width:
                     raise
@@ -253,14 +279,15 @@ class _Selection:
             )
         return indices
 
-    def _less_others(self, indices: list[int], names: Sequence[str]) -> list[int]:
+    def _without_others(self, indices: list[int], names: Sequence[str]) -> list[int]:
+        """Returns the positions without the columns of other roles."""
         others: list[int] = []
         for role in ("label", "context", "weights", "id"):
             wanted = getattr(self.roles, role)
             try:
                 others += [] if wanted is None else pick(wanted, names, self.file, f"data.{role}")
             except ConfigError:
-                # a file without labels, weights or ids
+                # files of new rows may lack labels, weights and ids
                 continue
         return [i for i in indices if i not in others]
 
@@ -282,7 +309,8 @@ class _Selection:
         """Returns the position of the column of ids; None if the file has none.
 
         Args:
-            samples: the positions of the samples' columns. Ids may be one of them only if the user says so.
+            samples: the positions of the samples' columns. The column of ids is one of them only if the user gave
+                `data.id` for this file.
         """
         wanted = self.roles.id
         if wanted is None:
@@ -303,7 +331,9 @@ class _Selection:
         trained = [column.name for column in self.samples.context]
         if not trained:
             return []
-        if "context" not in self.asked and named and all(names.count(name) == 1 for name in trained):
+        # positions in the training file do not apply to another file with names, whose columns may have another order
+        by_name = bool(self.samples.columns) or all(names.count(name) == 1 for name in trained)
+        if "context" not in self.asked and named and by_name:
             return pick(trained, names, self.file, "data.context")
         wanted = trained if self.roles.context is None else self.roles.context
         positions = pick(wanted, names, self.file, "data.context")

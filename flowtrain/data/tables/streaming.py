@@ -3,7 +3,7 @@
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from flowtrain.data.in_memory import Extras
 from flowtrain.data.tables.columns import Columns, default_names, pick
 from flowtrain.data.tables.ids import id_position, whole_ids
 from flowtrain.data.tables.missing import REFUSED, Missing
-from flowtrain.data.tables.roles import Roles, RoleTables, divided
+from flowtrain.data.tables.roles import Roles, RoleTables, divided, picked_types
 from flowtrain.data.tables.sample_spec import Part, SampleSpec, TrainingSplit, Values
 from flowtrain.data.tables.table_checks import check_mean_weight, row_hashes, whole_columns
 from flowtrain.data.tables.table_reader import (
@@ -31,6 +31,7 @@ from flowtrain.data.tables.table_reader import (
     damage_refused,
     npy_header,
 )
+from flowtrain.data.types import CATEGORICAL, ColumnType
 from flowtrain.utils.arguments import flag
 from flowtrain.utils.errors import ConfigError, DataError
 
@@ -315,14 +316,40 @@ class StreamedTable:
         self.n = self.rows.n
         names = default_names(range(self.rows.width))
         positions = roles.pick(names, self.rows.path)
-        chosen = roles.less_ids(pick(columns, names, self.rows.path), names, self.rows.path)
+        chosen = roles.without_ids(pick(columns, names, self.rows.path), names, self.rows.path)
         indices = (*chosen, *(i for i in positions.all if i not in chosen))
+        types = picked_types(roles, names, self.rows.path, positions, indices)
         table = Table(np.empty((0, len(indices))), default_names(indices), indices, str(self.rows.path))
-        self.tables = divided(table, positions, roles)
+        self.tables = divided(table, positions, roles, types)
         self.table = self.tables.samples
         self.read_ids: Callable[[], Ids] | None = None
         if roles.id is not None:
             self.read_ids = partial(ids_of, self.rows, id_position(roles.id, names, self.rows.path))
+
+    def values_range(self) -> tuple[Values, Values]:
+        """Returns the smallest and the largest value of each column of the samples, (d,), ignoring missing values."""
+        low, high = np.full(len(self.table.columns), np.inf), np.full(len(self.table.columns), -np.inf)
+        for _, tables in self._chunks():
+            low = np.fmin(low, np.fmin.reduce(tables.samples.values))
+            high = np.fmax(high, np.fmax.reduce(tables.samples.values))
+        return low, high
+
+    def some_values(self, most: int) -> Values:
+        """Returns at most `most` rows of the samples at equal distances, (n, d). Missing values are NaN."""
+        rows = np.concatenate([self.rows.read(i, i + 1) for i in range(0, self.n, -(-self.n // most))])
+        return of_rows(self._missing.mark(rows.astype(np.float64)), self.table).values
+
+    def encode(self, types: Sequence[ColumnType], context: Sequence[ColumnType]) -> None:
+        """Refuses categorical columns, because the rows are read again in each epoch.
+
+        Raises:
+            ConfigError: a categorical column.
+        """
+        if any(one.kind == CATEGORICAL for one in (*types, *context)):
+            raise ConfigError(
+                f"data.types: {self.rows.path} is read in blocks, which categorical columns do not support; give "
+                "data.memory_map=false, or for whole numbers the type integer(LOW,HIGH)"
+            )
 
     def all(self, spec: SampleSpec, most: int, seed: int, *stream: int) -> Part:
         """Checks all rows and returns them as a held-out set. If there are more than `most`, returns a random subset.
@@ -377,6 +404,7 @@ class StreamedTable:
             context=None if of_context is None else np.stack([of_context.mean, of_context.variance]),
             look_extras=store.extras(0, n_look, 0, slice(None)),
             mean_weight=mean_weight,
+            on_line=statistics.on_line_moments,
         )
 
     def _look_through(
@@ -430,12 +458,13 @@ class StreamStatistics:
         d = len(tables.samples.columns)
         self.moments, self.checksum, self.hash_step = Moments(d), Checksum(), hash_step
         self.of_context = None if tables.context is None else Moments(len(tables.context.columns))
+        self._on_line = Moments(d)
         self.whole = np.ones(d, dtype=bool)
         self.hashes: list[NDArray[np.uint64]] = []
         self.class_counts = np.zeros(0, np.int64)
 
     def add(self, spec: SampleSpec, tables: RoleTables, held: NDArray[np.int64] | None) -> None:
-        """Adds rows. The rows `held` are not training rows; None means that no row is."""
+        """Adds rows. The rows at the positions `held` are not training rows. None: there are no training rows."""
         values = tables.samples.values
         self.checksum.add(values, tables.other_values)
         if held is None:
@@ -447,12 +476,19 @@ class StreamStatistics:
         self.moments.add(train, weights)
         if self.of_context is not None and extras.context is not None:
             self.of_context.add(extras.context.numpy(), weights)
+        for on_line in spec.on_line(train):
+            self._on_line.add(on_line, weights)
         if not spec.integer_valued:
             self.hashes.append(row_hashes(spec.samples(train).numpy(), self.hash_step))
         if extras.label is not None:
             counts = np.bincount(extras.label.numpy(), minlength=len(self.class_counts))
             counts[: len(self.class_counts)] += self.class_counts
             self.class_counts = counts
+
+    @property
+    def on_line_moments(self) -> Values | None:
+        """See `TrainingSplit.on_line`."""
+        return np.stack([self._on_line.mean, self._on_line.variance]) if self._on_line.n else None
 
 
 class _HeldOutRows:

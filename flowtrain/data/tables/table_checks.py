@@ -109,7 +109,7 @@ def warn_of_sentinels(table: Table, values: NDArray[np.float64]) -> dict[int, fl
 _FLOAT32, _FLOAT64 = np.finfo(np.float32), np.finfo(np.float64)
 _MOST_CLASSES = 10_000
 # Above this value, float32 has no numbers between whole numbers, so noise in [0, 1) is lost
-_MOST_WHOLE = 2**23
+MOST_WHOLE = 2**23
 # Largest number of rows that are checked for repeated values
 _REPEATS_ROWS = 10_000
 # Largest number of rows and of columns that are checked for linear dependence
@@ -162,7 +162,7 @@ def check_whole(table: Table, columns: Sequence[int], blocks: Iterable[Table] | 
         blocks: all blocks of the file. None if `table` is the whole file.
     """
     values = table.values[:, list(columns)]
-    bad = (values != np.rint(values)) | (np.abs(values) > _MOST_WHOLE)
+    bad = (values != np.rint(values)) | (np.abs(values) > MOST_WHOLE)
     if bad.any():
         row, column = (int(i) for i in np.argwhere(bad)[0])
         value = values[row, column]
@@ -171,7 +171,7 @@ def check_whole(table: Table, columns: Sequence[int], blocks: Iterable[Table] | 
         some = f", name the columns of whole numbers, as in {_dequantize(table, counts)}" if len(counts) else ""
         raise DataError(
             f"{table.place(row, columns[column])}: {value:.17g} is {what}; data.dequantize and data.levels need "
-            f"whole numbers up to {_MOST_WHOLE:,}: omit them{some}, or choose other columns with data.columns"
+            f"whole numbers up to {MOST_WHOLE:,}: omit them{some}, or choose other columns with data.columns"
         )
 
 
@@ -255,9 +255,9 @@ def warn_of_signed_weights(path: str, weights: Iterable[NDArray[np.float64]]) ->
     share = float((every < 0).mean()) if len(every) else 0.0
     if share:
         _log.warning(
-            f"{path}: {share:.1%} of the weights are negative. The loss has no lower bound where they outweigh the "
-            "positive weights, so compare train and validation NLL. Effective numbers of rows and p-values are "
-            "approximate"
+            f"{path}: {share:.1%} of the weights are negative. The loss has no lower bound in regions where they "
+            "outweigh the positive weights, so compare train and validation NLL. Effective numbers of rows and "
+            "p-values are approximate"
         )
 
 
@@ -343,7 +343,7 @@ def whole_columns(values: NDArray[np.float64]) -> NDArray[np.bool_]:
     whole = np.ones(values.shape[1], dtype=bool)
     for part in (values[:1000], values[1000:]):
         there = part[:, whole]
-        whole[whole] = ((there == np.rint(there)) & (np.abs(there) <= _MOST_WHOLE)).all(0)
+        whole[whole] = ((there == np.rint(there)) & (np.abs(there) <= MOST_WHOLE)).all(0)
     return whole
 
 
@@ -449,7 +449,7 @@ def repeats(column: NDArray[np.float64]) -> Repeats:
     rest, left = distinct[~common], int(counts[~common].sum())
     if 2 * len(rest) <= left or left < _ATOM * n:
         gaps, first = np.diff(distinct), float(distinct[0])
-        if len(gaps) and float(np.abs(distinct).max()) > _MOST_WHOLE * float(gaps.min()):
+        if len(gaps) and float(np.abs(distinct).max()) > MOST_WHOLE * float(gaps.min()):
             step = grid_step(distinct - first)
             return Repeats(True, step, (), first if step else 0.0)
         return Repeats(True, grid_step(distinct), ())
@@ -470,7 +470,7 @@ def grid_step(distinct: NDArray[np.float64]) -> float:
     if len(distinct) < 2:
         return 0.0
     gap, span, largest = float(np.diff(distinct).min()), float(np.ptp(distinct)), float(np.abs(distinct).max())
-    if largest / gap > _MOST_WHOLE:
+    if largest / gap > MOST_WHOLE:
         return 0.0
     step = span / round(span / gap)
     power = math.floor(math.log10(step))
@@ -480,7 +480,7 @@ def grid_step(distinct: NDArray[np.float64]) -> float:
         for candidate in (float(f"{each:.6g}"), each):
             multiples = distinct / candidate
             if np.all(np.abs(multiples - np.rint(multiples)) <= 1e-6 + _FLOAT32.eps * np.abs(multiples)):
-                return candidate if largest / candidate <= _MOST_WHOLE else 0.0
+                return candidate if largest / candidate <= MOST_WHOLE else 0.0
     return 0.0
 
 

@@ -2,8 +2,9 @@
 
 import logging
 import math
+import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,10 +15,21 @@ from numpy.lib import format as npy
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
-from flowtrain.data.tables.columns import Columns, as_option, default_names, first_of, pick, pick_table
-from flowtrain.data.tables.csv_reader import DETECTED, ChooseColumns, TextFormat, read_delimited
+from flowtrain.data.tables.columns import (
+    Columns,
+    TextColumn,
+    advice_on_text,
+    as_option,
+    default_names,
+    first_of,
+    listed,
+    pick,
+    pick_table,
+)
+from flowtrain.data.tables.csv_reader import DETECTED, ChooseColumns, Chosen, TextFormat, read_delimited
 from flowtrain.data.tables.missing import REFUSED, Missing
 from flowtrain.data.tables.typed_files import TYPED, read_typed
+from flowtrain.data.types import CATEGORICAL
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.formatting import counted
 
@@ -84,6 +96,8 @@ def _too_large(file: Path, promised: int, room: int) -> str:
 ARRAYS = (".npy", ".npz")
 # names of the arrays in an .npz file that stores a table with column names
 VALUES, COLUMNS = "x", "columns"
+# prefix of the names of the arrays that contain the texts of a column, followed by its position
+LABELS = "labels"
 TEXTS = (".csv", ".tsv", ".txt", ".data", ".tra", ".tes")
 # Largest number of columns in a message on missing values
 _MOST_COLUMNS = 10
@@ -117,6 +131,8 @@ class Table:
             and typed files.
         unit: the word for `lines` in messages.
         kept: the rows of the file that are in `values`, if rows with missing values were left out. None means all.
+        labels: the distinct texts of each column that contains text, by the position of the column in the file. The
+            values of such a column are positions in this tuple.
     """
 
     values: NDArray[np.float64]
@@ -128,6 +144,7 @@ class Table:
     cells: Mapping[tuple[int, int], str] = field(default_factory=dict)
     unit: str = "line"
     kept: Kept | None = None
+    labels: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def named(self) -> bool:
@@ -183,9 +200,11 @@ def read_table(
         ConfigError: `key` or `columns` that are not in the file, or a package that is not installed.
     """
     file = Path(path.path if isinstance(path, Table) else path).expanduser()
-    choose = columns if callable(columns) else lambda names, out: pick(columns, names, file, option, out)
+    choose = columns if callable(columns) else lambda names, out: Chosen(pick(columns, names, file, option, out))
     if isinstance(path, Table):
-        return _complete(path.only(choose(path.columns, ())), missing)
+        indices, text = choose(path.columns, ())
+        refuse_text(path, indices, text, in_memory=True)
+        return _complete(path.only(indices), missing)
     ending = ending_of(file)
     check_file(file)
     if key is not None and not takes_key(file):
@@ -199,7 +218,14 @@ def read_table(
         elif ending in TYPED:
             typed = read_typed(file, key, choose, text_format.header, missing.texts)
             table = Table(
-                typed.values, typed.names, typed.indices, str(file), typed.lines, cells=typed.cells, unit="row"
+                typed.values,
+                typed.names,
+                typed.indices,
+                str(file),
+                typed.lines,
+                cells=typed.cells,
+                unit="row",
+                labels=typed.labels,
             )
         else:
             table = _from_text(file, choose, replace(text_format, na=missing.texts, drops=missing.drops))
@@ -247,12 +273,12 @@ def ending_of(file: Path) -> str:
 
 def _from_text(file: Path, choose: ChooseColumns, text_format: TextFormat) -> Table:
     text = read_delimited(file, choose, text_format)
-    return Table(text.values, text.names, text.indices, str(file), text.lines, cells=text.cells)
+    return Table(text.values, text.names, text.indices, str(file), text.lines, cells=text.cells, labels=text.labels)
 
 
 def read_array(file: Path, key: str | None, choose: ChooseColumns, event_shape: tuple[int, ...] = ()) -> Table:
     """Reads columns of a .npy or .npz file, which may have missing values; see `read_table` for the arguments."""
-    array, names = _load(file, key)
+    array, names, labels = _load(file, key)
     if is_images(array.shape, event_shape):
         array = array.reshape(len(array), -1)
     check_array(array.shape, array.dtype, file, event_shape)
@@ -261,10 +287,13 @@ def read_array(file: Path, key: str | None, choose: ChooseColumns, event_shape: 
     if names and len(names) != len(everything):
         raise DataError(f"{file} names {counted(len(names), 'column')} in {COLUMNS!r}, but has {len(everything)}")
     names = names or default_names(everything)
-    indices = choose(names, ())
+    indices, text = choose(names, ())
     kept = table if indices == list(everything) else table[:, indices]
     chosen = tuple(names[i] for i in indices)
-    return Table(np.ascontiguousarray(kept, dtype=np.float64), chosen, tuple(indices), str(file))
+    values = np.ascontiguousarray(kept, dtype=np.float64)
+    found = Table(values, chosen, tuple(indices), str(file), labels={i: labels[i] for i in indices if i in labels})
+    refuse_text(found, range(len(indices)), [k for k, i in enumerate(indices) if i in text])
+    return found
 
 
 def is_images(shape: tuple[int, ...], event_shape: tuple[int, ...]) -> bool:
@@ -272,18 +301,24 @@ def is_images(shape: tuple[int, ...], event_shape: tuple[int, ...]) -> bool:
     return len(shape) > 2 and shape[1:] in (event_shape, event_shape[1:] if event_shape[:1] == (1,) else event_shape)
 
 
-def _load(file: Path, key: str | None) -> tuple[NDArray[Any], tuple[str, ...]]:
-    """Loads an array and its column names. Nothing is unpickled. The names are () unless an .npz file contains them."""
+def _load(file: Path, key: str | None) -> tuple[NDArray[Any], tuple[str, ...], dict[int, tuple[str, ...]]]:
+    """Loads an array, its column names, and the texts of its columns. Nothing is unpickled.
+
+    The names are (), and there are no texts, unless an .npz file contains them.
+    """
     # numpy.load does not close a file that it opened if the archive is damaged, so the file is opened here
     with damage_refused(file), file.open("rb") as stream:
         check_array_headers(stream, file)
         loaded = np.load(stream, allow_pickle=False)
         if not isinstance(loaded, NpzFile):
-            return np.asarray(loaded), ()
-        members, names = loaded.files, tuple[str, ...]()
+            return np.asarray(loaded), (), {}
+        members, names, labels = loaded.files, tuple[str, ...](), dict[int, tuple[str, ...]]()
         if COLUMNS in members and key != COLUMNS and (named := loaded[COLUMNS]).dtype.kind == "U" and named.ndim == 1:
             members, names = [name for name in members if name != COLUMNS], tuple(map(str, named))
-        return np.asarray(loaded[pick_table(key, members, file, "array")]), names
+            for name in [member for member in members if re.fullmatch(rf"{LABELS}\d+", member)]:
+                labels[int(name.removeprefix(LABELS))] = tuple(map(str, loaded[name]))
+            members = [name for name in members if not re.fullmatch(rf"{LABELS}\d+", name)]
+        return np.asarray(loaded[pick_table(key, members, file, "array")]), names, labels
 
 
 @contextmanager
@@ -330,7 +365,7 @@ def _complete(table: Table, missing: Missing) -> Table:
     Raises:
         DataError: missing values that are not left out, infinite values, or no row without missing values.
     """
-    table = replace(table, values=missing.mark(table.values))
+    table = replace(table, values=_marked(table, missing))
     lost = np.isnan(table.values) if missing.drops else np.zeros((0, 0), bool)
     if lost.any():
         n, by_column = len(table.values), lost.sum(0)
@@ -347,6 +382,52 @@ def _complete(table: Table, missing: Missing) -> Table:
         table = replace(table, values=table.values[rows], kept=Kept(rows, n))
     check_finite(table)
     return table
+
+
+def _marked(table: Table, missing: Missing) -> NDArray[np.float64]:
+    """Returns the values of a table, with NaN for the numbers that count as missing."""
+    values = missing.mark(table.values)
+    for i, index in enumerate(table.indices):
+        if index in table.labels and missing.numbers:
+            # the values are not numbers, but positions of texts
+            absent = [code for code, text in enumerate(table.labels[index]) if _number(text) in missing.numbers]
+            values[:, i] = np.where(np.isin(table.values[:, i], absent), np.nan, table.values[:, i])
+    return values
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def refuse_text(table: Table, columns: Iterable[int], text: Collection[int] = (), in_memory: bool = False) -> None:
+    """Checks that only some columns contain text.
+
+    Args:
+        columns: the positions in the table of the columns that are used.
+        text: the positions in the table of the columns that may contain text.
+        in_memory: whether the table is a data frame, for the message.
+
+    Raises:
+        DataError: another column contains text.
+    """
+    columns, found = list(columns), []
+    for i in columns:
+        texts = table.labels.get(table.indices[i])
+        if texts and i not in text:
+            one = TextColumn(table.indices[i], table.columns[i], "text", table.row_name(0), texts[0], len(table.values))
+            one.texts.update(texts)
+            found.append(one)
+    if found:
+        words = advice_on_text(found, [table.indices[i] for i in columns])
+        if in_memory:
+            names = [one.name for one in found]
+            keep = [table.columns[i] for i in columns if table.columns[i] not in names]
+            words = f"Text is in {listed(names)}" + (f"; {table.path}[{keep}] leaves it out" if keep else "")
+            words += f"; overrides={{'data.types': {dict.fromkeys(names[:3], CATEGORICAL)}}} models it as categories"
+        raise DataError(f"{table.path}, column {found[0].name!r}: {found[0].first!r} is not a number. {words}")
 
 
 def _by_column(table: Table, counts: NDArray[np.int64], first: Sequence[str] = ()) -> str:

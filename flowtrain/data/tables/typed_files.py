@@ -17,7 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowtrain.data.tables.columns import TextColumn, advice_on_text, pick_table
-from flowtrain.data.tables.csv_reader import HEADER_ROWS, UNNAMED, ChooseColumns, is_header, is_missing, number_of
+from flowtrain.data.tables.csv_reader import (
+    HEADER_ROWS,
+    UNNAMED,
+    ChooseColumns,
+    codes_of_text,
+    is_header,
+    is_missing,
+    number_of,
+)
 from flowtrain.utils.errors import ConfigError, DataError
 
 # endings of typed files
@@ -39,6 +47,7 @@ class TypedColumns:
         lines: the number of each row in the sheet of an .xlsx file, from 1. None for other files.
         cells: the text of the first missing value, by its row and column in `values`; "" for an empty cell. Empty if
             this value is NaN.
+        labels: the distinct texts of each column that contains text, by its position, see `Table`.
     """
 
     values: NDArray[np.float64]
@@ -46,6 +55,7 @@ class TypedColumns:
     indices: tuple[int, ...]
     lines: Sequence[int] | None
     cells: Mapping[tuple[int, int], str]
+    labels: Mapping[int, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -89,16 +99,18 @@ def read_typed(
         left_out = [
             i for i, column in zip(unnamed, source.read(unnamed), strict=True) if _is_row_index(column, i, source)
         ]
-        indices = choose(source.names, left_out)
+        indices, may_be_text = choose(source.names, left_out)
         columns = source.read(indices)
     n = len(columns[0])
     if not n:
         raise DataError(f"{file} has no rows")
-    values, found = np.empty((n, len(columns))), []
+    values, found, labels = np.empty((n, len(columns))), [], {}
     for k, (i, column) in enumerate(zip(indices, columns, strict=True)):
         numbers, text = _numbers(column, na, i, source)
         if text is None:
             values[:, k] = numbers
+        elif text.kind == "text" and i in may_be_text:
+            values[:, k], labels[i] = codes_of_text(_texts(column), na)
         else:
             found.append(text)
     if found:
@@ -114,7 +126,8 @@ def read_typed(
         row, k = (int(i) for i in np.argwhere(np.isnan(values))[0])
         cell = columns[k][row]
         cells = {} if isinstance(cell, float) else {(row, k): "" if cell is None else str(cell)}
-    return TypedColumns(values, tuple(source.names[i] for i in indices), tuple(indices), source.lines, cells)
+    names = tuple(source.names[i] for i in indices)
+    return TypedColumns(values, names, tuple(indices), source.lines, cells, labels)
 
 
 def read_raw_column(file: Path, key: str | None, choose: ChooseColumns, header: bool | None = None) -> NDArray[Any]:
@@ -126,7 +139,7 @@ def read_raw_column(file: Path, key: str | None, choose: ChooseColumns, header: 
     with _readable(file):
         polars = import_for("polars", file)
         source = _opened(file, key, header)
-        (column,) = source.read(choose(source.names, ()))
+        (column,) = source.read(choose(source.names, ()).indices)
         if column.dtype.is_float():
             return np.array(column.cast(polars.Float64).fill_null(float("nan")).to_numpy(), dtype=np.float64)
         if column.dtype.is_integer() and not column.null_count() and int(column.max() or 0) < 2**63:
@@ -283,6 +296,10 @@ def _is_row_index(column: Series, index: int, source: _Source) -> bool:
     return _numbers(column, (), index, source)[1] is not None
 
 
+def _texts(column: Series) -> list[str | None]:
+    return list(column.cast(importlib.import_module("polars").String).to_list())
+
+
 def _numbers(
     column: Series, na: Collection[str], index: int, source: _Source
 ) -> tuple[NDArray[np.float64], TextColumn | None]:
@@ -308,16 +325,16 @@ def _numbers(
         return np.empty(0), TextColumn(
             index, source.names[index], words, source.row(first), str(column[first]), len(rows)
         )
-    cells = column.cast(polars.String).to_list()
+    cells = _texts(column)
     known: dict[str | None, float | None] = {None: float("nan")}
-    for cell in set(cells) - {None}:
+    for cell in {cell for cell in cells if cell is not None}:
         value = number_of(cell, "point")
         known[cell] = float("nan") if is_missing(cell, na) else value
     values = [known[cell] for cell in cells]
-    bad = [i for i, value in enumerate(values) if value is None]
+    bad = [(i, cell) for i, (cell, value) in enumerate(zip(cells, values, strict=True)) if value is None and cell]
     if not bad:
         return np.array(values, dtype=np.float64), None
-    found = TextColumn(index, source.names[index], "text", source.row(bad[0]), cells[bad[0]])
-    for i in bad:
-        found.add(cells[i])
+    found = TextColumn(index, source.names[index], "text", source.row(bad[0][0]), bad[0][1])
+    for _, cell in bad:
+        found.add(cell)
     return np.empty(0), found

@@ -48,7 +48,7 @@ def test_whole_numbers_become_text_only_if_their_text_would_change(tmp_path: Pat
         assert read_ids(path, None, "id", DETECTED).values.tolist() == expected
 
 
-def test_the_format_of_the_samples_applies(tmp_path: Path) -> None:
+def test_ids_are_read_with_the_format_of_the_samples(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("1;k1\n2;k2\n\n")
     assert read_ids(path, None, 1, TextFormat(header=False)).values.tolist() == ["k1", "k2"]
@@ -65,7 +65,7 @@ def test_long_numbers_beside_text_keep_their_digits_in_a_sheet(tmp_path: Path) -
     assert ids.values.tolist() == ["A7", "123456789012345", "007", "0.1234567890123"]
 
 
-def test_arrays_and_types(tmp_path: Path) -> None:
+def test_ids_in_arrays_and_ids_of_every_type(tmp_path: Path) -> None:
     np.save(tmp_path / "t.npy", np.array([[0.5, 7], [1.5, 9]]))
     assert read_ids(tmp_path / "t.npy", None, 1, DETECTED).values.tolist() == [7, 9]
     np.savez(tmp_path / "t.npz", x=np.array([[0.5, 7], [1.5, np.nan]]), columns=np.array(["a", "b"]))
@@ -79,7 +79,7 @@ def test_arrays_and_types(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_ids(tmp_path / "t.parquet", None, "f", DETECTED).values, [0.5, np.nan])
 
 
-def test_wrong_columns_and_rows_are_refused(tmp_path: Path) -> None:
+def test_a_missing_id_column_and_ragged_rows_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     frame().write_csv(path)
     for column in ("nmae", 3, "0:2"):
