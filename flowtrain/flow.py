@@ -373,8 +373,8 @@ class Density(Recorded, nn.Module):
             temperature: multiplies the noise of the base. With 1, samples are drawn from the density. Below 1, they are
                 closer to its modes.
             chunk: the number of rows that are mapped at once. None: chosen by the size of a sample. The base points do
-                not depend on `chunk`. With an adaptive solver, the rows of a chunk share steps, so the samples depend
-                on `chunk` within the tolerance.
+                not depend on `chunk`. The samples depend on it, within the tolerance, only in training mode and with an
+                adaptive solver of torchdiffeq, because the rows of a chunk then share the steps.
             context: for a conditional flow, one context for all samples, or one for each, see
                 `flowtrain.data.context.context_values`. For a flow that was fitted with labels, one label, or (n,).
                 None: labels are drawn with their frequencies in training.

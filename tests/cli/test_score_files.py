@@ -51,6 +51,7 @@ def test_scores_of_a_new_file_have_ids_and_row_numbers(run_dir: str, tmp_path: P
     missing = new["a"].is_null()
     assert missing.sum() == 7
     assert scores["log_prob"].is_null().to_list() == missing.to_list()
+    assert scores["error"].is_null().to_list() == missing.to_list()
     np.testing.assert_array_equal(scores["log_prob"].fill_null(np.nan), np.load(tmp_path / "s.npy"))
     assert read(tmp_path / "s.parquet").equals(scores)
     assert read(tmp_path / "s_ood.csv").select("name", "row").equals(scores.select("name", "row"))
@@ -62,6 +63,8 @@ def test_scores_of_the_test_set_have_its_rows_in_the_file(run_dir: str, tmp_path
     scores, rows = read(tmp_path / "s.csv"), table()
     assert len(scores) == found["n"]
     assert scores["log_prob"].mean() == pytest.approx(-found["nll"])
+    assert found["row_error"]["worst"] == pytest.approx(scores["error"].max())
+    assert found["row_error"]["p99"] == pytest.approx(np.quantile(scores["error"], 0.99))
     assert scores["name"].to_list() == rows[scores["row"].to_list()]["name"].to_list()
     assert rows[scores["row"].to_list()]["a"].null_count() == 0
 
