@@ -11,7 +11,7 @@ from functools import cache
 from importlib import import_module
 from itertools import chain, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, cast, overload
 
 import numpy as np
 import torch
@@ -35,13 +35,14 @@ from flowtrain.data.tables.from_memory import (
     whole_labels,
 )
 from flowtrain.data.types import CATEGORICAL, ColumnType, with_whole_noise
-from flowtrain.ode import AS_CONFIGURED, SolveOptions, Solver, StepPlan
+from flowtrain.ode import AS_CONFIGURED, SolveOptions, Solver, StepPlan, record_solves, row_errors
 from flowtrain.utils.autograd import plain_values
 from flowtrain.utils.errors import FlowtrainError
 from flowtrain.utils.formatting import as_ranges
 from flowtrain.utils.precision import full_precision
 from flowtrain.utils.process import one_thread_if_small, seeded, seeding_active
 from flowtrain.utils.recorded import Recorded
+from flowtrain.utils.row_noise import rows_from
 from flowtrain.utils.status import status
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ Context = Any
 Rows = NDArray[Any] | Frame | Sequence[Any]
 # the seed of the probes of estimated traces, see `Flow`
 PROBE_SEED = 0
+# the number of other draws of the probes for the error of log p, and the 97.5% quantile of Student's t distribution
+# with as many degrees of freedom
+PROBE_DRAWS, PROBE_QUANTILE = 4, 2.776
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +163,15 @@ class Density(Recorded, nn.Module):
         log_w = log_p.new_tensor(self.log_weights).unsqueeze(1)
         return (log_p + log_w - self.combined(log_p)).exp().nan_to_num(0.0)
 
+    def combined_error(self, log_p: Tensor, errors: Tensor) -> Tensor:
+        """Returns the error of `combined`, (B,), from log p and errors of `flows`, (M, B).
+
+        To first order, this is the sum of the errors, weighted by the responsibilities.
+        """
+        shares = self.responsibilities(log_p.detach())
+        total = torch.where(shares > 0, shares * errors, 0.0).sum(0)
+        return torch.where(log_p.isnan().all(0), torch.nan, total)
+
     @property
     def ode_blocks(self) -> list[Continuous]:
         """The continuous bijections. Each solves one ODE per forward or inverse pass."""
@@ -212,12 +225,24 @@ class Density(Recorded, nn.Module):
         return 1 / (math.prod(self.event_shape) * math.log(2))
 
     @overload
-    def log_prob(self, x: Tensor, context: Context = None, *, label: Label = None) -> Tensor: ...
-    @overload
-    def log_prob(self, x: Rows, context: Context = None, *, label: Label | str = None) -> NDArray[Any]: ...
     def log_prob(
-        self, x: Tensor | Rows, context: Context = None, *, label: Label | str = None
-    ) -> Tensor | NDArray[Any]:
+        self, x: Tensor, context: Context = None, *, label: Label = None, with_error: Literal[False] = False
+    ) -> Tensor: ...
+    @overload
+    def log_prob(
+        self, x: Rows, context: Context = None, *, label: Label | str = None, with_error: Literal[False] = False
+    ) -> NDArray[Any]: ...
+    @overload
+    def log_prob(
+        self, x: Tensor, context: Context = None, *, label: Label = None, with_error: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def log_prob(
+        self, x: Rows, context: Context = None, *, label: Label | str = None, with_error: Literal[True]
+    ) -> tuple[NDArray[Any], NDArray[Any]]: ...
+    def log_prob(
+        self, x: Tensor | Rows, context: Context = None, *, label: Label | str = None, with_error: bool = False
+    ) -> Any:
         """Returns log p(x) in nats, (B,), for x (B, *event_shape) in data units.
 
         For a tensor, the result is a tensor with gradients. For an array or a data frame, the result is an array in the
@@ -226,12 +251,20 @@ class Density(Recorded, nn.Module):
         If the flow is integer-valued and x contains integers, the result is log p(x + u) for one draw of u. The mean
         over u is at most log P(x) (Theis et al. 2016, A note on the evaluation of generative models, eq. 4).
 
+        In evaluation mode, log p of a row does not depend on the other rows, up to rounding, except with an adaptive
+        method of torchdiffeq, whose steps all rows share. In training mode the rows share the steps of adaptive
+        solvers.
+
         Args:
             x: samples.
             context: for a conditional flow, the context of all rows or of each row, see
                 `flowtrain.data.context.context_values`. If x is a data frame that contains the context columns, None
                 reads them. For a flow that was fitted with labels, the labels.
             label: another name of `context`, for class labels.
+            with_error: returns (log p, error). The error is an estimate of the absolute error of each log p, (B,), in
+                nats, without gradients, see `flowtrain.ode.row_errors.row_errors`. It is NaN in training mode, for
+                solvers with fixed steps and for solvers of torchdiffeq. If the trace is estimated, log p is computed
+                with PROBE_DRAWS other probes too, and the error includes the half width of a 95% confidence interval.
 
         Raises:
             FlowtrainError: x of another shape, or a context that is missing, not expected or out of range.
@@ -243,13 +276,26 @@ class Density(Recorded, nn.Module):
             (3,)
         """
         context = either(context, label)
+        if not with_error:
+            return (
+                self._log_prob(x, context) if isinstance(x, Tensor) else self._in_chunks(self.log_prob, x, context, "x")
+            )
         if isinstance(x, Tensor):
-            return self._log_prob(x, context)
-        return self._in_chunks(self.log_prob, x, context, "x")
+            return self._log_prob_with_error(x, context)
+
+        def pairs(x: Tensor, context: Context) -> Tensor:
+            return torch.stack(self._log_prob_with_error(x, context), 1)
+
+        found = self._in_chunks(pairs, x, context, "x")
+        return found[:, 0], found[:, 1]
 
     @abstractmethod
     def _log_prob(self, x: Tensor, context: Context) -> Tensor:
         """Computes `log_prob` for a tensor."""
+
+    @abstractmethod
+    def _log_prob_with_error(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Computes `log_prob` with its error for a tensor."""
 
     def read_rows(
         self, x: Tensor | Rows, context: Context = None, name: str = "x"
@@ -303,7 +349,8 @@ class Density(Recorded, nn.Module):
         for start in range(0, max(1, len(rows)), size):
             part = slice(start, start + size)
             c = None if context is None else context[part]
-            found.append(compute(as_tensor(rows[part]).to(self.like.device), c).cpu().numpy())
+            with rows_from(start):
+                found.append(compute(as_tensor(rows[part]).to(self.like.device), c).cpu().numpy())
         return np.concatenate(found)
 
     @torch.no_grad()
@@ -326,8 +373,8 @@ class Density(Recorded, nn.Module):
             temperature: multiplies the noise of the base. With 1, samples are drawn from the density. Below 1, they are
                 closer to its modes.
             chunk: the number of rows that are mapped at once. None: chosen by the size of a sample. The base points do
-                not depend on `chunk`. With an adaptive solver, the rows of a chunk share steps, so the samples depend
-                on `chunk` within the tolerance.
+                not depend on `chunk`. The samples depend on it, within the tolerance, only in training mode and with an
+                adaptive solver of torchdiffeq, because the rows of a chunk then share the steps.
             context: for a conditional flow, one context for all samples, or one for each, see
                 `flowtrain.data.context.context_values`. For a flow that was fitted with labels, one label, or (n,).
                 None: labels are drawn with their frequencies in training.
@@ -729,6 +776,30 @@ class Flow(Density):
 
     def _log_prob(self, x: Tensor, context: Context) -> Tensor:
         return self.log_prob_and_latents(x, context)[0]
+
+    def _log_prob_with_error(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        # all draws of the probes evaluate the same points
+        x = self.dequantized(self._checked(x, "x"))
+        (log_p, _, _), error = self.density_pass_with_error(x, context)
+        d = math.prod(self.event_shape)
+        if all(m.trace.is_exact(d, self.training) for m in self.ode_blocks):
+            return log_p, error
+        draws = [log_p.detach()]
+        for k in range(PROBE_DRAWS):
+            with torch.no_grad(), seeded(PROBE_SEED + 1 + k, x.device):
+                draws.append(self.density_pass(x, context).log_p)
+        return log_p, error + PROBE_QUANTILE * torch.stack(draws).std(0)
+
+    def density_pass_with_error(
+        self, x: Tensor, context: Context = None, options: SolveOptions = AS_CONFIGURED
+    ) -> tuple[DensityPass, Tensor]:
+        """Returns `density_pass` and the estimated error of log p, (B,), in nats, see `row_errors`.
+
+        The error does not include the noise of an estimated trace.
+        """
+        with record_solves() as solves:
+            found = self.density_pass(x, context, options)
+        return found, row_errors(solves, found.log_p, found.z)
 
     def log_prob_and_latents(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         """Returns log p(x) (B,), see `log_prob`, and the latents z = inverse(x), (B, *event_shape), from one pass."""

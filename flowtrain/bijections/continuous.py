@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -90,10 +89,10 @@ class Continuous(Bijection):
         return 1 + options.end_time * (2 * float(torch.rand(())) - 1)
 
     def map_forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.solver.solve(self._problem(z, context, *self.times, None)).x
+        return self.solver.solve(self._problem(z, context, *self.times, None, AS_CONFIGURED)).x
 
     def map_inverse(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.solver.solve(self._problem(x, context, *self.times[::-1], None)).x
+        return self.solver.solve(self._problem(x, context, *self.times[::-1], None, AS_CONFIGURED)).x
 
     def _transport(self, x: Tensor, context: Tensor | None, t0: float, t1: float, options: SolveOptions) -> Pass:
         solution = self.solve(x, t0, t1, context, options)
@@ -115,7 +114,7 @@ class Continuous(Bijection):
 
         The integrals (B, 1 + Q) are the log-determinant and the Q path integrals of `options`.
         """
-        problem = self._problem(x, context, t0, t1, self.trace.draw(x, self.training), options.integrals)
+        problem = self._problem(x, context, t0, t1, self.trace.draw(x, self.training), options)
         # at evaluation, the step control includes the error of the likelihood, so that the likelihood is accurate
         solution = self.solver.solve(problem, options if self.training else replace(options, control="all"))
         if self.training and solution.steps is not None:
@@ -140,8 +139,9 @@ class Continuous(Bijection):
         t0: float,
         t1: float,
         probes: Probes | None,
-        integrals: Mapping[str, Integral] = MappingProxyType({}),
+        options: SolveOptions,
     ) -> Problem:
+        integrals: Mapping[str, Integral] = options.integrals
         velocity, evaluate_integrands = self._functions(context)
         # compiled integrands also need the field, and not the compiled velocity
         field = velocity if isinstance(velocity, Field) else self.field
@@ -150,6 +150,10 @@ class Continuous(Bijection):
             assert probes is not None
             v, q = evaluate_integrands(field, t, y, probes, integrals)
             return v, q
+
+        def rows(index: Tensor) -> Problem:
+            given = None if context is None else context[index]
+            return self._problem(x[index], given, t0, t1, None if probes is None else probes.of_rows(index), options)
 
         return Problem(
             velocity=velocity,
@@ -163,6 +167,8 @@ class Continuous(Bijection):
             recorder=velocity.recorder() if isinstance(velocity, Field) else None,
             # an evaluation must not depend on earlier solves
             step_plan=self.step_plans[t0 < t1] if self.training else None,
+            rows=None if self.training else rows,
+            unsolved=options.unsolved,
         )
 
 

@@ -64,7 +64,8 @@ USAGE = Usage(
         "scores": "A .csv, .parquet or .npy file for log p(x) of every row, in nats. The rows keep their order. "
         "log p is -inf if the density is zero. It is NaN, or an empty cell, if it cannot be computed, or if the row "
         "has a missing value and data.missing=drop. Tables have the columns row (the row number in the file, from 0) "
-        "and log_prob. With data.id=COLUMN, the first column contains the ids. For an ensemble, the column spread is "
+        "log_prob and error, the estimated absolute error of log_prob in nats, empty without an estimate. With "
+        "data.id=COLUMN, the first column contains the ids. For an ensemble, the column spread is "
         "the standard deviation of log p(x) between members, and FILE_members.npy beside a .npy file contains log p(x) "
         "of each member, (rows, members). .parquet needs polars (pip install 'flowtrain[tables]')",
         "grid": "A .npz file for log p on a grid, for samples of one or two columns. It contains the axes x and y, "
@@ -315,7 +316,7 @@ def write_all_scores(
         return []
     written, members = [path], result.member_scores
     spread = None if members is None else row_spread(members, [member.weight for member in result.members or ()])
-    write_scores(path, data, split, result.scores, spread)
+    write_scores(path, data, split, result.scores, spread, result.errors)
     if members is not None and path.suffix not in NAMED:
         write_npy(outputs.member_scores, for_each_row(data, members))
         written.append(outputs.member_scores)

@@ -15,7 +15,7 @@ from flowtrain.evaluation.result import Evaluation
 from flowtrain.utils.files import write_npy
 
 # the columns of a table of scores after the ids, and of a table of anomalies
-ROW, LOG_PROB, SPREAD = "row", "log_prob", "spread"
+ROW, LOG_PROB, ERROR, SPREAD = "row", "log_prob", "error", "spread"
 P_VALUE, ANOMALY, COLUMN, CONTRIBUTION = "p_value", "anomaly", "column", "contribution"
 
 
@@ -24,22 +24,27 @@ def for_each_row(data: Dataset, values: Tensor) -> NDArray[np.float64]:
     return data.for_each_row(values.numpy()) if isinstance(data, ScoredRows) else values.numpy()
 
 
-def write_scores(path: Path, data: Dataset, split: str, log_p: Tensor, spread: Tensor | None = None) -> None:
+def write_scores(
+    path: Path, data: Dataset, split: str, log_p: Tensor, spread: Tensor | None = None, error: Tensor | None = None
+) -> None:
     """Writes log p of each row of a set to a .npy, .csv or .parquet file.
 
     A table has the columns: the ids under their name, if the data have ids; `row`, the row number in the file, from 0;
-    `log_prob` in nats, empty if it is NaN; and `spread` if it is given. If the name of the ids equals the name of
-    another column, the column of ids is called "id".
+    `log_prob` in nats, empty if it is NaN; `error` and `spread` if they are given. If the name of the ids equals the
+    name of another column, the column of ids is called "id".
 
     Args:
         split: the name of the set: "val", "test", or "all" for the rows of a file.
         log_p: log p of the scored rows, (n,).
         spread: see `flowtrain.evaluation.evaluate.row_spread`, (n,), for an ensemble. A .npy file does not contain it.
+        error: the error of log p, (n,), see `flowtrain.evaluation.result.Evaluation`. A .npy file does not contain it.
     """
     if path.suffix == ".npy":
         write_npy(path, for_each_row(data, log_p))
         return
     columns = {LOG_PROB: for_each_row(data, log_p)}
+    if error is not None:
+        columns[ERROR] = for_each_row(data, error)
     if spread is not None:
         columns[SPREAD] = for_each_row(data, spread)
     write_columns(path, with_ids(data, split, columns))
@@ -49,7 +54,7 @@ def with_ids(data: Dataset, split: str, columns: Mapping[str, NDArray[Any]]) -> 
     """Returns the columns of a table, with the ids and the row numbers of a set first; see `write_scores`."""
     first: dict[str, NDArray[Any]] = {}
     if (ids := data.ids(split)) is not None:
-        first["id" if ids.name in (ROW, SPREAD, *columns) else ids.name] = ids.values
+        first["id" if ids.name in (ROW, ERROR, SPREAD, *columns) else ids.name] = ids.values
     return {**first, ROW: data.row_numbers(split), **columns}
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from flowtrain.evaluation.log_likelihood import estimates_trace, log_probs
-from flowtrain.evaluation.result import Budget
+from flowtrain.evaluation.result import Bias, Budget
 from flowtrain.flow import Density
-from flowtrain.ode import Solver, record_solves
+from flowtrain.ode import Solver, ode_solver, record_solves
 from flowtrain.utils.errors import SolverError
 from flowtrain.utils.process import seeded
 from flowtrain.utils.weighting import average, effective_rows, resample, stderr
@@ -20,6 +20,8 @@ from flowtrain.utils.weighting import average, effective_rows, resample, stderr
 DRAWS = 4
 # A solver or rounding error below this many nats causes no warning, even if the sampling error is smaller
 SMALL = 1e-3
+# The tolerance, and the largest NFE, of the adaptive solve that fixed steps are compared with
+ACCURATE, MAX_NFE = 1e-7, 10_000
 # Half the width of a 95% confidence interval, in standard errors
 COVERED = 1.96
 
@@ -113,6 +115,7 @@ def budget(flow: Density, subset: Subset, log_p: Tensor, draws: int, weights: Te
         rows=len(subset.x),
         total=total,
         interval=(nll - COVERED * total, nll + COVERED * total),
+        bias=fixed_step_bias(exact, subset, in_float64),
     )
 
 
@@ -177,6 +180,25 @@ def solver_error(flow: Density, subset: Subset, log_p: Tensor) -> tuple[float, f
     except SolverError:
         return math.nan, math.nan
     return mean_error(change), float(change.square().mean().sqrt())
+
+
+def fixed_step_bias(flow: Density, subset: Subset, log_p: Tensor) -> Bias | None:
+    """Returns the bias of fixed steps against an adaptive solve at rtol ACCURATE; None for other solvers.
+
+    It is also None if the adaptive solve fails.
+
+    Args:
+        flow: a flow in float64.
+        log_p: log p of the rows by the fixed steps, (rows,).
+    """
+    if flow.solver is None or flow.solver.adaptive:
+        return None
+    try:
+        accurate = flow.with_solvers(lambda solver: ode_solver("dopri5", rtol=ACCURATE, max_nfe=MAX_NFE))
+        change = log_p_of(accurate, subset) - log_p
+    except SolverError:
+        return None
+    return Bias(float(change.mean()), stderr(change), float(change.square().mean().sqrt()))
 
 
 def tightened(solver: Solver) -> Solver:

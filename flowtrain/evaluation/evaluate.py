@@ -10,6 +10,7 @@ from dataclasses import replace
 from numbers import Integral
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from flowtrain.evaluation.calibration import (
     warn_if_miscalibrated,
 )
 from flowtrain.evaluation.checks import checks
-from flowtrain.evaluation.error_budget import budget, subset_of
+from flowtrain.evaluation.error_budget import COVERED, budget, subset_of
 from flowtrain.evaluation.log_likelihood import (
     Scores,
     context_table,
@@ -46,7 +47,7 @@ from flowtrain.evaluation.log_likelihood import (
 )
 from flowtrain.evaluation.ood_detection import ood_detection
 from flowtrain.evaluation.outliers import check_some_finite, concentration
-from flowtrain.evaluation.result import Calibration, Evaluation, Member, OODDetection
+from flowtrain.evaluation.result import Budget, Calibration, Evaluation, Member, OODDetection, RowError
 from flowtrain.evaluation.sbc import simulation_calibration
 from flowtrain.flow import Context, Density, Flow, Rows, either, rows_at_a_time
 from flowtrain.models.ensemble import Ensemble
@@ -411,6 +412,7 @@ def _evaluate(
         baselines=simple,
         **members,
         bits_per_nat=bits,
+        **row_errors_of(scores.error, parts, weights),
         scores=log_p,
         sets=None if detected is None else detected[1],
         pit=pit,
@@ -425,6 +427,24 @@ def _evaluate(
         # latents of images are rarely calibrated
         warn_if_miscalibrated(calibrated.by_context)
     return result
+
+
+def row_errors_of(error: Tensor, parts: Budget, weights: Tensor | None = None) -> dict[str, Any]:
+    """Returns the attributes of an `Evaluation` that describe the errors of rows.
+
+    The noise of the trace is added to the errors. In the 99th percentile and the worst error, rows without a finite
+    error are left out.
+
+    Args:
+        error: the errors without this noise, see `Scores`, (n,).
+        parts: the error budget. Its trace error is that of the mean of all rows.
+        weights: the weights of the rows, (n,), or None.
+    """
+    n = len(error) if weights is None else effective_rows(weights)
+    errors = error + COVERED * parts.trace * math.sqrt(n)
+    known = errors[errors.isfinite()]
+    found = RowError(float(np.quantile(known.numpy(), 0.99)), float(known.max())) if len(known) else None
+    return {"row_error": found, "errors": errors}
 
 
 def weights_of(data: Dataset, split: str) -> Tensor | None:

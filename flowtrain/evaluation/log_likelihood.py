@@ -12,9 +12,10 @@ from flowtrain.data.base import Dataset
 from flowtrain.data.context import CATEGORICAL, ContextColumn
 from flowtrain.flow import Context, Density, Flow, rows_at_a_time
 from flowtrain.nn.divergence import TraceRule
-from flowtrain.ode import Statistics
+from flowtrain.ode import AS_CONFIGURED, SolveOptions, Statistics
 from flowtrain.utils.errors import DataError, NonFiniteError, SolverError
 from flowtrain.utils.process import seeded
+from flowtrain.utils.row_noise import rows_from
 from flowtrain.utils.status import status
 
 # the approximate number of rows whose latents `score_rows` returns
@@ -28,11 +29,14 @@ class Scores(NamedTuple):
         log_p: log p of all rows, (n,).
         z: latents of some rows, (k, *event_shape); empty for an ensemble.
         members: log p of each flow in `Density.flows`, (n, M); (n, 0) for the marginal of a conditional flow.
+        error: the estimated error of log p without the noise of the trace, (n,), see `flowtrain.ode.row_errors`. It is
+            NaN for the marginal of a conditional flow.
     """
 
     log_p: Tensor
     z: Tensor
     members: Tensor
+    error: Tensor
 
 
 def latent_rows(n: int, latents: int = LATENTS) -> slice:
@@ -106,11 +110,11 @@ def score_rows(
     Args:
         x: rows (n, *event_shape) in data units.
         context: for a conditional flow, the context of each row. None for the `marginal` over labels.
-        batch_size: the number of rows in a batch. None means a number that depends on the size of a sample. With noise
-            or an adaptive solver, log p depends on this number: noise is drawn batch by batch, and the rows of a batch
-            share the solver's steps.
+        batch_size: the number of rows in a batch. None means a number that depends on the size of a sample. log p
+            depends on it for whole numbers, because their noise is drawn batch by batch, and for adaptive solvers of
+            torchdiffeq, because the rows of a batch share their steps.
         draws: the number of noise draws for each row of an integer-valued flow.
-        seed: the seed of the noise.
+        seed: the seed of the noise. The probes of an estimated trace depend on it and on the position of a row in x.
         latents: the approximate number of evenly spaced rows whose latents are returned, for the first noise draw. A
             marginal or an ensemble has no latents.
         unsolved: the number of rows whose solve may fail. They get NaN. If more fail, the SolverError is raised.
@@ -124,57 +128,87 @@ def score_rows(
     with seeded(seed, device), status("scoring", total=len(x), unit="row") as progress:
         for part, y in zip(torch.split(x, size), contexts, strict=False):
             x_k = [flow.dequantized(part.to(device)) for _ in range(draws)]
-            one = _averaged(flow, x_k, y) if unsolved == 0 else _solvable(flow, x_k, y, failed, unsolved)
+            one = _solvable(flow, x_k, y, at, seed, failed, unsolved)
             z = one.z[-at % every :: every] if latents else one.z[:0]
-            found.append(Scores(one.log_p.cpu(), z.cpu(), one.members.cpu()))
+            found.append(Scores(one.log_p.cpu(), z.cpu(), one.members.cpu(), one.error.cpu()))
             at += len(part)
             progress.advance(len(part))
     return Scores(*map(torch.cat, zip(*found, strict=True)))
 
 
-def _solvable(flow: Density, x_k: list[Tensor], context: Tensor | None, failed: list[SolverError], most: int) -> Scores:
-    """Computes `_averaged`, with NaN for rows whose ODE cannot be solved. Finds these rows by halving the batch.
+def _solvable(
+    flow: Density,
+    x_k: list[Tensor],
+    context: Tensor | None,
+    first: int,
+    seed: int,
+    failed: list[SolverError],
+    most: int,
+) -> Scores:
+    """Computes `_averaged`, with NaN for rows whose ODE cannot be solved.
+
+    Solves in which the rows share steps find such rows by halving the batch.
 
     Args:
+        first: the number of the first row.
+        seed: the seed of the probes, which do not depend on the noise that was drawn for the rows before.
         failed: a list to which the errors of such rows are appended.
         most: the largest allowed number of such rows.
+
+    Raises:
+        SolverError: there are more such rows.
     """
+    lost: dict[int, SolverError] = {}
     try:
-        return _averaged(flow, x_k, context)
+        with rows_from(first), seeded(seed, x_k[0].device):
+            found = _averaged(flow, x_k, context, SolveOptions(unsolved=lost) if most else AS_CONFIGURED)
     except SolverError as e:
-        n = len(x_k[0])
-        if n == 1:
-            failed.append(e)
-            if len(failed) > most:
-                raise
-            return _unsolved(flow, x_k, context)
-    halves = zip(*(x.tensor_split(2) for x in x_k), strict=True)
-    contexts = (None, None) if context is None else context.tensor_split(2)
-    found = [_solvable(flow, list(half), y, failed, most) for half, y in zip(halves, contexts, strict=True)]
-    return Scores(*map(torch.cat, zip(*found, strict=True)))
+        if not most:
+            raise
+        if (n := len(x_k[0])) > 1:
+            middle = (n + 1) // 2
+            halves = ([x[:middle] for x in x_k], [x[middle:] for x in x_k])
+            contexts = (None, None) if context is None else (context[:middle], context[middle:])
+            parts = [
+                _solvable(flow, half, y, first + start, seed, failed, most)
+                for half, y, start in zip(halves, contexts, (0, middle), strict=True)
+            ]
+            return Scores(*map(torch.cat, zip(*parts, strict=True)))
+        lost, found = {0: e}, _unsolved(flow, x_k, context)
+    failed += lost.values()
+    if len(failed) > most:
+        raise failed[-1]
+    return found
 
 
 def _unsolved(flow: Density, x_k: list[Tensor], context: Tensor | None) -> Scores:
     """Scores one row whose ODE cannot be solved: NaN for a flow. Only the members of an ensemble that fail get NaN."""
     if isinstance(flow, Flow):
         lost = x_k[0].new_full((1, 1), torch.nan, dtype=torch.float64)
-        return Scores(lost[0], torch.full_like(x_k[0], torch.nan), lost)
-    log_p = []
+        return Scores(lost[0], torch.full_like(x_k[0], torch.nan), lost, lost[0])
+    log_p, errors = [], []
     for member in flow.flows:
         try:
-            log_p.append(_averaged(member, x_k, context).log_p)
+            one = _averaged(member, x_k, context)
         except SolverError:
-            log_p.append(x_k[0].new_full((1,), torch.nan, dtype=torch.float64))
+            one = _unsolved(member, x_k, context)
+        log_p.append(one.log_p)
+        errors.append(one.error)
     members = torch.stack(log_p)
-    return Scores(flow.combined(members), x_k[0][:0], members.T)
+    return Scores(flow.combined(members), x_k[0][:0], members.T, flow.combined_error(members, torch.stack(errors)))
 
 
-def _averaged(flow: Density, x_k: list[Tensor], context: Tensor | None) -> Scores:
+def _averaged(
+    flow: Density, x_k: list[Tensor], context: Tensor | None, options: SolveOptions = AS_CONFIGURED
+) -> Scores:
     """Computes log 1/K sum_k p(x_k), (B,), float64, for K tensors x_k (B, *event), and the latents of x_0."""
     draws, flows = len(x_k), flow.flows
     if flow.classes is not None and context is None:
-        log_p = torch.stack([marginal(flow, x).double() for x in x_k])
-        return Scores(log_p.logsumexp(0) - math.log(draws), x_k[0][:0], log_p.new_empty(log_p.shape[1], 0))
+        log_p = torch.stack([marginal(flow, x, options).double() for x in x_k])
+        n = log_p.shape[1]
+        return Scores(
+            log_p.logsumexp(0) - math.log(draws), x_k[0][:0], log_p.new_empty(n, 0), log_p.new_full((n,), torch.nan)
+        )
     points = [(member, x, context) for member in flows for x in x_k]
 
     def of_each(log_p: Tensor) -> Tensor:
@@ -182,38 +216,53 @@ def _averaged(flow: Density, x_k: list[Tensor], context: Tensor | None) -> Score
         return log_p.view(len(flows), draws, -1)
 
     if estimates_trace(flow) and len(points) > 1:
-        (a, z), (b, _) = (_same_probes(points) for _ in range(2))
-        a, b = of_each(a) - math.log(draws), of_each(b) - math.log(draws)
+        first, second = (_same_probes(points, options) for _ in range(2))
+        z, errors = first.z, (first.error + second.error) / 2
+        a, b = (of_each(found.log_p) - math.log(draws) for found in (first, second))
         members = torch.stack([bound_of_estimates(*pair) for pair in zip(a, b, strict=True)])
         log_w = a.new_tensor(flow.log_weights).view(-1, 1, 1)
         log_p = bound_of_estimates((a + log_w).flatten(0, 1), (b + log_w).flatten(0, 1))
+        each = a
     else:
-        log_p, z = _stacked(_log_prob_and_latents(*point) for point in points)
-        members = of_each(log_p).logsumexp(1) - math.log(draws)
+        each, z, errors = _stacked(_passed(*point, options) for point in points)
+        each = of_each(each)
+        members = each.logsumexp(1) - math.log(draws)
         log_p = flow.combined(members)
-    return Scores(log_p, z if isinstance(flow, Flow) else z[:0], members.T)
+    # to first order, the error of the log of a mean is the mean of the errors, weighted by the terms
+    of_members = (each.softmax(1) * of_each(errors)).sum(1)
+    error = flow.combined_error(members, of_members)
+    return Scores(log_p, z if isinstance(flow, Flow) else z[:0], members.T, error)
 
 
-def _stacked(found: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Stacks log p of K pairs (log p, latents): (K, B), float64. Only the latents of the first pair are returned."""
-    log_p: list[Tensor] = []
+class _Passes(NamedTuple):
+    """Results of K passes: log p and errors, (K, B), float64, and the latents of the first pass."""
+
+    log_p: Tensor
+    z: Tensor
+    error: Tensor
+
+
+def _stacked(found: Iterable[tuple[Tensor, Tensor, Tensor]]) -> _Passes:
+    """Stacks the results (log p, latents, error) of K passes."""
+    log_p, errors = list[Tensor](), list[Tensor]()
     first = None
-    for one, z in found:
+    for one, z, error in found:
         log_p.append(one.double())
+        errors.append(error.double())
         first = z if first is None else first
     assert first is not None
-    return torch.stack(log_p), first
+    return _Passes(torch.stack(log_p), first, torch.stack(errors))
 
 
-def marginal(flow: Density, x: Tensor) -> Tensor:
+def marginal(flow: Density, x: Tensor, options: SolveOptions = AS_CONFIGURED) -> Tensor:
     """Computes log p(x), (B,). For a conditional flow, this is log sum_y P(y) p(x | y).
 
     P(y) is the frequency of class y in training. If it is unknown, as in checkpoints of earlier versions, all classes
     are equally likely.
     """
     if flow.classes is None:
-        return flow.log_prob(x)
-    log_p, _ = _same_probes([(flow, x, y) for y in flow.seen])
+        return _passed(flow, x, None, options)[0]
+    log_p = _same_probes([(flow, x, y) for y in flow.seen], options).log_p
     counts = torch.tensor([n for n in flow.class_counts if n] or [1] * flow.classes, dtype=log_p.dtype)
     weights = (counts / counts.sum()).log().to(log_p.device)
     return (log_p + weights[:, None]).logsumexp(0)
@@ -234,22 +283,27 @@ def bound_of_estimates(a: Tensor, b: Tensor) -> Tensor:
     return total / 2
 
 
-def _log_prob_and_latents(flow: Density, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-    """Returns log p(x), (B,), and latents, which are empty for an ensemble."""
-    return flow.log_prob_and_latents(x, context) if isinstance(flow, Flow) else (flow.log_prob(x, context), x[:0])
+def _passed(flow: Density, x: Tensor, context: Context, options: SolveOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns log p(x), (B,), the latents, which are empty for an ensemble, and the error of log p, (B,)."""
+    if isinstance(flow, Flow):
+        (log_p, z, _), error = flow.density_pass_with_error(x, context, options)
+        return log_p, z, error
+    # the members share the options only in `_averaged`
+    log_p = flow.log_prob(x, context)
+    return log_p, x[:0], torch.full_like(log_p, torch.nan)
 
 
-def _same_probes(points: Sequence[tuple[Density, Tensor, Context]]) -> tuple[Tensor, Tensor]:
+def _same_probes(points: Sequence[tuple[Density, Tensor, Context]], options: SolveOptions) -> _Passes:
     """Scores each (flow, x, context) with the same random trace probes, so that the noise of the results is similar.
 
-    Returns the results of `_stacked`. Each call uses new probes.
+    Each call uses new probes.
     """
     seed = int(torch.randint(2**62, ()))
 
-    def found() -> Iterator[tuple[Tensor, Tensor]]:
+    def found() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for point in points:
             torch.manual_seed(seed)
-            yield _log_prob_and_latents(*point)
+            yield _passed(*point, options)
 
     return _stacked(found())
 
@@ -257,12 +311,14 @@ def _same_probes(points: Sequence[tuple[Density, Tensor, Context]]) -> tuple[Ten
 def nfe_of_pass(flow: Density, solves: Sequence[Statistics]) -> float | None:
     """Returns the NFE of one pass through the flow, which solves each ODE block once; None if there are no solves.
 
-    For an ensemble, the NFE is the sum over its members.
+    It is the number of all evaluations divided by the number of rows. For an ensemble, the NFE is the sum over its
+    members.
 
     Args:
         solves: the statistics of all solves of one or more complete passes.
     """
-    return len(flow.ode_blocks) * sum(s.nfe_forward for s in solves) / len(solves) if solves else None
+    rows = sum(s.rows for s in solves)
+    return len(flow.ode_blocks) * sum(s.nfe_forward * s.rows for s in solves) / rows if rows else None
 
 
 def trace_rule(flow: Density) -> TraceRule | None:

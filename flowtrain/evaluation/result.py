@@ -11,6 +11,36 @@ from flowtrain.utils.formatting import brief, counted, with_error
 
 
 @dataclass(frozen=True)
+class RowError:
+    """The errors of log p of single rows, in nats, see `flowtrain.ode.row_errors`.
+
+    If the trace is estimated, they include 1.96 standard deviations of its noise, measured on a subset.
+
+    Attributes:
+        p99: the 99th percentile over the rows.
+        worst: the largest error.
+    """
+
+    p99: float
+    worst: float
+
+
+@dataclass(frozen=True)
+class Bias:
+    """The bias of a solver with fixed steps against an accurate adaptive solve, on a subset, in nats.
+
+    Attributes:
+        nll: mean of log p by the adaptive solve minus log p by the fixed steps. It is positive if the NLL is too high.
+        stderr: the standard error of `nll`.
+        per_row: the RMS of the difference over the rows.
+    """
+
+    nll: float
+    stderr: float
+    per_row: float
+
+
+@dataclass(frozen=True)
 class Budget:
     """The error budget: the parts of the error of an NLL, each in nats per sample.
 
@@ -30,6 +60,8 @@ class Budget:
             reported bound is higher than the NLL of the whole numbers by at least this gap. None for real numbers. The
             gap is not included in `total`, because it is not an error of the bound.
         rows: the number of rows of the subset.
+        bias: for a solver with fixed steps, its bias against an adaptive solve. Else None, and if the adaptive solve
+            fails. It is not included in `total`, which includes `solver`.
         total: sqrt(nll_stderr^2 + s^2 + precision^2) with s = max(solver, embedded). This is the printed error.
         interval: NLL -+ 1.96 total, a 95% confidence interval of the true NLL of the flow.
     """
@@ -44,6 +76,7 @@ class Budget:
     rows: int
     total: float
     interval: tuple[float, float]
+    bias: Bias | None = None
 
 
 # Names of checks in tables, if they differ from the names in JSON
@@ -377,7 +410,17 @@ class AnomalyRows(NamedTuple):
 
 
 # Attributes for figures that are not in tables or JSON
-PRIVATE = ("bits_per_nat", "scores", "sets", "pit", "member_scores", "context_pit", "ranks", "anomaly_rows")
+PRIVATE = (
+    "bits_per_nat",
+    "scores",
+    "sets",
+    "pit",
+    "member_scores",
+    "context_pit",
+    "ranks",
+    "anomaly_rows",
+    "errors",
+)
 # Largest number of context columns in the table
 MOST_CONTEXT_COLUMNS = 3
 # Largest number of rows listed in a message
@@ -419,6 +462,7 @@ class Evaluation:
         device, dtype: the device and the dtype of the flow.
         total_seconds: the time of scoring, the error budget and the checks.
         budget: the parts of the error.
+        row_error: the errors of single rows. None if the solver has no estimate.
         checks: the checks of the density. `failed` lists the checks that did not pass.
         calibration: the test whether latents of the data are draws from the base.
         ood: the OOD detection. None without another set.
@@ -431,6 +475,7 @@ class Evaluation:
             a flow.
         bits_per_nat: the factor from nats to bits/dim for integer-valued images, else None.
         scores: log p(x) of each row in the order of the set, (n,), float64.
+        errors: the error of each of `scores`, (n,), see `row_error`. It is NaN if the solver has no estimate.
         sets: log p of this set and of the other set of the OOD detection, (n,) and (m,), or None.
         pit: probability integral transforms of latents by name, (rows,).
         member_scores: log p of each member of an ensemble, (n, M), float64, in the order of `members`. It is NaN if it
@@ -476,6 +521,8 @@ class Evaluation:
     pit: dict[str, Tensor]
     member_scores: Tensor | None
     context_pit: tuple[tuple[str, Tensor], ...] = ()
+    row_error: RowError | None = None
+    errors: Tensor | None = None
     sbc: SimulationCalibration | None = None
     ranks: Ranks | None = None
     anomalies: AnomalyDetection | None = None
@@ -578,6 +625,15 @@ class Evaluation:
         rows += self._baseline_rows()
         rows += self._member_rows()
         rows.append(("error", self._error_words()))
+        if self.row_error is not None:
+            name, scale = self.unit
+            p99, worst = (brief(scale * v) for v in (self.row_error.p99, self.row_error.worst))
+            rows.append(("row error", f"at most {p99} {name} for 99% of the rows, worst {worst}"))
+        if (bias := self.budget.bias) is not None:
+            name, scale = self.unit
+            nll = with_error(scale * bias.nll, scale * bias.stderr)
+            words = f"{nll} {name} against an adaptive solve, {brief(scale * bias.per_row)} per row"
+            rows.append(("bias", words))
         if self.dequantization_samples is not None:
             gap = self.budget.dequantization_gap
             name, scale = self.unit

@@ -112,6 +112,13 @@ class Ensemble(Density):
         x = self.dequantized(self._checked(x, "x"))
         return self.combined(torch.stack([flow.log_prob(x, context) for flow in self.flows]))
 
+    def _log_prob_with_error(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        x = self.dequantized(self._checked(x, "x"))
+        log_p, errors = map(
+            torch.stack, zip(*(flow.log_prob(x, context, with_error=True) for flow in self.flows), strict=True)
+        )
+        return self.combined(log_p), self.combined_error(log_p, errors)
+
     def _drawn(
         self, n: int, temperature: float, chunk: int | None, context: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:

@@ -5,14 +5,16 @@ number of elements of an event, and w = 1. For Hutchinson's estimate (Hutchinson
 eq. 8), e_j are k random vectors with E[e e^T] = I, and w = 1/k.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from flowtrain.nn.velocity_field import Field, field_jvp
 from flowtrain.utils.arguments import one_of, whole
+from flowtrain.utils.autograd import transforms_active
 from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.row_noise import first_row, gaussian_of, rademacher_of, random_bits
 
 
 def rademacher(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -29,6 +31,8 @@ def gaussian(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 NOISES = {"rademacher": rademacher, "gaussian": gaussian}
+# the same distributions, from the bits of `random_bits`
+OF_BITS = {"rademacher": rademacher_of, "gaussian": gaussian_of}
 TRACES = ("auto", "exact", "hutchinson")
 
 
@@ -58,6 +62,10 @@ class Probes:
         """Returns w times the sum over the tangents and the elements of an event: (k, ..., *event) -> (...)."""
         return self.weight * products.sum((0, *range(-self.event_dims, 0)))
 
+    def of_rows(self, index: Tensor) -> "Probes":
+        """Returns the probes of the rows at the positions `index` (n,)."""
+        return replace(self, tangents=self.tangents[:, index]) if self.noisy else self
+
     @staticmethod
     def exact(x: Tensor) -> "Probes":
         """Returns the basis vectors for x (B, *event)."""
@@ -68,6 +76,18 @@ class Probes:
     def hutchinson(x: Tensor, noise: str, samples: int) -> "Probes":
         """Draws `samples` random tangents for each row of x (B, *event), with the global generator of x's device."""
         return Probes(NOISES[noise]((samples, *x.shape), x), 1 / samples, noisy=True)
+
+    @staticmethod
+    def of_numbered_rows(x: Tensor, noise: str, samples: int) -> "Probes":
+        """Draws `samples` random tangents for each row of x (B, *event), that do not depend on the other rows.
+
+        They depend on the number of the row, see `rows_from`, and on a key, which is drawn with the CPU's global
+        generator.
+        """
+        key = int(torch.randint(2**62, ()))
+        bits = random_bits(key, first_row(), len(x), samples * x.shape[1:].numel(), x.device)
+        tangents = OF_BITS[noise](bits).to(x.dtype).view(len(x), samples, *x.shape[1:]).transpose(0, 1).contiguous()
+        return Probes(tangents, 1 / samples, noisy=True)
 
 
 def divergence(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tensor, Tensor]:
@@ -161,6 +181,9 @@ class TraceRule:
     def draw(self, x: Tensor, training: bool) -> Probes:
         """Returns the probes for a solve that starts at x (B, *event).
 
+        At evaluation, the probes of a row depend on its number and not on the other rows. Inside the transforms of
+        `torch.func` they are drawn for the batch, as in training.
+
         Raises:
             ConfigError: x has no batch dimension or no event dimension.
         """
@@ -171,4 +194,6 @@ class TraceRule:
             )
         if self.is_exact(x.shape[1:].numel(), training):
             return Probes.exact(x)
-        return Probes.hutchinson(x, self.noise, self.noise_samples)
+        if training or transforms_active() or torch.compiler.is_exporting():
+            return Probes.hutchinson(x, self.noise, self.noise_samples)
+        return Probes.of_numbered_rows(x, self.noise, self.noise_samples)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from flowtrain.ode.row_errors import row_errors
 from flowtrain.ode.runge_kutta import RungeKutta
 from flowtrain.ode.solver import AS_CONFIGURED, Problem, Solution, SolveOptions, Solver, Statistics, record_solves
 from flowtrain.ode.step_control import StepPlan
@@ -23,6 +24,7 @@ __all__ = [
     "Tableau",
     "ode_solver",
     "record_solves",
+    "row_errors",
 ]
 
 

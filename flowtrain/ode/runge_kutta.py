@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from flowtrain.ode.discrete_adjoint import AcceptedStep, AcceptedSteps, differentiable
 from flowtrain.ode.exported_steps import take_steps
 from flowtrain.ode.quadrature import Nodes, gauss_nodes, has_dense_output, stage_nodes
+from flowtrain.ode.row_control import solve_rows
 from flowtrain.ode.solver import Problem, Solution, Solver, Statistics
-from flowtrain.ode.step_control import StepPlan, step_end, step_factor
+from flowtrain.ode.step_control import NON_FINITE_RETRIES, StepPlan, step_end, step_factor
 from flowtrain.ode.tableaus import TABLEAUS, Tableau
 from flowtrain.ode.tape import (
     AutogradRecorder,
@@ -33,8 +34,6 @@ from flowtrain.utils.arguments import one_of
 from flowtrain.utils.autograd import plain_max, plain_values, transforms_active
 from flowtrain.utils.errors import ConfigError
 
-# the largest number of retries after steps with an error that is NaN or infinite. Each retry has a shorter step
-NON_FINITE_RETRIES = 8
 # the number of elements of x in a batch of nodes. With gradient=replay, the integrand is evaluated in such batches
 REPLAYED_NUMBERS = 2**15
 
@@ -85,6 +84,8 @@ class RungeKutta(Solver):
             functional_run = _FunctionalRun(self, problem, statistics)
             functional_run.advance()
             return functional_run.solution()
+        if self.adaptive and problem.rows is not None:
+            return solve_rows(self, self.tableau, problem, statistics, self.replays(problem.x))
         run = _Run(self, problem, statistics, torch.is_grad_enabled())
         with torch.no_grad():
             run.advance()
@@ -211,8 +212,18 @@ class _Run:
         h = (t1 - t0) / n
         for i in range(n):
             self.accept(self.attempt(h), t0 + (i + 1) * h)
-        if not bool(torch.isfinite(plain_values(self.x)).all()):
+        finite = torch.isfinite(plain_values(self.x))
+        if bool(finite.all()):
+            return
+        unsolved = self.problem.unsolved
+        if unsolved is None or self.graph:
             raise self.solver.non_finite(t1, h)
+        lost = (~finite).flatten(1).any(1)
+        for row in lost.nonzero().flatten().tolist():
+            unsolved.setdefault(row, self.solver.non_finite(t1, h))
+        for result in (self.x, self.total):
+            if result is not None:
+                result[lost] = torch.nan
 
     def adaptive(self) -> None:
         t1 = self.problem.t1

@@ -42,16 +42,24 @@ class Statistics:
     """The cost of one solve.
 
     Attributes:
+        rows: the number of rows of the batch.
+        rtol: the relative tolerance of the solve.
         nfe_forward, nfe_backward: evaluations of the velocity by the solver, in the solve and in its backward pass.
-        accepted, rejected: steps of the solve.
+            With a separate step control for each row, the mean over the rows.
+        accepted, rejected: steps of the solve. With a separate step control for each row, the mean over the rows.
         integral_error: estimated error of the path integrals, (B, Q). None if the solver has no estimate.
+        state_error: the sum over the steps of the norm of the estimated error of each row of the state, (B,). None
+            without a separate step control for each row.
     """
 
-    nfe_forward: int = 0
-    nfe_backward: int = 0
-    accepted: int = 0
-    rejected: int = 0
+    rows: int = 0
+    rtol: float = math.nan
+    nfe_forward: float = 0
+    nfe_backward: float = 0
+    accepted: float = 0
+    rejected: float = 0
     integral_error: Tensor | None = None
+    state_error: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class Problem:
     chooses.
 
     Attributes:
-        velocity: (t scalar, x (B, *event)) -> v (B, *event).
+        velocity: (t, x (B, *event)) -> v (B, *event), with t scalar. If there is `rows`, t can be (B,) too.
         integrand: (t, x (*nodes, B, *event)) -> (v, q (*nodes, B, Q)), with t broadcasting against (*nodes, B); or
             None. Autograd differentiates it.
         x: the state at t0, (B, *event).
@@ -71,6 +79,10 @@ class Problem:
         noisy: whether the integrand is a random estimate.
         recorder: evaluates the velocity and its vector-Jacobian products. None uses autograd.
         step_plan: the steps of an earlier solve, from which the steps of this solve are planned; or None.
+        rows: returns the problem for the rows at some positions (n,). Adaptive methods of flowtrain's engine then use a
+            separate step control for each row, see row_control.py. None: the rows share the steps.
+        unsolved: a mapping to which the error of each row that cannot be solved is added, by its position. The solution
+            of such a row is NaN. Only solves that do not share steps use it. None: the solve raises the SolverError.
     """
 
     velocity: Velocity
@@ -83,6 +95,8 @@ class Problem:
     noisy: bool = False
     recorder: Recorder | None = None
     step_plan: StepPlan | None = None
+    rows: "Callable[[Tensor], Problem] | None" = None
+    unsolved: dict[int, SolverError] | None = None
 
     def has_duration(self) -> bool:
         """Whether t0 and t1 differ in the dtype of the state. torchdiffeq keeps the time in this dtype."""
@@ -118,6 +132,7 @@ class SolveOptions:
         integrals: path integrals to return besides the log-determinant, by name; see `regularizers.Integral`.
         end_time: b in [0, 1). In training, the solve is between 0 and T ~ U(1 - b, 1 + b) instead of between 0 and 1
             (Ghosh et al. 2020, STEER, eq. 6).
+        unsolved: see `Problem.unsolved`.
     """
 
     rtol: float | None = None
@@ -127,6 +142,7 @@ class SolveOptions:
     control: str | None = None
     integrals: Mapping[str, Callable[[Any], Tensor]] = field(default_factory=dict)
     end_time: float = 0.0
+    unsolved: dict[int, SolverError] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -138,17 +154,18 @@ class SolveOptions:
 AS_CONFIGURED = SolveOptions()
 
 
-_RECORDED: ContextVar[list[Statistics] | None] = ContextVar("recorded solves", default=None)
+# the lists of all active `record_solves`
+_RECORDED: ContextVar[tuple[list[Statistics], ...]] = ContextVar("recorded solves", default=())
 
 
 @contextmanager
 def record_solves() -> Iterator[list[Statistics]]:
-    """Collects the statistics of every solve that starts inside this context.
+    """Collects the statistics of every solve that starts inside this context, also inside nested contexts.
 
     A backward pass adds to the statistics of its forward solve.
     """
     found: list[Statistics] = []
-    token = _RECORDED.set(found)
+    token = _RECORDED.set((*_RECORDED.get(), found))
     try:
         yield found
     finally:
@@ -176,6 +193,8 @@ class Solver(ABC):
     """An ODE solver and its settings.
 
     A step is accepted if the RMS of error / (atol + rtol |x|) over all components and rows of the batch is at most 1.
+    In evaluation mode, adaptive methods of flowtrain's engine control the steps of each row separately, see
+    row_control.py.
     The settings of a solver never change. `replace` returns a solver with other settings.
 
     Args:
@@ -326,15 +345,15 @@ class Solver(ABC):
             SolverError: step size underflow, more than max_nfe evaluations, or a state that is not finite.
             ConfigError: a tolerance far below the machine epsilon of the dtype.
         """
-        statistics = Statistics()
-        recorded = _RECORDED.get()
-        if recorded is not None:
+        statistics = Statistics(rows=len(problem.x))
+        for recorded in _RECORDED.get():
             recorded.append(statistics)
         # a program traced by torch.export accepts any number of rows, so it must not branch on this number
         if not torch.compiler.is_exporting() and (not len(problem.x) or not problem.has_duration()):
             return unchanged_solution(problem, statistics)
         solver = self.replace(**options.settings)
         solver.check_tolerance(problem.x.dtype)
+        statistics.rtol = solver.rtol
         with full_precision(problem.x.device):
             solution = solver._solve(problem, statistics)
         if solution.integral_error is not None:

@@ -143,7 +143,9 @@ class SolverGuard:
         return min(self.solver.step_size, 1.0)
 
     @torch.no_grad()
-    def _log_prob(self, x: Tensor, context: Tensor | None, seed: int, options: SolveOptions) -> tuple[Tensor, int, str]:
+    def _log_prob(
+        self, x: Tensor, context: Tensor | None, seed: int, options: SolveOptions
+    ) -> tuple[Tensor, float, str]:
         """Returns log p(x) (B,), the NFE of the longest solve, and the reason of a failure (empty if none)."""
         with seeded(seed, x.device), record_solves() as solves:
             try:
@@ -153,7 +155,7 @@ class SolverGuard:
         failure = "" if bool(torch.isfinite(log_p).all()) else "the log-likelihood is NaN or infinite"
         return log_p, max((s.nfe_forward for s in solves), default=0), failure
 
-    def _tighten(self, step: int, nfe: int, finding: str) -> bool:
+    def _tighten(self, step: int, nfe: float, finding: str) -> bool:
         """Tightens the tolerances, or warns that a limit is reached. Returns whether they were tightened.
 
         Args:

@@ -45,12 +45,13 @@ def test_scores_of_a_new_file_have_ids_and_row_numbers(run_dir: str, tmp_path: P
     for path in ("s.csv", "s.parquet", "s.npy"):
         evaluated(run_dir, "data.path=new.parquet", f"scores={path}", "ood=new.parquet", name="eval-new.json")
     scores = read(tmp_path / "s.csv")
-    assert scores.columns == ["name", "row", "log_prob"]
+    assert scores.columns == ["name", "row", "log_prob", "error"]
     assert scores["name"].to_list() == new["name"].to_list()
     assert scores["row"].to_list() == list(range(60))
     missing = new["a"].is_null()
     assert missing.sum() == 7
     assert scores["log_prob"].is_null().to_list() == missing.to_list()
+    assert scores["error"].is_null().to_list() == missing.to_list()
     np.testing.assert_array_equal(scores["log_prob"].fill_null(np.nan), np.load(tmp_path / "s.npy"))
     assert read(tmp_path / "s.parquet").equals(scores)
     assert read(tmp_path / "s_ood.csv").select("name", "row").equals(scores.select("name", "row"))
@@ -62,6 +63,8 @@ def test_scores_of_the_test_set_have_its_rows_in_the_file(run_dir: str, tmp_path
     scores, rows = read(tmp_path / "s.csv"), table()
     assert len(scores) == found["n"]
     assert scores["log_prob"].mean() == pytest.approx(-found["nll"])
+    assert found["row_error"]["worst"] == pytest.approx(scores["error"].max())
+    assert found["row_error"]["p99"] == pytest.approx(np.quantile(scores["error"], 0.99))
     assert scores["name"].to_list() == rows[scores["row"].to_list()]["name"].to_list()
     assert rows[scores["row"].to_list()]["a"].null_count() == 0
 
@@ -72,7 +75,7 @@ def test_ids_of_a_run_that_was_trained_without_them(
     table().drop_nulls().write_csv(tmp_path / "t.csv")
     run_dir = trained("data=array", "data.path=t.csv", "data.columns=[a,count]")
     before = evaluated(run_dir, "scores=s.csv")
-    assert read(tmp_path / "s.csv").columns == ["row", "log_prob"]
+    assert read(tmp_path / "s.csv").columns == ["row", "log_prob", "error"]
     # the rows are the same, so the name of the file is the same
     (Path(run_dir) / "eval.json").unlink()
     assert evaluated(run_dir, "scores=s.csv", "data.id=name")["nll"] == before["nll"]
@@ -104,7 +107,7 @@ def test_ids_are_not_part_of_a_sample(trained: Train, run: Run, tmp_path: Path) 
         assert flowtrain.load(each).event_shape == (3,)
         assert run("floweval", f"ckpt={each}", "data.path=x.npy", "scores=s.csv")[0] == 0
         scores = read(tmp_path / "s.csv")
-        assert scores.columns == ["c0", "row", "log_prob"]
+        assert scores.columns == ["c0", "row", "log_prob", "error"]
         assert scores["c0"].to_list() == list(range(100))
         expected = flowtrain.load(each).log_prob(rows)
         np.testing.assert_allclose(scores["log_prob"], expected, rtol=1e-5)
@@ -123,7 +126,7 @@ def test_scores_of_an_ensemble_have_the_spread_and_the_members(trained: Train, r
         code, _, err = run("floweval", f"ckpt=[{','.join(runs)}]", "weights=[0.3,0.7]", f"scores={path}")
         assert code == 0, err
     scores, members = read(tmp_path / "s.csv"), np.load(tmp_path / "s_members.npy")
-    assert scores.columns == ["row", "log_prob", "spread"]
+    assert scores.columns == ["row", "log_prob", "error", "spread"]
     mean = members @ [0.3, 0.7]
     np.testing.assert_allclose(scores["spread"], np.sqrt((members - mean[:, None]) ** 2 @ [0.3, 0.7]), atol=1e-12)
     assert scores["spread"].min() > 0
@@ -142,7 +145,7 @@ def test_samples_have_names_types_and_labels(
     run("flowsample", f"ckpt={run_dir}", "n=150", "out=x.npy")
     np.testing.assert_array_equal(samples["a"].cast(pl.Float32), np.load(tmp_path / "x.npy")[:, 0])
     evaluated(run_dir, f"data.path=x{ending}", "scores=s.csv", name="eval-x.json")
-    assert read(tmp_path / "s.csv").columns == ["row", "log_prob"]
+    assert read(tmp_path / "s.csv").columns == ["row", "log_prob", "error"]
     trained("data=array", f"data.path=x{ending}", "data.label=kind", "data.dequantize=[count]")
     run("flowsample", f"ckpt={run_dir}", "n=20", "label=1", f"out=x{ending}")
     assert set(read(tmp_path / f"x{ending}")["kind"]) == {1}

@@ -91,3 +91,25 @@ def test_error_of_a_mean_includes_errors_that_cancel() -> None:
     difference = torch.tensor([1.0, -1.0]).repeat(50)
     assert mean_error(difference) == pytest.approx(0.1, rel=0.01)
     assert mean_error(torch.full((100,), 0.2)) == pytest.approx(0.2)
+
+
+def test_bias_of_fixed_steps_is_the_difference_from_the_exact_nll() -> None:
+    """Compares with the matrix exponential, the solution of a linear field."""
+    flow = linear((3,), solver=ode_solver("midpoint", steps=4))
+    for p in flow.parameters():
+        nn.init.normal_(p, std=0.5)
+    flow.eval()
+    (part,) = flow.ode_blocks
+    nn.init.zeros_(part.field.b)
+    x = torch.randn(200, 3)
+    a = part.field.a.detach().double()
+    z = x.double() @ torch.linalg.matrix_exp(-a).T
+    exact = flow.base_log_prob(z) - a.trace()
+    log_p = log_probs(flow, x)
+    found = budget(flow, subset_of(flow, x, None), log_p, draws=1).bias
+    assert found is not None
+    assert found.nll == pytest.approx(float((exact - log_p).mean()), rel=1e-3, abs=1e-5)
+    assert found.per_row == pytest.approx(float((exact - log_p).square().mean().sqrt()), rel=1e-3)
+    assert abs(found.nll) > 1e-4
+    adaptive = flow.with_solver(ode_solver("dopri5"))
+    assert budget(adaptive, subset_of(flow, x, None), log_p, draws=1).bias is None

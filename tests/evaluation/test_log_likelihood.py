@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from flowtrain.bijections.logit import Logit
 from flowtrain.evaluation.log_likelihood import bound_of_estimates, log_probs, score_rows
 from flowtrain.flow import Flow
 from flowtrain.nn.divergence import TraceRule
+from flowtrain.nn.mlp_field import MLPField
 from flowtrain.ode import ode_solver
 from flowtrain.utils.errors import SolverError
 
@@ -81,10 +83,30 @@ def test_failed_rows_do_not_change_the_scores_of_other_rows(trace: str) -> None:
     x[[3, 30]] = 100.0
     with pytest.raises(SolverError):
         log_probs(flow, x)
-    found, z, _ = score_rows(flow, x, batch_size=25, unsolved=2)
+    found, z, _, error = score_rows(flow, x, batch_size=25, unsolved=2)
     assert (~found.isfinite()).nonzero().flatten().tolist() == [3, 30]
     assert z.isnan().any(1).nonzero().flatten().tolist() == [3, 30]
+    assert error.isnan().nonzero().flatten().tolist() == [3, 30]
     kept = found.isfinite()
     torch.testing.assert_close(found[kept], expected[kept], atol=1e-4, rtol=0)
     with pytest.raises(SolverError):
         score_rows(flow, x, unsolved=1)
+
+
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_scores_do_not_depend_on_the_batch_size(trace: str) -> None:
+    """The probes of an estimated trace depend on the position of a row in the set."""
+    torch.manual_seed(3)
+    field = Continuous(MLPField(3, (8,)), ode_solver("dopri5"), TraceRule("exact", trace))
+    for p in field.parameters():
+        nn.init.normal_(p, std=0.4)
+    flow = Flow((3,), Chain([field])).double().eval()
+    x = torch.randn(30, 3, dtype=torch.float64) * torch.tensor([1.0, 20.0]).repeat(15).unsqueeze(1)
+    expected = score_rows(flow, x, seed=5)
+    for size in (1, 7):
+        found = score_rows(flow, x, batch_size=size, seed=5)
+        torch.testing.assert_close(found.log_p, expected.log_p, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found.error, expected.error, rtol=1e-6, atol=1e-9)
+    other = score_rows(flow, x, seed=6).log_p
+    assert torch.equal(other, expected.log_p) == (trace == "exact")
+    np.testing.assert_allclose(flow.log_prob(x.numpy()), flow.log_prob(x).detach(), rtol=1e-9)

@@ -385,8 +385,8 @@ class _Selection:
                 f"the context {', '.join(trained)}"
             )
         # the names that the flow knows, in another order
-        by_name = {names[i]: i for i in positions}
-        return [by_name[name] for name in trained] if set(by_name) == set(trained) else positions
+        position_of = {names[i]: i for i in positions}
+        return [position_of[name] for name in trained] if set(position_of) == set(trained) else positions
 
 
 def _key_of(file: Path, key: str | None) -> str | None:
