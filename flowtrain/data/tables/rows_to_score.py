@@ -345,8 +345,9 @@ class _Selection:
                 f"the context {', '.join(trained)}"
             )
         # the names that the flow knows, in another order
-        by_name = {names[i]: i for i in positions}
-        return [by_name[name] for name in trained] if set(by_name) == set(trained) else positions
+        named_positions = {names[i]: i for i in positions}
+        is_known = set(named_positions) == set(trained)
+        return [named_positions[name] for name in trained] if is_known else positions
 
 
 def _key_of(file: Path, key: str | None) -> str | None:
