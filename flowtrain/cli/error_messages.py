@@ -123,6 +123,11 @@ def explain(error: Exception) -> str:
         return f"{given}: several values make a sweep; add -m, or give one value or a list in brackets"
     if written and not re.fullmatch(r"[+~]{0,2}[A-Za-z_][\w/@-]*(\.[\w-]+)*", written.partition("=")[0], re.ASCII):
         return f"{written}: not a key; keys look like trainer.lr"
+    if written and re.search(r"""[{,]\s*(["']).*?\1\s*:""", written):
+        return (
+            f"{written}: {_unparsed(message)}; names in braces have no quotes, as in data.types={{age: positive}}. If "
+            "the name of a column has special characters, give its position, counted from 0"
+        )
     if written:
         return f"{written}: {_unparsed(message)}; values with special characters need quotes: {_in_quotes(written)}"
     return message
