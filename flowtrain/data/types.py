@@ -203,7 +203,7 @@ _USAGE = {
 
 
 def is_column_type(one: ColumnType) -> bool:
-    """Whether the attributes of a type that was read from a file have the right types and ranges."""
+    """Whether the attributes of a column type that was read from a file are valid."""
     numbers = all(isinstance(v, float | int) and not math.isnan(v) for v in (one.low, one.high))
     names = all(isinstance(v, str | float | int) for v in one.categories)
     scaled = isinstance(one.scale, float | int) and 0 <= one.scale < math.inf
@@ -257,7 +257,7 @@ def category_text(category: str | float) -> str:
 def spread_edges(x: Tensor, types: Sequence[ColumnType], u: Tensor) -> Tensor:
     """Moves values at the ends of an interval into the interval, by a distance of EDGE u (high - low).
 
-    With u ~ U[0, 1), a value at an end has a density, which is at most its probability / (EDGE (high - low)).
+    With u ~ U[0, 1), a value with the probability q is replaced by the density q / (EDGE (high - low)).
 
     Args:
         x: samples (B, d).

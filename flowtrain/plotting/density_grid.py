@@ -10,7 +10,7 @@ from torch import Tensor
 from flowtrain.data.tables.columns import default_names
 from flowtrain.evaluation.log_likelihood import score_rows
 from flowtrain.flow import Context, Density
-from flowtrain.plotting.points import finite, robust_range
+from flowtrain.plotting.points import EVERYWHERE, finite, robust_range
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.process import seeded
 
@@ -57,8 +57,9 @@ def density_grid(
 ) -> dict[str, NDArray[Any]]:
     """Computes log p on a regular grid around data of one or two columns.
 
-    The grid of a column covers the range from its 0.5% to its 99.5% quantile, and 12% of this range on both sides. For
-    whole numbers x, the density is the density of x + u with u uniform in [0, 1).
+    The grid of a column covers the range from its 0.5% to its 99.5% quantile, and 12% of this range on both sides, but
+    it does not leave the support of a column type. For whole numbers x, the density is the density of x + u with u
+    uniform in [0, 1).
 
     Args:
         x: the data, (n, 1) or (n, 2), in data units.
@@ -78,7 +79,12 @@ def density_grid(
     """
     with seeded(0, flow.like.device):
         values = finite("data", flow.dequantized(x)).values
-    axes = [np.linspace(*robust_range(column), points) for column in values.T]
+    supports = [one.support for one in flow.types] or [EVERYWHERE] * values.shape[1]
+    ranges = [robust_range(column) for column in values.T]
+    axes = [
+        np.linspace(max(start, low), min(end, high), points)
+        for (start, end), (low, high) in zip(ranges, supports, strict=True)
+    ]
     grid = torch.from_numpy(np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes)))
     inside = torch.ones(len(grid), dtype=torch.bool)
     if flow.levels is not None:

@@ -48,6 +48,7 @@ BAD_TRAIN = [
     (["resume=nowhere"], r"nowhere: there is no such"),
     (["resume="], r"resume=RUN_DIR"),
     (["trainer.steps=[1"], r"trainer.steps"),
+    (["data=array", "data.types={'a': positive}"], r"position"),
 ]
 
 

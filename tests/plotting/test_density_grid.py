@@ -7,7 +7,9 @@ from torch import Tensor
 
 from flowtrain.bijections import Bijection, Standardize
 from flowtrain.bijections.logit import Logit
+from flowtrain.bijections.support import ToSupport
 from flowtrain.data.context import ContextColumn
+from flowtrain.data.types import ColumnType
 from flowtrain.flow import Flow
 from flowtrain.plotting.density_grid import check_has_grid, density_grid
 from flowtrain.utils.errors import ConfigError, FlowtrainError
@@ -34,6 +36,16 @@ def test_grid_of_two_columns_has_the_exact_density() -> None:
         assert found[axis][0] < m - 2.4 * s < m + 2.4 * s < found[axis][-1]
     mass = np.trapezoid(np.trapezoid(np.exp(found["log_prob"]), found["y"]), found["x"])
     assert 0.98 < mass < 1.001
+
+
+def test_grid_does_not_leave_the_support_of_a_type() -> None:
+    types = (ColumnType.parse("circular(360)"), ColumnType.parse("positive"))
+    to_support = ToSupport(*zip(*(one.support for one in types), strict=True), circular=[0])
+    flow = Flow((2,), to_support, types=types).eval()
+    x = torch.rand(500, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([360.0, 1.0])
+    found = density_grid(flow, x, 11)
+    assert (found["x"][0], found["x"][-1], found["y"][0]) == (0, 360, 0)
+    assert found["y"][-1] > 1
 
 
 def test_grid_of_one_column_keeps_float64() -> None:

@@ -128,7 +128,7 @@ def categories_of(table: Table, column: int) -> tuple[str | float, ...]:
 def codes_of(table: Table, column: int, categories: Sequence[str | float]) -> NDArray[np.float64]:
     """Returns the positions of the values of a column in the categories, (n,).
 
-    A number equals a category of text if the text is a form of this number.
+    The number 2 equals the text "2" and the text "2.0".
 
     Raises:
         DataError: a value that is not one of the categories. The message names the place.
@@ -234,7 +234,7 @@ def _advice(one: ColumnType, value: float) -> str:
 
 # circumferences of common angles, as they are written in the setting
 _CIRCLES = (360.0, 2 * math.pi)
-# a column looks circular if each of the first and last parts of the circle has this fraction of its share of the rows
+# a column looks circular if the first and the last _PART of the circle have _SHARE times the rows of a uniform density
 _PART, _SHARE = 0.02, 0.2
 # a column looks positive if it has at least this skewness, and its logarithm has less than half of it
 _SKEWNESS = 1.5
@@ -248,6 +248,8 @@ def hint_of_types(
     table: Table, values: NDArray[np.float64], types: Sequence[ColumnType], skipped: Collection[int]
 ) -> None:
     """Logs which columns without a type look like they have one, and the option that sets these types.
+
+    The option has at most 12 of these columns, and all columns that have a type.
 
     Args:
         table: gives the names of the columns.
