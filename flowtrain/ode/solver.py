@@ -345,10 +345,11 @@ class Solver(ABC):
             SolverError: step size underflow, more than max_nfe evaluations, or a state that is not finite.
             ConfigError: a tolerance far below the machine epsilon of the dtype.
         """
-        statistics = Statistics(rows=len(problem.x))
+        # a program traced by torch.export accepts any number of rows
+        statistics = Statistics(rows=0 if torch.compiler.is_exporting() else len(problem.x))
         for recorded in _RECORDED.get():
             recorded.append(statistics)
-        # a program traced by torch.export accepts any number of rows, so it must not branch on this number
+        # for the same reason, the program must not branch on this number
         if not torch.compiler.is_exporting() and (not len(problem.x) or not problem.has_duration()):
             return unchanged_solution(problem, statistics)
         solver = self.replace(**options.settings)
