@@ -797,7 +797,7 @@ class Flow(Density):
 
         The error does not include the noise of an estimated trace.
         """
-        with record_solves() as solves:
+        with record_solves(also_outside=True) as solves:
             found = self.density_pass(x, context, options)
         return found, row_errors(solves, found.log_p, found.z)
 

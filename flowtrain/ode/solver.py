@@ -154,18 +154,21 @@ class SolveOptions:
 AS_CONFIGURED = SolveOptions()
 
 
-# the lists of all active `record_solves`
+# the lists to which a solve adds its statistics
 _RECORDED: ContextVar[tuple[list[Statistics], ...]] = ContextVar("recorded solves", default=())
 
 
 @contextmanager
-def record_solves() -> Iterator[list[Statistics]]:
-    """Collects the statistics of every solve that starts inside this context, also inside nested contexts.
+def record_solves(also_outside: bool = False) -> Iterator[list[Statistics]]:
+    """Collects the statistics of every solve that starts inside this context.
 
     A backward pass adds to the statistics of its forward solve.
+
+    Args:
+        also_outside: whether the contexts around this context collect these solves too.
     """
     found: list[Statistics] = []
-    token = _RECORDED.set((*_RECORDED.get(), found))
+    token = _RECORDED.set((*(_RECORDED.get() if also_outside else ()), found))
     try:
         yield found
     finally:
