@@ -276,8 +276,8 @@ def conformal_p_values(calibration: Tensor, log_p: Tensor) -> Tensor:
     Equal values count, so that ties make a p-value larger, never smaller.
 
     Example:
-        >>> conformal_p_values(torch.tensor([-1.0, -2.0, -2.0]), torch.tensor([-3.0, -2.0, 0.0]))
-        tensor([0.2500, 0.7500, 1.0000], dtype=torch.float64)
+        >>> conformal_p_values(torch.tensor([-1.0, -2.0, -2.0]), torch.tensor([-3.0, -2.0, 0.0])).tolist()
+        [0.25, 0.75, 1.0]
     """
     below = torch.searchsorted(calibration.sort().values, log_p, right=True)
     return (1 + below).double() / (1 + len(calibration))

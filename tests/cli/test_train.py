@@ -38,7 +38,7 @@ def result(run_dir: str | Path, name: str = "result.json") -> dict[str, Any]:
 EVALUATION = [
     "nll", "nll_stderr", "n", "split", "step", "bits_per_dim", "entropy", "kl", "kl_stderr", "trace", "noise_samples",
     "dequantization_samples", "solver", "nfe", "solver_error", "roundtrip_error", "seconds", "device",
-    "dtype", "total_seconds", "budget", "checks", "calibration", "ood", "baselines", "headline",
+    "dtype", "total_seconds", "budget", "checks", "calibration", "ood", "baselines", "row_error", "headline",
 ]  # fmt: skip
 
 

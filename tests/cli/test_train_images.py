@@ -124,7 +124,7 @@ def test_checkpoint_keeps_the_data_settings_of_its_weights(run: Run, tmp_path: P
     write_set(tmp_path / "other" / "mnist", **larger)
     code, _, err = run("flowtrain", ckpt.replace("ckpt", "resume"), "data.root=other", "trainer.steps=2")
     assert code == 2
-    assert re.search(r"\(1, 4, 6\).*\(1, 6, 6\)", err)
+    assert re.search(r"1, 4, 6.*1, 6, 6", err)
 
 
 def test_one_test_image_is_enough_to_finish(run: Run, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.formatting import consecutive, counted
@@ -51,7 +52,9 @@ def pick(
                 f"contains row numbers or row names; {as_option(range(len(names)))} keeps every column"
             )
         return [i for i in range(len(names)) if i not in left_out]
-    entries = list(columns) if isinstance(columns, list | tuple) else [columns]
+    # a ListConfig of OmegaConf is a sequence, but not a list
+    several = isinstance(columns, Sequence) and not isinstance(columns, str)
+    entries: list[Any] = list(columns) if several else [columns]  # type: ignore[arg-type]
     chosen = [i for entry in entries for i in _positions(entry, names, path, key)]
     if not chosen:
         raise ConfigError(f"{key}={columns} keeps no column of {path}; it has {_overview(names)}")

@@ -246,7 +246,7 @@ def test_runs_of_older_versions_read_files_as_before(
     assert evaluated(str(run_dir))["nll"] == nll
     assert evaluated(str(run_dir), "split=all", "data.header=true", name="eval-all.json")["n"] == 60
     assert evaluated(str(run_dir), "split=all", "data.id=a", "scores=s.csv", name="eval-all.json")["n"] == 60
-    assert (tmp_path / "s.csv").read_text().startswith("a,row,log_prob\n")
+    assert (tmp_path / "s.csv").read_text().startswith("a,row,log_prob,")
     (run_dir / "result.json").unlink()
     code, _, err = run("flowtrain", f"resume={run_dir}", "trainer.steps=6")
     assert code == 0, err
