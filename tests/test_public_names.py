@@ -175,6 +175,7 @@ def test_incomplete_flow_arguments_are_refused(arguments: tuple[Any, ...], keywo
         flowtrain.Flow(*arguments, **keywords)
 
 
+@pytest.mark.slow
 def test_typed_project_passes_mypy(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     assert (Path(flowtrain.__file__).parent / "py.typed").exists()
     project = tmp_path / "project.py"

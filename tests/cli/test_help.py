@@ -201,6 +201,7 @@ def test_completion_lists_choices_and_keys(
         assert set(out.split()) == wanted
 
 
+@pytest.mark.slow
 def test_completion_in_a_shell() -> None:
     script = Path(sys.executable).with_name("flowtrain")
     bash = shutil.which("bash")

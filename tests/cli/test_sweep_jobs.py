@@ -151,6 +151,7 @@ def test_every_job_has_its_own_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 @MATPLOTLIB_AND_OTHERS
+@pytest.mark.slow
 def test_other_launchers_run_the_jobs(launcher: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The jobs run in other processes, which render figures. One column has the fewest figures."""
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")

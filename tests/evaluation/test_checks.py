@@ -151,6 +151,7 @@ class Stiff(nn.Module):
         return 3 * torch.sign((40 * x).sin())
 
 
+@pytest.mark.slow
 def test_unsolvable_check_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks_module, "MAX_NFE", 300)
     flow = Flow((2,), Chain([Continuous(Stiff(), ode_solver("rk4", steps=4), TraceRule())])).eval()

@@ -322,6 +322,7 @@ def test_search_refuses_to_resume_with_changed_data(clusters: np.ndarray, tmp_pa
     assert (tmp_path / "r/result.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_resume_with_more_time_skips_damaged_candidates(clusters: np.ndarray, tmp_path: Path, run: Run) -> None:
     keys = {"trainer__steps": "auto", "trainer__time_limit": 0.3}
     code, _, err = run(*command_line(clusters, tmp_path, "[affine,nsf,maf]", **keys), f"hydra.run.dir={tmp_path}/r")

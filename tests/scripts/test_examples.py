@@ -9,6 +9,7 @@ from examples import anomalies, digits, table
 from matplotlib import image
 
 
+@pytest.mark.slow
 def test_table_example_beats_the_gaussian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nll = table.main(minutes=0.05, out=str(tmp_path / "table.pt"))
     # compare with the NLL of a Gaussian with the covariance of the table
@@ -22,10 +23,12 @@ def test_table_example_beats_the_gaussian(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "mine.pt").is_file()
 
 
+@pytest.mark.slow
 def test_anomalies_example_reaches_auroc() -> None:
     assert anomalies.main(minutes=0.05) > 0.7
 
 
+@pytest.mark.slow
 def test_digits_example_writes_a_figure(tmp_path: Path) -> None:
     digits.main(minutes=0.02, out=str(tmp_path / "digits.png"))
     assert image.imread(tmp_path / "digits.png").shape[:2] == (400, 400)

@@ -96,6 +96,7 @@ def measured(*arguments: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(arguments[-1]).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_benchmark_resumes_and_records_failures(tables: ModuleType, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
     keys = ["--data", str(data), "--tables", "adbench/Wilt", "--seconds", "1", "--seeds", "0"]

@@ -129,6 +129,7 @@ def test_every_option_composes_and_builds(files: Path) -> None:
 
 @settings(max_examples=10, **BUDGET)
 @given(rng=RANDOM)
+@pytest.mark.slow
 def test_random_configs_train_or_are_refused(run: Run, files: Path, rng: random.Random) -> None:
     run_dir = files / f"run{next(NUMBERS)}"
     arguments = random_config(rng)

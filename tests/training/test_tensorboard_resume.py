@@ -126,6 +126,7 @@ def test_entries_of_rewound_steps_are_dropped(
     assert images == expected_pictures(tmp_path / "r", 6)
 
 
+@pytest.mark.slow
 def test_tensorboard_added_on_resume_includes_earlier_steps(
     run: Run,
     tmp_path: Path,
