@@ -126,9 +126,8 @@ def metadata_in(path: Path) -> Any:
     ("name", "ending"),
     [
         ("ffjord", "pt2"),
-        pytest.param("glow", "onnx", marks=needs_onnx),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in (("realnvp", "pt2"), ("glow", "pt2"))),
-        *(pytest.param(name, "onnx", marks=[needs_onnx, pytest.mark.slow]) for name in ("realnvp", "ffjord")),
+        *(pytest.param(name, "onnx", marks=[needs_onnx, pytest.mark.slow]) for name in ("realnvp", "glow", "ffjord")),
     ],
 )
 def test_programs_agree_without_importing_flowtrain(name: str, ending: str, tmp_path: Path) -> None:

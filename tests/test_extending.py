@@ -252,6 +252,7 @@ def test_installed_commands_find_the_package(project: Path) -> None:
     assert done.stdout.splitlines()[-1] == str(project / "here")
 
 
+@pytest.mark.slow
 def test_checkout_extension_needs_neither_flag_nor_trust(tmp_path: Path) -> None:
     shutil.copytree(Path(importlib.import_module("flowtrain").__file__ or "").parent, tmp_path / "flowtrain")
     shutil.copytree(config_dir(), tmp_path / "configs", dirs_exist_ok=True)

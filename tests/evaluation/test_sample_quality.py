@@ -80,6 +80,7 @@ def test_flow_without_ode_is_refused() -> None:
         quality(Flow((2,), Chain([Affine(2)])), Moons(n_val=10, n_test=10), [1])
 
 
+@pytest.mark.slow
 def test_sample_quality_is_reported_per_step_count(run: Run, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     small = ["trainer.steps=3", "trainer.batch_size=16", "data.n_val=300", "data.n_test=200", "model.hidden=[8]"]
     small += ["trainer.plot_every=null"]

@@ -49,6 +49,7 @@ def search_state(run_dir: Path) -> dict[str, Any]:
     return {"stacks": state["stacks"], "candidates": state["candidates"]}
 
 
+@pytest.mark.slow
 def test_stack_has_the_lowest_validation_nll(clusters: np.ndarray, tmp_path: Path) -> None:
     flow = fit_search(clusters, ["affine", "mixture", *FLOWS], run_dir=tmp_path / "r", seed=3)
     state = search_state(tmp_path / "r")

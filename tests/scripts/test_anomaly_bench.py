@@ -58,6 +58,7 @@ def test_the_interval_is_beta_binomial(bench: ModuleType) -> None:
     assert expected[0] < low < 0.05 < high < expected[1]
 
 
+@pytest.mark.slow
 def test_runs_are_continued_and_reported(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
     row = {"set": "glass", "seed": 0, "auroc": 0.5, "average_precision": 0.5, "n_calibration": 20, "n_ordinary": 100}

@@ -116,6 +116,7 @@ def test_wrongly_loaded_checkpoint_is_detected(original_checkpoint: tuple[Path, 
 # Configs
 
 
+@pytest.mark.slow
 def test_every_option_composes_and_builds(files: Path) -> None:
     # `auto` can only be resolved with data
     for group, name in (option for option in options() if option[1] != "auto"):

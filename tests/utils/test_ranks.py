@@ -151,6 +151,7 @@ LAUNCHED = ["model=affine", "trainer.steps=60", "trainer.val_every=20", "trainer
 LAUNCHED += ["data.n_val=20", "data.n_test=50", "trainer.plot_every=null"]
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_after_a_killed_rank(tmp_path: Path) -> None:
     """After SIGKILL of a rank, torchrun starts again. The ranks find the run directory, although its name is a time."""
     here = str(Path(__file__).resolve().parents[1])
