@@ -1,7 +1,7 @@
 """The map from the real line to the support of each column: positive numbers, intervals and circles."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -95,18 +95,17 @@ class ToSupport(Bijection):
     back: Tensor
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        found, log_det = [], z.new_zeros(z.shape[0])
-        for group, part in zip(self.groups, torch.split(z.index_select(1, self.order), self.sizes, 1), strict=True):
-            x, log_slope = _to_data(group, part)
-            found.append(x)
-            log_det = log_det + log_slope.sum(1)
-        return torch.cat(found, 1).index_select(1, self.back), log_det
+        return self._map(_to_data, z)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._map(_to_line, x)
+
+    def _map(self, function: Callable[[_Group, Tensor], tuple[Tensor, Tensor]], x: Tensor) -> tuple[Tensor, Tensor]:
+        """Applies a function, which also returns log-slopes, to the columns of each group."""
         found, log_det = [], x.new_zeros(x.shape[0])
         for group, part in zip(self.groups, torch.split(x.index_select(1, self.order), self.sizes, 1), strict=True):
-            z, log_slope = _to_line(group, part)
-            found.append(z)
+            y, log_slope = function(group, part)
+            found.append(y)
             log_det = log_det + log_slope.sum(1)
         return torch.cat(found, 1).index_select(1, self.back), log_det
 

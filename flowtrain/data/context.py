@@ -105,9 +105,7 @@ def features(columns: Sequence[ContextColumn], values: Tensor, dtype: torch.dtyp
 
     Real columns are standardised in the dtype of `values`, and the result is rounded to `dtype`.
     """
-    if all(column.kind == REAL for column in columns):
-        mean = values.new_tensor([column.mean for column in columns])
-        return ((values - mean) / values.new_tensor([column.std for column in columns])).to(dtype)
+    # numbers of Python, because a tensor of means would be copied to the device in each step
     parts = []
     for column, c in zip(columns, values.unbind(1), strict=True):
         if column.kind == REAL:

@@ -147,8 +147,8 @@ class Store(Protocol):
     def samples(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor:
         """Returns the rows `share` of the batch of a step, (k, *event_shape)."""
 
-    def extras(self, step: int, batch_size: int, seed: int, share: slice) -> Extras:
-        """Returns labels, context and weights of these rows."""
+    def extra(self, role: str, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
+        """Returns the values of these rows in the field `role` of `Extras`."""
 
     def to(self, device: torch.device) -> None:
         """Moves the samples to a device if they are in memory."""
@@ -171,12 +171,10 @@ class InMemoryStore:
         """Returns the rows `share` of the batch of a step, (k, *event_shape), on the device of the samples."""
         return self.train[self._rows(step, batch_size, seed, share)]
 
-    def extras(self, step: int, batch_size: int, seed: int, share: slice) -> Extras:
-        """Returns labels, context and weights of these rows."""
-        if not any(one is not None for one in self._extras):
-            return self._extras
-        rows = self._rows(step, batch_size, seed, share)
-        return self._extras.map(lambda one: one[rows])
+    def extra(self, role: str, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
+        """Returns the values of these rows in the field `role` of `Extras`."""
+        values: Tensor | None = getattr(self._extras, role)
+        return None if values is None else values[self._rows(step, batch_size, seed, share)]
 
     def to(self, device: torch.device) -> None:
         """Moves samples, labels, context and weights to a device."""
@@ -213,13 +211,13 @@ class Finite(Dataset):
         return self._store.samples(step, batch_size, seed, share)
 
     def labels_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
-        return self._store.extras(step, batch_size, seed, share).label
+        return self._store.extra("label", step, batch_size, seed, share)
 
     def context_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
-        return self._store.extras(step, batch_size, seed, share).context
+        return self._store.extra("context", step, batch_size, seed, share)
 
     def weights_share(self, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
-        return self._store.extras(step, batch_size, seed, share).weights
+        return self._store.extra("weights", step, batch_size, seed, share)
 
     def to(self, device: torch.device) -> None:
         self._store.to(device)

@@ -261,7 +261,7 @@ def spread_edges(x: Tensor, types: Sequence[ColumnType], u: Tensor) -> Tensor:
 
     Args:
         x: samples (B, d).
-        u: numbers in [0, 1), (B, d). The result uses only those of columns with `has_edges`.
+        u: numbers in [0, 1), (B, d). Only the numbers of columns with `has_edges` are used.
     """
     columns = list(x.unbind(1))
     for i in edge_columns(types):

@@ -446,7 +446,7 @@ def _fitted_types(
 ) -> tuple[tuple[ColumnType, ...], tuple[ColumnType, ...]]:
     """Returns the types of the columns of the samples, () if all are real, and the types of the context columns.
 
-    Ranges and categories are those of the training file. Columns that `data.dequantize` names are integers. In all
+    Ranges and categories come from the training file. Columns that `data.dequantize` names are integers. In all
     tables, categories are replaced by their positions.
 
     Args:

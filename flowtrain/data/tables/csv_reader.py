@@ -62,7 +62,7 @@ ChooseColumns = Callable[[Sequence[str], Sequence[int]], Chosen]
 
 @dataclass(frozen=True)
 class TextFormat:
-    """What the user states about the format of a text file. The rest is detected.
+    """The settings of the format of a text file. The rest is detected.
 
     Attributes:
         header: whether the first line after the comments names the columns. None means detected.

@@ -151,7 +151,7 @@ class RoleTables:
         """Checks labels and weights.
 
         Raises:
-            DataError: labels that are not 0, 1, 2, ..., or weights that are negative or all zero.
+            DataError: labels that are not 0, 1, 2, ..., or weights that `check_weights` refuses.
         """
         if self.label is not None:
             check_labels(self.label)

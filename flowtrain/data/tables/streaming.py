@@ -223,13 +223,15 @@ class StreamedStore:
         """Returns the first n rows of the sequence of epochs as stored in the file, (n, d)."""
         return self._batch(0, n, 0, slice(None))[:, self._columns]
 
-    def extras(self, step: int, batch_size: int, seed: int, share: slice) -> Extras:
-        """Returns labels, context and weights of these rows."""
-        if not self._tables.others:
-            return Extras()
-        batch = self._batch(step, batch_size, seed, share)
-        found = self._tables.map(lambda table: of_rows(batch, table)).extras().normalized(self._mean_weight)
-        return found.map(lambda one: one.pin_memory()) if self._pinned else found
+    def extra(self, role: str, step: int, batch_size: int, seed: int, share: slice) -> Tensor | None:
+        """Returns the values of these rows in the field `role` of `Extras`."""
+        like = self._tables.others.get(role)
+        if like is None:
+            return None
+        table: dict[str, Any] = {role: of_rows(self._batch(step, batch_size, seed, share), like)}
+        extras = RoleTables(self._tables.samples, **table).extras().normalized(self._mean_weight)
+        found: Tensor = getattr(extras, role)
+        return found.pin_memory() if self._pinned else found
 
     def to(self, device: torch.device) -> None:
         """Returns batches in pinned memory from now on if the device is a GPU. No rows are moved to the device."""
@@ -402,7 +404,7 @@ class StreamedTable:
             class_counts=statistics.class_counts,
             checksum=str(statistics.checksum),
             context=None if of_context is None else np.stack([of_context.mean, of_context.variance]),
-            look_extras=store.extras(0, n_look, 0, slice(None)),
+            look_extras=Extras(*(store.extra(role, 0, n_look, 0, slice(None)) for role in Extras._fields)),
             mean_weight=mean_weight,
             on_line=statistics.on_line_moments,
         )
