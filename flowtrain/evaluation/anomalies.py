@@ -382,9 +382,9 @@ def contributions(
 
         g_j(x) = max_t log p(x with x_j = t) - log p(x) = max_t log p(t | other columns) - log p(x_j | other columns)
 
-    The second form holds because the density of the other columns cancels. So g_j does not depend on the unit of a
-    column, and a value that is common by itself has a large contribution if it does not fit the other columns. For a
-    normal distribution, g_j = z^2 / 2 with the number z of conditional standard deviations by which x_j is off.
+    The second form holds because the density of the other columns cancels. Therefore g_j does not depend on the unit of
+    a column. A value that is frequent in its column has a large contribution if it does not fit the other columns. For
+    a normal distribution, g_j = z^2 / 2 with the number z of conditional standard deviations by which x_j is off.
 
     t is found on a grid that is refined: 16 quantiles of the column in the calibration rows, and twice 8 values between
     the neighbours of the best value so far. t is never outside of the range of the calibration rows, and a whole number

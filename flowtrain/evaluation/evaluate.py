@@ -437,7 +437,7 @@ def row_errors_of(error: Tensor, parts: Budget, weights: Tensor | None = None) -
 
     Args:
         error: the errors without this noise, see `Scores`, (n,).
-        parts: the error budget. Its trace error is that of the mean of all rows.
+        parts: the error budget. Its trace error is the error of the mean over all rows.
         weights: the weights of the rows, (n,), or None.
     """
     n = len(error) if weights is None else effective_rows(weights)
