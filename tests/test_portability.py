@@ -98,6 +98,7 @@ command(sample.main, f"ckpt={run}", "n=20", "out=samples.npy")
 """
 
 
+@pytest.mark.slow
 def test_commands_run_without_platform_specific_functions(tmp_path: Path) -> None:
     torch.manual_seed(0)
     np.save(tmp_path / "x.npy", torch.randn(80, 3).numpy())

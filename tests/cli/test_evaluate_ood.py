@@ -24,6 +24,7 @@ def idx(path: Path, images: np.ndarray) -> Path:
 
 
 @pytest.mark.usefixtures("full_size")
+@pytest.mark.slow
 def test_images_are_told_apart_from_arrays_idx_files_and_tables(
     run: Run, tmp_path: Path, trained: Train, evaluated: Evaluate
 ) -> None:

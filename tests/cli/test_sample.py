@@ -51,6 +51,7 @@ def trained(run: Run, *arguments: str) -> None:
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_two_columns_are_animated(run: Run, titles: list[str], tmp_path: Path) -> None:
     trained(run, *TINY)
     titles.clear()

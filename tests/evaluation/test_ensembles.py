@@ -190,6 +190,7 @@ def test_conditional_ensemble_is_evaluated_with_labels() -> None:
     torch.testing.assert_close(found.sets[0], marginal.detach())
 
 
+@pytest.mark.slow
 def test_hutchinson_traces_do_not_increase_the_density() -> None:
     def noisy(seed: int) -> Flow:
         torch.manual_seed(seed)

@@ -29,6 +29,7 @@ class Linear(nn.Module):
         return x @ self.a.T
 
 
+@pytest.mark.slow
 def test_hutchinson_trace_does_not_bias_log_prob_upward() -> None:
     """If probes were averaged inside the log, like dequantization noise, log p would be 1.5 nats too large."""
     a = torch.diag(torch.tensor([0.3, -0.2, 0.1, 0.4])) + 0.5 * (torch.ones(4, 4) - torch.eye(4))

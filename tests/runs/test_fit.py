@@ -154,6 +154,7 @@ def test_fit_neither_uses_nor_changes_torch_settings(x: np.ndarray) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_concurrent_fits_run_one_after_another(x: np.ndarray, tmp_path: Path, without_figures: None) -> None:
     logger = logging.getLogger("flowtrain")
 

@@ -75,6 +75,7 @@ def test_stack_has_the_lowest_validation_nll(clusters: np.ndarray, tmp_path: Pat
         assert {m["path"]: m["weight"] for m in result["members"]} == {k: w for k, w in weight.items() if w > 0}
 
 
+@pytest.mark.slow
 def test_continued_search_gives_the_same_flow(
     clusters: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
@@ -160,6 +161,7 @@ def test_search_without_run_directory_writes_nothing(
     assert torch.allclose(flowtrain.load("flow.pt").log_prob(x), flow.log_prob(x))
 
 
+@pytest.mark.slow
 def test_search_with_labels_fits_conditional_models(clusters: np.ndarray, tmp_path: Path) -> None:
     label = (clusters[:, 0] > 0).astype(int)
     flow = fit_search(clusters, label=label, run_dir=tmp_path / "r", overrides={"trainer.steps": 3})

@@ -60,6 +60,7 @@ def test_split_contains_each_row_once_and_depends_on_the_seed(tables: ModuleType
     assert not np.array_equal(split.places, other.places)
 
 
+@pytest.mark.slow
 def test_baseline_nlls_approach_the_true_entropy(tables: ModuleType) -> None:
     """The NLL of the baselines on many rows of a known density is close to the entropy of the density, in data
     units."""
