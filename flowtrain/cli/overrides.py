@@ -99,7 +99,7 @@ def warn_of_old_key(old: str, new: str) -> None:
 
 
 def with_default_choices(arguments: Sequence[str]) -> list[str]:
-    """Returns the arguments with the choices of `default_choices`, if they choose data=array.
+    """Returns the arguments with the choices of `default_choices`, if they choose data=array or a target.
 
     Example:
         >>> with_default_choices(["data=array", "data.path=a.csv"])
@@ -109,9 +109,12 @@ def with_default_choices(arguments: Sequence[str]) -> list[str]:
     """
     given = [a.lstrip("+~").partition("=") for a in separated(arguments)[0]]
     chosen = {key.partition("@")[0]: value.strip("'\"") for key, _, value in given}
-    if chosen.get("data") != "array" or {"experiment", "from"} & chosen.keys():
+    if "target" in chosen and "data" not in chosen and "from" not in chosen:
+        chosen["data"], arguments = "target", ["data=target", *arguments]
+    data = chosen.get("data")
+    if data not in ("array", "target") or {"experiment", "from"} & chosen.keys():
         return list(arguments)
-    found = default_choices(set(chosen), chosen.get("model"))
+    found = default_choices(set(chosen), chosen.get("model"), data)
     return [*(f"{group}={name}" for group, name in found.items()), *arguments]
 
 

@@ -154,7 +154,7 @@ def check_known_keys(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the config. Refuses unknown and missing keys at its top level."""
     keys = ("seed", "device", "threads", "time_budget", "logger", "plots", "name", "resume", "from", "trust")
     names = [*config_groups(), *keys]
-    missing = [key for key in names if key not in config and key not in ("experiment", "recipe")]
+    missing = [key for key in names if key not in config and key not in ("experiment", "recipe", "target")]
     if missing:
         raise ConfigError(f"{missing[0]}: the config lacks this key, which a run needs; do not remove it")
     extra = [key for key in config if key not in names]

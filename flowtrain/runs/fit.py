@@ -285,9 +285,11 @@ def _check_trainable(flow: Any) -> None:
 
 def _open_choices(source: Source, model: str | None, overrides: Mapping[str, Any]) -> dict[str, str]:
     """Returns the default choices of model and objective; see `flowtrain.cli.overrides.with_default_choices`."""
-    if source.settings["data"] != "array" or set(overrides) & {"data", "experiment"}:
+    data = source.settings["data"]
+    if data not in ("array", "target") or set(overrides) & {"data", "experiment"}:
         return {"model": model or "ffjord"}
-    return {**({} if model is None else {"model": model}), **default_choices(set(flattened(overrides)), model)}
+    found = default_choices(set(flattened(overrides)), model, data)
+    return {**({} if model is None else {"model": model}), **found}
 
 
 def _data_settings(flow: Flow) -> dict[str, Any]:
