@@ -115,7 +115,7 @@ class ReverseKL(Objective):
         loss = self.flow.density_pass(at, options=options).log_p - self.beta * self.target(at)
         # only the derivatives with respect to x are computed, so the parameters of log q are constant
         [slope] = torch.autograd.grad(loss.sum(), at)
-        surrogate = (slope * x).sum() / len(x)
+        surrogate: Tensor = (slope * x).sum() / len(x)
         return loss.mean().detach() + surrogate - surrogate.detach()
 
 
