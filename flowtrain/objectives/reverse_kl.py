@@ -112,7 +112,7 @@ class ReverseKL(Objective):
     def _with_path_gradient(self, x: Tensor, options: SolveOptions) -> Tensor:
         """Returns a scalar with the value of the loss and the path gradient, for samples x (B, d) with gradients."""
         at = x.detach().requires_grad_()
-        loss = self.flow.density_pass(at, options=options).log_p - self.beta * self.target(at)
+        loss: Tensor = self.flow.density_pass(at, options=options).log_p - self.beta * self.target(at)
         # only the derivatives with respect to x are computed, so the parameters of log q are constant
         [slope] = torch.autograd.grad(loss.sum(), at)
         surrogate: Tensor = (slope * x).sum() / len(x)
