@@ -102,7 +102,9 @@ def evaluate_target(
         (1.8379, 1.0)
     """
     whole("n", n, least=2)
-    whole("seed", seed, least=0)
+    # seeds of `TargetData.seed_of` are larger than those that `whole` allows
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ConfigError(f"seed={shortened(seed)}: give a whole number, at least 0 and below 2^63")
     if batch_size is not None:
         whole("batch_size", batch_size)
     check_fits_target(flow, target)
