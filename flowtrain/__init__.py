@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from flowtrain.evaluation.result import Evaluation
     from flowtrain.flow import Flow, Record
     from flowtrain.models.ensemble import Ensemble
-    from flowtrain.runs.fit import fit, train
+    from flowtrain.runs.fit import fit, fit_target, train
     from flowtrain.runs.load import load
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "data",
     "evaluate",
     "fit",
+    "fit_target",
     "load",
     "models",
     "nn",
@@ -49,6 +50,7 @@ _HOMES = {
     "Record": "flowtrain.flow",
     "evaluate": "flowtrain.evaluation.evaluate",
     "fit": "flowtrain.runs.fit",
+    "fit_target": "flowtrain.runs.fit",
     "load": "flowtrain.runs.load",
     "train": "flowtrain.runs.fit",
 }

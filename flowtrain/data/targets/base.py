@@ -3,6 +3,8 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -123,15 +125,15 @@ class FunctionTarget(Target):
         self,
         function: Callable[[Tensor], Tensor],
         dim: int,
-        types: Mapping[str, Any] | Sequence[Any] = (),
-        columns: Sequence[str] = (),
+        types: Mapping[str, Any] | Sequence[Any] | None = None,
+        columns: Sequence[str] | None = None,
         loc: float | Sequence[float] = 0.0,
         scale: float | Sequence[float] = 1.0,
         log_z: float | None = None,
     ) -> None:
         dim = whole("target.dim", dim)
-        names = tuple(columns) or tuple(COLUMN.format(i + 1) for i in range(dim))
-        super().__init__(dim, types_of(types, names), names, loc, scale, log_z)
+        names = tuple(columns or ()) or tuple(COLUMN.format(i + 1) for i in range(dim))
+        super().__init__(dim, types_of(types or (), names), names, loc, scale, log_z)
         if not callable(function):
             raise ConfigError(f"target: {shortened(function)} is not a function; give a function of x (B, {dim})")
         # a function that is a module is a submodule, and moves to the device of the flow
@@ -177,6 +179,7 @@ class TargetData(Dataset):
 
     def __init__(self, target: Target, n_val: int = 2000, n_test: int = 20_000, seed: int = 0) -> None:
         self.target, self.seed = target, whole("data.seed", seed, least=0)
+        self._samples: Samples | None = None
         self.event_shape = (target.dim,)
         self.types, self.columns = target.types, target.columns
         for key, n in (("data.n_val", n_val), ("data.n_test", n_test)):
@@ -206,8 +209,41 @@ class TargetData(Dataset):
 
     @property
     def samples(self) -> Samples:
-        found = super().samples
-        return Samples(**{**vars(found), "columns": self.columns})
+        return self._samples or replace(super().samples, columns=self.columns)
+
+    def for_flow(self, samples: Samples) -> "TargetData":
+        """Returns this data set for a flow that was trained on samples, which keeps its preprocessing.
+
+        Args:
+            samples: the description of the samples.
+
+        Raises:
+            ConfigError: the flow is conditional or has whole numbers, or the columns differ in number or support.
+        """
+        if samples.integer_valued or samples.noisy or samples.classes is not None or samples.context:
+            raise ConfigError(
+                "from: the flow is conditional or was trained on whole numbers, but a target is a density of real "
+                "numbers without context; give another run"
+            )
+        if samples.event_shape != self.event_shape:
+            raise ConfigError(
+                f"from: the flow has samples of shape {tuple(samples.event_shape)}, but the target has "
+                f"{counted(self.target.dim, 'column')}"
+            )
+        supports = [
+            [(one.support, one.is_circular) for one in types or [ColumnType()] * self.target.dim]
+            for types in (samples.types, self.types)
+        ]
+        if supports[0] != supports[1]:
+            differing = [name for name, a, b in zip(self.columns, *supports, strict=True) if a != b]
+            raise ConfigError(
+                f"from: the flow and the target have different supports in the columns {', '.join(differing)}; set "
+                "target.types to the types of the run"
+            )
+        found = copy(self)
+        found._samples = samples
+        found.types = samples.types
+        return found
 
 
 def _in_support(types: Sequence[ColumnType], z: Tensor) -> Tensor:
