@@ -38,13 +38,16 @@ class Energy1(Target):
 
     def log_density(self, x: Tensor) -> Tensor:
         # unlike hypot, this norm has a gradient at 0
-        radius = torch.linalg.vector_norm(x, dim=1)
+        radius: Tensor = torch.linalg.vector_norm(x, dim=1)
         return -0.5 * ((radius - 2) / 0.4).square() + self._log_ends(x[:, 0])
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draws samples by rejection from the ring without the ends. The largest value of the ends is 1 + exp(-200/9)."""
+        """Draws samples by rejection from the ring without the ends.
+
+        The largest factor of the ends is 1 + exp(-8 / 0.36), at x1 = 2 and x1 = -2.
+        """
         ring = GridDensity(lambda r: r.log() - 0.5 * ((r - 2) / 0.4).square(), 0.0, 8.0)
-        highest, found, count = math.log1p(math.exp(-200 / 9)), [torch.zeros(0, 2, dtype=torch.float64)], 0
+        highest, found, count = math.log1p(math.exp(-8 / 0.36)), [torch.zeros(0, 2, dtype=torch.float64)], 0
         while count < n:
             m = 4 * (n - count) + 100
             r, u = ring.sample(m, generator), torch.rand(2, m, dtype=torch.float64, generator=generator)

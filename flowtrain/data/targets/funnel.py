@@ -19,8 +19,8 @@ LOWEST = -50.0
 class Funnel(Target):
     """funnel: v ~ N(0, 3^2) and x_i ~ N(0, exp(v)), i = 1 ... d - 1.
 
-    p(v, x) = N(v; 0, 9) prod_i N(x_i; 0, exp(v)), and log Z = 0. The first column is v. Below v = -50, the variance of x_i
-    is exp(-50), so that gradients are finite in float32.
+    p(v, x) = N(v; 0, 9) prod_i N(x_i; 0, exp(v)), and log Z = 0. The first column is v. Below v = -50, the variance of
+    x_i is exp(-50), so that gradients are finite in float32.
 
     Source: Neal 2003, "Slice sampling", section 8.
 
@@ -32,9 +32,7 @@ class Funnel(Target):
         ConfigError: a number out of range.
     """
 
-    def __init__(
-        self, dim: int = 10, loc: float | Sequence[float] = 0.0, scale: float | Sequence[float] = 1.0
-    ) -> None:
+    def __init__(self, dim: int = 10, loc: float | Sequence[float] = 0.0, scale: float | Sequence[float] = 1.0) -> None:
         dim = whole("target.dim", dim)
         if dim < 2:
             raise ConfigError("target.dim=1: the funnel has at least 2 columns")

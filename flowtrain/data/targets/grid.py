@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# cells of a grid. The trapezoidal rule is exact to rounding for the smooth densities of this folder, which vanish at the
-# ends of their range
+# cells of a grid. The trapezoidal rule is exact to rounding for the smooth densities of this folder, which vanish at
+# the ends of their range
 CELLS = 2**16
 
 

@@ -15,7 +15,7 @@ FAB_STD = math.log1p(math.e)
 
 
 class GaussianMixture(Target):
-    """gaussian_mixture: equally likely Gaussians N(c_k, std^2 I) whose centers are uniform in [-loc_range, loc_range]^d.
+    """gaussian_mixture: equally likely Gaussians N(c_k, std^2 I) with random centers in [-loc_range, loc_range]^d.
 
     p(x) = 1/K sum_k N(x; c_k, std^2 I), and log Z = 0.
 

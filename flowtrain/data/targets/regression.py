@@ -39,7 +39,7 @@ class LogisticRegression(Target):
         label: the name or the position of the column of labels. It has two distinct values, text or numbers.
         columns: names, positions or slices of the features. None means all columns except the label.
         prior_scale: standard deviation of the Gaussian prior of each weight and of the intercept.
-        missing: refuse | drop. What to do with rows that have a missing value, see `data.missing`.
+        missing: whether rows with a missing value are refused or left out, refuse | drop; see `data.missing`.
         na: further values that count as missing, see `data.na`.
         loc, scale: see `Target`. None means the mode of the posterior and the standard deviations of the Laplace
             approximation (the Gaussian with the mode and the curvature of the posterior).
@@ -126,8 +126,8 @@ def read_classes(
         numeric = [table.indices[i] for i in range(len(names)) if i not in text]
         option = as_option(numeric).replace("data.", "target.") if numeric else "target.columns"
         raise DataError(
-            f"{path}: {listed([names[i] for i in text])} contains text, but a regression needs numbers. Replace the text "
-            f"by numbers, or choose other features with {option}"
+            f"{path}: {listed([names[i] for i in text])} contains text, but a regression needs numbers. Replace the "
+            f"text by numbers, or choose other features with {option}"
         )
     values = table.values[:, :-1]
     constant = [name for name, column in zip(names, values.T, strict=True) if column.min() == column.max()]
@@ -187,6 +187,7 @@ def laplace(rows: Tensor, prior_scale: float) -> tuple[Tensor, Tensor]:
         decrement = gradient @ step
         if decrement < DECREMENT:
             break
+        # a full step can overshoot if the classes are nearly separable
         size = 1.0
         while size > 1e-10 and loss(w - size * step) > loss(w) - 0.25 * size * decrement:
             size /= 2

@@ -28,9 +28,9 @@ class ManyWell(Target):
 
     log p~(x) = sum over the pairs (x1, x2) of -x1^4 + 6 x1^2 + x1 / 2 - x2^2 / 2
 
-    The columns 1, 3, 5 ... have two wells, near -1.71 and 1.75, of which the right one has 84% of the probability. There
-    are 2^(d/2) modes, 65,536 for 32 columns. The list `modes` is therefore only known for at most 8 columns. The signs of
-    the columns 1, 3, 5 ... tell in which mode a sample is. log Z is d/2 times log Z of a pair, by quadrature in float64.
+    The columns 1, 3, 5 ... have two wells, near -1.71 and 1.75. The right well has 84% of the probability. There are
+    2^(d/2) modes, 65,536 for 32 columns. The list `modes` is therefore None for more than 8 columns. The signs of the
+    columns 1, 3, 5 ... tell in which mode a sample is. log Z is d/2 times log Z of a pair, by quadrature in float64.
 
     Source: Midgley et al. 2023, "Flow annealed importance sampling bootstrap", section 4.2, and Noe et al. 2019.
 
@@ -42,16 +42,12 @@ class ManyWell(Target):
         ConfigError: a number out of range.
     """
 
-    def __init__(
-        self, dim: int = 32, loc: float | Sequence[float] = 0.0, scale: float | Sequence[float] = 1.0
-    ) -> None:
+    def __init__(self, dim: int = 32, loc: float | Sequence[float] = 0.0, scale: float | Sequence[float] = 1.0) -> None:
         pairs = whole("target.dim", dim) // 2
         if dim % 2:
             raise ConfigError(f"target.dim={dim}: give an even number, because each well has two columns")
         self._well = GridDensity(log_well, -EDGE, EDGE)
-        super().__init__(
-            dim, loc=loc, scale=scale, log_z=pairs * (self._well.log_z + 0.5 * math.log(2 * math.pi))
-        )
+        super().__init__(dim, loc=loc, scale=scale, log_z=pairs * (self._well.log_z + 0.5 * math.log(2 * math.pi)))
         if dim <= 8:
             # the extrema of log_well: two maxima and the minimum between them
             extrema = torch.tensor(np.sort(np.roots([-4.0, 0.0, 12.0, 0.5]).real))

@@ -14,6 +14,8 @@ def test_a_gaussian_has_its_integral_and_its_samples() -> None:
     assert grid.log_z == pytest.approx(7 + math.log(0.5 * math.sqrt(2 * math.pi)), abs=1e-12)
     x = grid.sample(20_000, torch.Generator().manual_seed(0))
     assert stats.kstest(x.numpy(), stats.norm(1, 0.5).cdf).pvalue > 1e-3
+    # points are also random inside of a cell
+    assert len(x.unique()) == len(x)
 
 
 def test_log_normal_is_that_of_scipy() -> None:

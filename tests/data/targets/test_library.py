@@ -74,7 +74,7 @@ def test_samples_and_log_z_agree_with_the_density(name: str, named: Named, sampl
 
 
 def test_the_slope_has_mean_zero_over_samples(target: Target, samples: Samples) -> None:
-    """E_p[phi'(x_i) + phi(x_i) d/dx_i log p] = 0 for phi = tanh, without a boundary, in each column (Stein's identity)."""
+    """E_p[phi'(x_i) + phi(x_i) d/dx_i log p] = 0 for phi = tanh and a column without bounds (Stein's identity)."""
     x = samples(target).requires_grad_()
     (slope,) = torch.autograd.grad(target(x).sum(), x)
     for i in range(target.dim):
