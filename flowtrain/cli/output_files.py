@@ -53,12 +53,16 @@ def run_dir_of(path: Path) -> Path:
 
 
 def absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """Makes the paths of data files absolute, so that a checkpoint finds them from any working directory."""
-    data = {
-        k: str(Path(v).expanduser().absolute()) if isinstance(v, str) and is_path(k) else v
-        for k, v in config["data"].items()
+    """Makes the paths of files of data and target absolute, so that a checkpoint finds them from any directory."""
+    groups = {
+        group: {
+            k: str(Path(v).expanduser().absolute()) if isinstance(v, str) and is_path(k) else v
+            for k, v in config[group].items()
+        }
+        for group in ("data", "target")
+        if isinstance(config.get(group), Mapping)
     }
-    return {**config, "data": data}
+    return {**config, **groups}
 
 
 def paths_of(data: Mapping[str, Any]) -> list[Any]:

@@ -14,7 +14,7 @@ from flowtrain.flow import Flow, rows_at_a_time
 from flowtrain.objectives.ais import Annealing, Drawn
 from flowtrain.objectives.base import Objective, weighted_mean
 from flowtrain.objectives.replay_buffer import ReplayBuffer, effective
-from flowtrain.objectives.reverse_kl import check_target
+from flowtrain.objectives.reverse_kl import check_target, failure_of_target
 from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.utils import ranks
 from flowtrain.utils.arguments import number, whole, within_memory
@@ -158,7 +158,7 @@ class WeightedForwardKL(Objective):
         usable = log_w.isfinite()
         found = int(usable.sum())
         if found < LEAST_USABLE * self.chains:
-            raise NonFiniteError(
+            raise failure_of_target(self.target, x[~usable]) or NonFiniteError(
                 f"only {found} of {self.chains} samples of an annealing run have finite densities. {ADVICE}"
             )
         self.annealing.adapt(acceptance)

@@ -5,7 +5,6 @@
 
 import copy
 import logging
-import math
 import os
 from functools import cache
 from pathlib import Path
@@ -24,6 +23,7 @@ from flowtrain.training.trainer import Trainer
 from flowtrain.training.update import average_gradients
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import FlowtrainError, SolverError
+from helpers.densities import BANANA
 
 SMALL = ["trainer.batch_size=17", "trainer.val_every=6", "trainer.log_every=1", "data.n_val=21", "data.n_test=20"]
 SMALL += ["trainer.steps=12"]
@@ -44,17 +44,12 @@ IMAGES = ["model.hidden=[4]", "model.scales=1", "trainer.lr=0.01"]
 EQUAL |= {"images": ["model=realnvp", *IMAGES], "glow": ["model=glow", "model.steps=2", *IMAGES]}
 # flow matching does not use the ActNorm of the pixels. If its parameters had a gradient, weight decay would shrink them
 UNUSED = ["model=ffjord", "model.hidden=[4]", "model.scales=0", "objective=flow_matching", "trainer.weight_decay=0.1"]
+TARGET = [*REALNVP, "data=target", "objective=reverse_kl", "recipe=none", *BANANA]
 POLICIES = ("stop", "skip", "rewind")
 # a run on a target with annealed importance sampling every four steps
-FORWARD_KL = ["data=target", "target=custom", "target._target_=helpers.processes.far_modes", "target.dim=2"]
+FORWARD_KL = ["data=target", "target=custom", "target._target_=helpers.densities.far_modes", "target.dim=2"]
 FORWARD_KL += ["objective=weighted_forward_kl", *REALNVP, "objective.chains=100", "objective.buffer_min=100"]
 FORWARD_KL += ["objective.buffer_size=1000", "objective.transition=metropolis"]
-
-
-def far_modes(x: Tensor) -> Tensor:
-    """The normalized log density of three Gaussians, whose centers are 8 standard deviations apart."""
-    centers = torch.tensor([[0.0, 0.0], [8.0, 0.0], [0.0, 8.0]]).to(x)
-    return torch.logsumexp(-0.5 * (x[:, None] - centers).square().sum(2), 1) - math.log(3 * 2 * math.pi)
 
 
 class Images(Dataset):
@@ -172,6 +167,7 @@ def run_all(rank: int, size: int, folder: Path) -> None:
         keys = [*REALNVP, "trainer.val_every=4", f"trainer.on_nonfinite={policy}"]
         found[policy] = fit_outcome(trainer(folder / policy, *keys, data=data))
     found["unsolved"] = fit_outcome(_trainer_with_failing_solve(folder / "unsolved", rank))
+    found["target"] = fit_outcome(trainer(folder / "target", *TARGET))
     found["signal"] = fit_outcome(_trainer_with_signal(folder / "signal", rank))
     keys = [*REALNVP, "model.batch_norm=true", "trainer.on_nonfinite=skip"]
     found["norm"] = fit_outcome(trainer(folder / "norm", *keys, data=Poisoned(5)))

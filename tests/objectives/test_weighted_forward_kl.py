@@ -257,7 +257,7 @@ def test_settings_out_of_range_are_refused() -> None:
 def test_finds_modes_that_the_flow_misses(tmp_path: Path) -> None:
     """The flow begins at N(0, I), and the modes are 8 standard deviations apart."""
     torch.set_default_dtype(torch.float32)
-    keys = ["target._target_=helpers.processes.far_modes", "model=nsf", "model.layers=4", "objective.step_size=1"]
+    keys = ["target._target_=helpers.densities.far_modes", "model=nsf", "model.layers=4", "objective.step_size=1"]
     keys += ["trainer.steps=300", "trainer.batch_size=128", "objective.chains=256", "trainer.lr=0.005"]
     run = fitted(tmp_path, None, None, *keys)
     assert run.best is not None
