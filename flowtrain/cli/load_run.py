@@ -140,7 +140,9 @@ def known_test_nll(path: Path, step: int) -> str:
     try:
         result = json.loads((run_dir_of(path) / "result.json").read_text())
         same = path.name == "best.pt" and result["step"] == step
-        return f"test {result['headline'].partition(' (')[0]}" if same else ""
+        words = str(result["headline"]).partition(" (")[0]
+        # log Z belongs to no split
+        return (words if result.get("log_z") is not None else f"test {words}") if same else ""
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         # the title of a figure then has no NLL
         return ""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtrain.data.base import Dataset
+from flowtrain.data.targets.base import TargetData
 from flowtrain.evaluation import NAMES, Evaluation, evaluate
 from flowtrain.evaluation.baselines import affordable_seconds, has_baselines
 from flowtrain.flow import Density, Flow
@@ -148,7 +149,8 @@ def draw_training(
         nll: in nats; NaN before the first validation.
     """
     bits = flow.bits_per_nat
-    reached = f"NLL {nll:.3f} nats" if bits is None else f"{bits * nll:.3f} bits/dim"
+    name = "negative ELBO" if isinstance(data, TargetData) else "NLL"
+    reached = f"{name} {nll:.3f} nats" if bits is None else f"{bits * nll:.3f} bits/dim"
     validated = "" if math.isnan(nll) else f", validation {reached}"
     path = run_dir / f"plots/samples_{step:06d}.png"
     with warn_if_plotting_fails(f"step {step}"):
