@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.flow import Flow
 from flowtrain.ode import AS_CONFIGURED, SolveOptions
-from flowtrain.utils.errors import CheckpointError
+from flowtrain.utils.errors import CheckpointError, FlowtrainError
 
 
 class Objective(nn.Module, ABC):
@@ -51,6 +51,10 @@ class Objective(nn.Module, ABC):
     def rows_to_check(self, x: Tensor) -> Tensor:
         """Returns the rows on which the solver guard compares log p with a tight solve, for a batch x of a step."""
         return x
+
+    def diagnose_failure(self, x: Tensor) -> FlowtrainError | None:
+        """Returns an error that names the cause of a loss that is not finite, for a batch x; None if it is unknown."""
+        return None
 
     def state(self) -> dict[str, Any] | None:
         """Returns the state that a resumed run needs, plain values and tensors; None without state."""

@@ -11,7 +11,7 @@ from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
 from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.utils.arguments import number, one_of, share
-from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.errors import ConfigError, FlowtrainError, NonFiniteError
 
 GRADIENTS = ("path", "total")
 
@@ -84,6 +84,10 @@ class ReverseKL(Objective):
         with torch.no_grad():
             return self.flow.sample_pass(self._base_points(len(x))).x
 
+    def diagnose_failure(self, x: Tensor) -> FlowtrainError | None:
+        """Returns an error with a sample of the flow at which the target has no finite density; None if all have."""
+        return failure_of_target(self.target, self.rows_to_check(x))
+
     def forward(
         self,
         x: Tensor,
@@ -117,6 +121,21 @@ class ReverseKL(Objective):
         [slope] = torch.autograd.grad(loss.sum(), at)
         surrogate: Tensor = (slope * x).sum() / len(x)
         return loss.mean().detach() + surrogate - surrogate.detach()
+
+
+def failure_of_target(target: Target, x: Tensor) -> NonFiniteError | None:
+    """Returns an error with one of the points x (B, d) at which log p~ is not finite; None if there is none."""
+    with torch.no_grad():
+        log_p = target(x)
+    bad = (~log_p.isfinite() & x.isfinite().all(1)).nonzero().flatten()
+    if not len(bad):
+        return None
+    at = ", ".join(f"{v:.4g}" for v in x[bad[0]].tolist()[:5]) + (", ..." if x.shape[1] > 5 else "")
+    return NonFiniteError(
+        f"the log density of the target is {log_p[bad[0]].item()} at x = ({at}). It is not finite at {len(bad)} of "
+        f"{len(x)} samples of the flow. Give the range in which the density is positive by target.types, or start "
+        "closer to it by target.loc and target.scale."
+    )
 
 
 def check_target(flow: Flow, target: Target) -> None:

@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from flowtrain.data.types import ColumnType
+from flowtrain.evaluation.targets import FOUND
 from flowtrain.plotting import points, scales, style
 from flowtrain.plotting.densities import (
     GAP_2D,
@@ -33,8 +34,6 @@ BRIGHTEST = 2.5
 HIGHEST = 1.5
 # the largest number of modes that have bars. More modes are drawn as steps
 MOST_BARS = 60
-# the share of the true share of a mode below which the mode counts as missed
-MISSED = 0.25
 # inches: the height of the figures of weights and modes, and the position of their axes
 HEIGHT, LEFT, BOTTOM, WIDE, TALL = 3.9, 0.78, 0.55, 8.08, 2.68
 # the largest number of bins of a histogram of log weights
@@ -244,12 +243,12 @@ def draw_modes(
     truth = np.full(count, 1 / count) if true_shares is None else np.asarray(true_shares, dtype=np.float64)
     order = np.argsort(-flow, kind="stable")
     flow, truth = flow[order], truth[order]
-    missed = int((flow < MISSED * truth).sum())
+    missed = int((flow < FOUND * truth).sum())
     place = np.arange(1, count + 1)
     with style.styled():
         figure = style.new_figure(HEIGHT, title, options)
         axes = style.add_axes(figure, LEFT, BOTTOM, WIDE, TALL)
-        name = points.noted("samples of the flow", f"{missed} of {count} modes below {MISSED:.0%} of the true share")
+        name = points.noted("samples of the flow", f"{missed} of {count} modes below {FOUND:.0%} of the true share")
         if count <= MOST_BARS:
             beside = 0.0 if true_shares is None else 0.2
             axes.bar(place - beside, flow, 0.4 if beside else 0.8, color=style.SAMPLES, linewidth=0, label=name)

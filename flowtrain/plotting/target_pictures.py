@@ -85,8 +85,8 @@ def draw(
         samples: samples of the flow (M, d). None: those in `drawn`.
         log_scale: whether densities are shown on a logarithmic scale.
         drawn: samples of the flow with their weights. None: this function draws them.
-        log_z: the estimate of log Z in nats, which normalizes the density of the target. None: the value that the
-            target states, or else an estimate by `drawn`.
+        log_z: an estimate of log Z in nats, which normalizes the density of a target that states no log Z. None: the
+            estimate by `drawn`.
     """
     device, dtype = flow.like.device, flow.like.dtype
     target.to(device)
@@ -95,8 +95,11 @@ def draw(
             drawn = weighted_samples(flow, target, SAMPLES, seed=0)
         reference = reference_of(target, drawn)
         samples = drawn.x if samples is None else samples.cpu()
-        if log_z is None:
-            log_z = estimate_of(drawn) if target.log_z is None else target.log_z
+        if target.log_z is not None:
+            # an estimate is far too small if the flow misses a mode
+            log_z = target.log_z
+        elif log_z is None:
+            log_z = estimate_of(drawn)
         ends = [_ends(reference.x), _ends(samples)]
         if target.modes is not None:
             ends += [target.modes.cpu().double().amin(0, True), target.modes.cpu().double().amax(0, True)]

@@ -8,8 +8,10 @@ import time
 import torch
 
 from flowtrain.data.base import Dataset
+from flowtrain.data.targets.base import TargetData
 from flowtrain.evaluation.baselines import LEAST_SECONDS, MOST_SECONDS, has_baselines
 from flowtrain.evaluation.log_likelihood import held_out, log_probs
+from flowtrain.evaluation.log_weights import weighted_samples
 from flowtrain.flow import Density, rows_at_a_time
 from flowtrain.training.failure_policy import STEP_ERRORS
 
@@ -51,7 +53,8 @@ class TimeBudget:
         evaluates: whether an evaluation and pictures follow the training.
 
     Attributes:
-        row_seconds: seconds to score one row. A new measurement is averaged geometrically with the previous value.
+        row_seconds: seconds to score one row; for a target, to draw and weight one sample. A new measurement is
+            averaged geometrically with the previous value.
         for_baselines: seconds reserved for a Gaussian mixture and a kernel density estimate. 0 if the data have no such
             baselines, or if the budget is less than 40 s.
     """
@@ -85,17 +88,16 @@ class TimeBudget:
 
         Repeats the pass with more rows as long as the pass is quick, because a pass has a fixed cost.
         """
-        x, label = held_out(self.flow, self.data, "val")
         training = self.flow.training
         self.flow.eval()
-        rows, enough = PROBE_ROWS, min(len(x), rows_at_a_time(self.flow.event_shape))
+        rows, enough = PROBE_ROWS, min(len(self.data.val), rows_at_a_time(self.flow.event_shape))
         try:
             # warm-up: the first pass also allocates memory and fills caches
-            log_probs(self.flow, x[:2], None if label is None else label[:2])
+            self._score(2)
             while True:
                 rows = min(rows, enough)
                 begun = time.perf_counter()
-                log_probs(self.flow, x[:rows], None if label is None else label[:rows])
+                self._score(rows)
                 took = time.perf_counter() - begun
                 measured = took / rows
                 if rows == enough or took > PROBE_SHARE * self.left:
@@ -108,6 +110,14 @@ class TimeBudget:
         finally:
             self.flow.train(training)
             self.probed += 1
+
+    def _score(self, rows: int) -> None:
+        """Scores the first validation rows; for a target, draws and weights as many samples."""
+        if isinstance(self.data, TargetData):
+            weighted_samples(self.flow, self.data.target, rows, self.data.seed_of("val"))
+            return
+        x, label = held_out(self.flow, self.data, "val")
+        log_probs(self.flow, x[:rows], None if label is None else label[:rows])
 
     def probe_again(self, elapsed: float, limit: float) -> None:
         """Probes once in each of PROBES equal parts of the training time."""
@@ -196,12 +206,14 @@ class TimeBudget:
             )
         if rows == n:
             return self.data, thorough
+        what = "samples" if isinstance(self.data, TargetData) else "test rows, which are evenly spaced"
         log.warning(
-            "time_budget=%g leaves time to score only %d of the %d test rows, which are evenly spaced. Run floweval on "
-            "the run directory to score all rows.",
+            "time_budget=%g leaves time to score only %d of the %d %s. Run floweval on the run directory to score all "
+            "of them.",
             self.seconds,
             rows,
             n,
+            what,
         )
         chosen = torch.linspace(0, n - 1, rows).round().long()
         fewer = copy.copy(self.data)

@@ -23,6 +23,7 @@ from flowtrain.training.trainer import Trainer
 from flowtrain.training.update import average_gradients
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import FlowtrainError, SolverError
+from helpers.densities import BANANA
 
 SMALL = ["trainer.batch_size=17", "trainer.val_every=6", "trainer.log_every=1", "data.n_val=21", "data.n_test=20"]
 SMALL += ["trainer.steps=12"]
@@ -43,6 +44,7 @@ IMAGES = ["model.hidden=[4]", "model.scales=1", "trainer.lr=0.01"]
 EQUAL |= {"images": ["model=realnvp", *IMAGES], "glow": ["model=glow", "model.steps=2", *IMAGES]}
 # flow matching does not use the ActNorm of the pixels. If its parameters had a gradient, weight decay would shrink them
 UNUSED = ["model=ffjord", "model.hidden=[4]", "model.scales=0", "objective=flow_matching", "trainer.weight_decay=0.1"]
+TARGET = [*REALNVP, "data=target", "objective=reverse_kl", "recipe=none", *BANANA]
 POLICIES = ("stop", "skip", "rewind")
 
 
@@ -161,6 +163,7 @@ def run_all(rank: int, size: int, folder: Path) -> None:
         keys = [*REALNVP, "trainer.val_every=4", f"trainer.on_nonfinite={policy}"]
         found[policy] = fit_outcome(trainer(folder / policy, *keys, data=data))
     found["unsolved"] = fit_outcome(_trainer_with_failing_solve(folder / "unsolved", rank))
+    found["target"] = fit_outcome(trainer(folder / "target", *TARGET))
     found["signal"] = fit_outcome(_trainer_with_signal(folder / "signal", rank))
     keys = [*REALNVP, "model.batch_norm=true", "trainer.on_nonfinite=skip"]
     found["norm"] = fit_outcome(trainer(folder / "norm", *keys, data=Poisoned(5)))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.densities import BANANA_LOG_Z
 from helpers.processes import DATA, EQUAL, fit_outcome, fit_with_unused_parameters, run_all, trainer
 
 from flowtrain.training import checkpoint
@@ -118,6 +119,17 @@ def test_parameters_without_gradient_are_unchanged(rank_results: Found, tmp_path
             assert run["begun"][name].any()
     # a gradient that only one rank has gives the same update on both
     assert rank_results[0]["partly"] == rank_results[1]["partly"] == [[2.0, 2.0], [4.0, 4.0], None]
+
+
+def test_ranks_of_a_target_have_equal_weights(rank_results: Found) -> None:
+    """Ranks draw different base points, so the weights differ from the weights of one process."""
+    first, second = (each["target"] for each in rank_results)
+    assert (first["error"], first["step"]) == (None, 12)
+    assert_equal_runs(first, second)
+    assert first["rows"] == second["rows"]
+    validations = [row["nll"] for row in first["rows"] if row["split"] == "val"]
+    assert len(validations) == 2
+    assert all(-BANANA_LOG_Z < nll < 5 for nll in validations)
 
 
 def test_collective_operations(rank_results: Found) -> None:

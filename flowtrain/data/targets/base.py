@@ -125,15 +125,15 @@ class FunctionTarget(Target):
         self,
         function: Callable[[Tensor], Tensor],
         dim: int,
-        types: Mapping[str, Any] | Sequence[Any] = (),
-        columns: Sequence[str] = (),
+        types: Mapping[str, Any] | Sequence[Any] | None = None,
+        columns: Sequence[str] | None = None,
         loc: float | Sequence[float] = 0.0,
         scale: float | Sequence[float] = 1.0,
         log_z: float | None = None,
     ) -> None:
         dim = whole("target.dim", dim)
-        names = tuple(columns) or tuple(COLUMN.format(i + 1) for i in range(dim))
-        super().__init__(dim, types_of(types, names), names, loc, scale, log_z)
+        names = tuple(columns or ()) or tuple(COLUMN.format(i + 1) for i in range(dim))
+        super().__init__(dim, types_of(types or (), names), names, loc, scale, log_z)
         if not callable(function):
             raise ConfigError(f"target: {shortened(function)} is not a function; give a function of x (B, {dim})")
         # a function that is a module is a submodule, and moves to the device of the flow
