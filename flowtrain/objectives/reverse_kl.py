@@ -58,16 +58,7 @@ class ReverseKL(Objective):
         anneal_from: float = 0.1,
     ) -> None:
         super().__init__(flow, regularizer)
-        check_target(flow, target)
-        if regularizer.active and not flow.ode_blocks:
-            raise ConfigError(
-                "regularizer: this flow has no ODE, and so no paths to regularize: use regularizer=none or model=ffjord"
-            )
-        if regularizer.end_time:
-            raise ConfigError(
-                "regularizer=steer is not possible for a target, because samples and log q would have different end "
-                "times; use another regularizer"
-            )
+        check_target(flow, target, regularizer)
         self.target, self.gradient = target, one_of("objective.gradient", gradient, GRADIENTS)
         anneal = number("objective.anneal", anneal, inclusive=True)
         self.anneal_steps = round(anneal * steps if anneal < 1 else anneal)
@@ -138,11 +129,12 @@ def failure_of_target(target: Target, x: Tensor) -> NonFiniteError | None:
     )
 
 
-def check_target(flow: Flow, target: Target) -> None:
-    """Checks that a flow can be trained on a target.
+def check_target(flow: Flow, target: Target, regularizer: Regularizer) -> None:
+    """Checks that a flow can be trained on a target with a regularizer.
 
     Raises:
-        ConfigError: a conditional flow, another number of columns, or an estimated trace.
+        ConfigError: a conditional flow, another number of columns, an estimated trace, a regularizer for a flow without
+            ODE, or regularizer=steer.
     """
     if flow.conditional:
         raise ConfigError("a target has no context, but the flow is conditional: set model.conditional=false")
@@ -153,4 +145,13 @@ def check_target(flow: Flow, target: Target) -> None:
         raise ConfigError(
             "model.trace: the trace is estimated in training, and the exponential of an estimate of log q is biased; "
             "use model.trace=exact"
+        )
+    if regularizer.active and not flow.ode_blocks:
+        raise ConfigError(
+            "regularizer: this flow has no ODE, and so no paths to regularize: use regularizer=none or model=ffjord"
+        )
+    if regularizer.end_time:
+        raise ConfigError(
+            "regularizer=steer is not possible for a target, because samples and log q would have different end "
+            "times; use another regularizer"
         )

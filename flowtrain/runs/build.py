@@ -123,6 +123,7 @@ def build_objective(config: Config, flow: Flow, teacher: Flow | None = None, dat
 
     offered = {
         "steps": config["trainer"]["steps"],
+        "batch_size": config["trainer"]["batch_size"],
         "seed": config["seed"],
         "teacher": teacher,
         "contexts": contexts,
