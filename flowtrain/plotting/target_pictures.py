@@ -1,6 +1,5 @@
 """Chooses the points and densities for the figures of a flow that was trained on a target."""
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
