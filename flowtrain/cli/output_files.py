@@ -7,6 +7,9 @@ from typing import Any
 
 from flowtrain.utils.errors import ConfigError
 
+# the groups whose keys can be paths of data files
+GROUPS_WITH_PATHS = ("data", "target")
+
 
 def check_outputs(outputs: Sequence[Path], inputs: Sequence[Any]) -> None:
     """Refuses outputs that are written twice or that are also inputs.
@@ -59,7 +62,7 @@ def absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
             k: str(Path(v).expanduser().absolute()) if isinstance(v, str) and is_path(k) else v
             for k, v in config[group].items()
         }
-        for group in ("data", "target")
+        for group in GROUPS_WITH_PATHS
         if isinstance(config.get(group), Mapping)
     }
     return {**config, **groups}
@@ -71,7 +74,7 @@ def paths_of(data: Mapping[str, Any]) -> list[Any]:
 
 
 def is_path(key: str) -> bool:
-    """Whether a key of the data is a path of files."""
+    """Whether a key of the data or of a target is a path of files."""
     return key in ("path", "root") or key.endswith("_path")
 
 

@@ -18,13 +18,18 @@ from flowtrain.data.base import Dataset, changes
 from flowtrain.data.context import context_text, context_values, example_of
 from flowtrain.data.tables.context_file import read_context
 from flowtrain.data.tables.output import NAMED, check_can_write, named_columns, write_columns
+from flowtrain.data.targets.base import Target, TargetData
 from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
 from flowtrain.evaluation.log_likelihood import check_samples
+from flowtrain.evaluation.log_weights import weighted_samples
+from flowtrain.evaluation.pareto import weight_tail
 from flowtrain.evaluation.sample_quality import quality
+from flowtrain.evaluation.targets import check_pareto_k, usable_weights
 from flowtrain.flow import Density
 from flowtrain.plotting.animation import KINDS, can_write_mp4, check_writable
 from flowtrain.plotting.evaluation_figures import Distances, draw_quality
 from flowtrain.plotting.pictures import draw
+from flowtrain.plotting.target_pictures import as_data
 from flowtrain.plotting.transport_pictures import animate, check_animated
 from flowtrain.runs.console import messages
 from flowtrain.utils.arguments import flag, number, shortened, whole
@@ -32,8 +37,12 @@ from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.files import write_json, write_npy
 from flowtrain.utils.process import own_settings
 from flowtrain.utils.status import status
+from flowtrain.utils.weighting import effective_rows, resample
 
 log = logging.getLogger("flowtrain")
+
+# the column of log-weights in tables, and the ending of their file beside .npy
+LOG_WEIGHT, WEIGHTS = "log_weight", "_log_weights"
 
 
 def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) -> int:
@@ -55,6 +64,11 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
         raise ConfigError(f"quality={steps}: give a list of numbers of steps, as in [1,2,4,8]")
     steps = [whole(f"quality[{i}]", k) for i, k in enumerate(steps)]
     loaded_run = load_run(own, overrides)
+    if has_target(loaded_run):
+        raise ConfigError(
+            "quality compares samples with test data, but this run has a target instead of data; floweval gives the "
+            "effective sample size, also with other solvers, as in solver=euler solver.steps=4"
+        )
     flow, config = loaded_run.single_flow("quality", "flowsample {} quality=[1,2,4,8]"), loaded_run.config
     name = set_name(loaded_run, "test", overrides)
     out = given or loaded_run.run_dir / f"quality{name and f'-{name}'}.json"
@@ -124,6 +138,8 @@ def write_animation(
     with status("reading the data"):
         data = loaded_run.build()
     check_fits(flow, data)
+    if isinstance(data, TargetData):
+        data = as_data(flow, data.target)
     words = "" if label is None else f"class {label}"
     title = loaded_run.titled(words if contexts is None else context_text(flow.context, contexts[0].tolist()))
     options = loaded_run.plot_options
@@ -155,11 +171,16 @@ USAGE = Usage(
         ("flowsample outputs/cond context=new.csv n=100 out=x.csv", "100 samples for each row of new.csv"),
         ("flowsample outputs/first animate=true", "animation.gif: from the base to the data"),
         ("flowsample outputs/first quality=[1,2,4,8]", "distance to test data by solver steps"),
+        ("flowsample outputs/funnel weights=true out=x.csv", "with log-weights for the target of the run"),
         ("flowsample outputs/first solver=euler solver.steps=4", "samples by another solver"),
     ],
     options={
         "ckpt": RUN_TEXT,
-        "weights": WEIGHTS_TEXT,
+        "weights": "true: also writes log-weights, for a run on a target. These are log(w_i / sum w) in nats, with w = "
+        "p~(x) / q(x) for the target p~ and the flow q. They are in the column log_weight of a .csv or .parquet file, or "
+        f"beside FILE.npy in FILE{WEIGHTS}.npy. For an ensemble: {WEIGHTS_TEXT[0].lower()}{WEIGHTS_TEXT[1:]}",
+        "resample": "true: resamples n samples by their weights for the target of the run, with replacement. Prints the "
+        "effective sample size and Pareto k of the weights. Above 0.7, a few samples dominate",
         "n": "Number of samples (default: 10000, or 100 for images). With context=FILE: the number for each row of the "
         "file (default: 1). With animate: 2000 (at most 100000), or 60 for images (at most 200)",
         "seed": "Seed of the base noise (default: 0)",
@@ -204,6 +225,7 @@ OWN: dict[str, Any] = {
     "device": "auto",
     "trust": [],
     "weights": None,
+    "resample": False,
 }
 
 
@@ -218,6 +240,20 @@ def _command() -> int:
     seed = whole("seed", own["seed"], least=0)
     temperature = number("temperature", own["temperature"], inclusive=True)
     log_scale, animate = flag("log_scale", own["log_scale"]), flag("animate", own["animate"])
+    log_weights, resampled = own["weights"] is True, flag("resample", own["resample"])
+    if isinstance(own["weights"], bool):
+        # other values are the weights of the members of an ensemble
+        own = {**own, "weights": None}
+    if log_weights and resampled:
+        raise ConfigError(
+            "weights=true and resample=true exclude each other, because resampled rows have equal weights"
+        )
+    if log_weights or resampled:
+        what = "weights=true" if log_weights else "resample=true"
+        if animate or own["quality"] is not None:
+            raise ConfigError(f"{what}: only for files of samples, without animate and quality; leave this option out")
+        if temperature != 1:
+            raise ConfigError(f"{what}: weights are for samples of the density, and need temperature=1")
     if animate and own["quality"] is not None:
         raise ConfigError("animate=true and quality exclude each other; give one of them")
     if log_scale and (animate or own["quality"] is not None):
@@ -231,7 +267,9 @@ def _command() -> int:
     if animate:
         return write_animation(own, overrides, n, seed, temperature, label, own["context"])
     given = written_as("out", own["out"], ".npy", *NAMED)
-    return write_samples(load_run(own, overrides), given, n, seed, temperature, label, own["context"], log_scale)
+    return write_samples(
+        load_run(own, overrides), given, n, seed, temperature, label, own["context"], log_scale, log_weights, resampled
+    )
 
 
 def write_samples(
@@ -243,14 +281,19 @@ def write_samples(
     label: int | None,
     context: Any,
     log_scale: bool,
+    log_weights: bool = False,
+    resampled: bool = False,
 ) -> int:
     """Writes samples to a .npy, .csv or .parquet file and draws a picture of them. Returns the exit code.
 
     Args:
         context: the option `context`, see `contexts_of`.
+        log_weights: whether the log-weights log(w_i / sum w) for the target of the run are written, too.
+        resampled: whether the samples are resampled by their weights for the target.
 
     Raises:
-        ConfigError: a path that cannot be written to, or a context that is missing or not expected.
+        ConfigError: a path that cannot be written to, a context that is missing or not expected, or weights for a run
+            without a target.
         DataError: a context that cannot be read.
         FlowtrainError: a label that the flow does not have.
         NonFiniteError: samples that are not finite. No file is written.
@@ -261,9 +304,12 @@ def write_samples(
     out = given or loaded_run.run_dir / f"samples{tag}.npy"
     options, picture = loaded_run.plot_options, out.with_suffix(".png")
     inputs = [*loaded_run.files, *paths_of(loaded_run.config["data"]), context]
-    check_outputs([out, *options.files(picture)], inputs)
+    weights_file = out.with_name(f"{out.stem}{WEIGHTS}.npy") if log_weights and out.suffix not in NAMED else None
+    check_outputs([out, *([weights_file] if weights_file else []), *options.files(picture)], inputs)
     check_can_write(out)
-    check_can_write(out)
+    target = (
+        target_of(loaded_run, "weights=true" if log_weights else "resample=true") if log_weights or resampled else None
+    )
     # a wrong label or context is refused before data are read
     contexts = contexts_of(flow, context, label)
     if label is not None:
@@ -285,19 +331,30 @@ def write_samples(
         drawn = labels = flow.drawn_labels(n) if label is None else torch.full((n,), label)
     else:
         drawn = None
-    samples = flow.sample(n, temperature, context=drawn).cpu()
+    log_w, quality_words = None, ""
+    if target is None:
+        samples = flow.sample(n, temperature, context=drawn).cpu()
+    else:
+        samples, log_w, quality_words = weighted(flow, target, n, seed, resampled)
     check_samples(samples)
     found = flow.quantized(samples)
     if out.suffix in NAMED:
-        write_columns(out, named_columns(found, loaded_run.samples, labels, drawn if flow.context else None))
+        columns = named_columns(found, loaded_run.samples, labels, drawn if flow.context else None)
+        if log_w is not None:
+            columns[LOG_WEIGHT if LOG_WEIGHT not in columns else f"{LOG_WEIGHT}_{len(columns)}"] = log_w.numpy()
+        write_columns(out, columns)
     else:
         write_npy(out, found.numpy())
+        if weights_file is not None and log_w is not None:
+            write_npy(weights_file, log_w.numpy())
     rows = rows_of_checks(flow.event_shape)
     with status("round trip"):
         error = roundtrip_error(flow, samples[:rows], None if drawn is None else drawn[:rows])
     print(f"{n} samples, round trip error {error:.1e}, written to {out}")
+    if quality_words:
+        print(quality_words + ("" if weights_file is None else f", log-weights in {weights_file}"))
     if data is not None:
-        words = f"{n} samples" + ("" if label is None else f" of class {label}")
+        words = f"{n} samples" + ("" if label is None else f" of class {label}") + ", resampled" * resampled
         if contexts is not None:
             one = context_text(flow.context, contexts[0].tolist())
             words += f" at {one if len(contexts) == 1 else f'{len(contexts)} contexts'}"
@@ -307,6 +364,66 @@ def write_samples(
             draw(flow, data, picture, title, samples, label, log_scale, options, drawn if flow.context else None)
         print(f"picture in {_listed(options.files(picture))}")
     return 0
+
+
+def has_target(loaded_run: LoadedRun) -> bool:
+    """Returns whether a run was trained on a target, and its target is not replaced by data."""
+    return bool(loaded_run.config.get("target"))
+
+
+def target_of(loaded_run: LoadedRun, what: str) -> Target:
+    """Returns the target of a run, on the device of its flow.
+
+    Args:
+        what: the option that needs a target, for the message.
+
+    Raises:
+        ConfigError: the run has no target, or its target is a function in Python.
+    """
+    if not has_target(loaded_run):
+        raise ConfigError(
+            f"{what} needs a density up to a constant, as in target=funnel, but {loaded_run.path} was trained on data or "
+            "on a function from Python; leave this option out"
+        )
+    data = loaded_run.build()
+    assert isinstance(data, TargetData)
+    check_fits(loaded_run.flow, data)
+    data.to(loaded_run.flow.like.device)
+    return data.target
+
+
+def weighted(flow: Density, target: Target, n: int, seed: int, resampled: bool) -> tuple[Tensor, Tensor | None, str]:
+    """Draws samples (n, d) of a flow with their log-weights log(w_i / sum w) for a target, (n,), in nats.
+
+    Args:
+        resampled: whether to resample n samples by their weights from n samples of the flow. There are no log-weights
+            then.
+
+    Returns:
+        The samples, the log-weights, and a text with the effective sample size and Pareto k.
+
+    Raises:
+        NonFiniteError: weights that are NaN or infinite, or all weights are 0.
+    """
+    drawn = weighted_samples(flow, target, n, seed)
+    log_w, lost = usable_weights(drawn)
+    log_w = log_w - log_w.logsumexp(0)
+    w = log_w.exp()
+    tail = weight_tail(w)
+    check = check_pareto_k(None if tail is None else tail.k, n)
+    if check.passed is False:
+        log.warning("%s", check.message)
+    if lost.any():
+        log.warning("%d of %d samples have weight 0, because their weights are NaN or infinite", int(lost.sum()), n)
+    words = (
+        f"effective sample size {effective_rows(w) / n:.1%}, Pareto k {'unknown' if tail is None else f'{tail.k:.2f}'}"
+    )
+    if not resampled:
+        return drawn.x, log_w, words
+    rows = resample(w, n, seed)
+    # equal rows are not next to each other
+    rows = rows[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
+    return drawn.x[rows], None, f"resampled from {n} samples of the flow, {words}"
 
 
 def contexts_of(flow: Density, given: Any, label: int | None = None) -> Tensor | None:

@@ -65,9 +65,9 @@ class ReverseKL(Objective):
         self.anneal_from = share("objective.anneal_from", anneal_from)
         self.beta = 1.0
 
-    def begin(self, step: int) -> None:
-        """Sets beta of a step."""
-        done = min(1.0, step / self.anneal_steps) if self.anneal_steps else 1.0
+    def follow_schedule(self, position: float) -> None:
+        """Sets beta at a position of the schedule."""
+        done = min(1.0, position / self.anneal_steps) if self.anneal_steps else 1.0
         self.beta = self.anneal_from + done * (1 - self.anneal_from)
 
     def rows_to_check(self, x: Tensor) -> Tensor:

@@ -165,7 +165,8 @@ def draw_training(
         nll: in nats; NaN before the first validation.
     """
     bits = flow.bits_per_nat
-    reached = f"NLL {nll:.3f} nats" if bits is None else f"{bits * nll:.3f} bits/dim"
+    name = "negative ELBO" if isinstance(data, TargetData) else "NLL"
+    reached = f"{name} {nll:.3f} nats" if bits is None else f"{bits * nll:.3f} bits/dim"
     validated = "" if math.isnan(nll) else f", validation {reached}"
     path = run_dir / f"plots/samples_{step:06d}.png"
     with warn_if_plotting_fails(f"step {step}"):
