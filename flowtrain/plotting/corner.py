@@ -111,7 +111,10 @@ def draw_corner(
     real, model = (scales.on_axes(scaled, Points(each.values[:, chosen], each.dropped)) for each in (real, model))
     within = real, model
     if cover is not None:
-        within = scales.on_axes(scaled, Points(points.to_numpy(cover)[:, chosen], 0)), Points(np.empty((0, len(chosen))), 0)
+        within = (
+            scales.on_axes(scaled, Points(points.to_numpy(cover)[:, chosen], 0)),
+            Points(np.empty((0, len(chosen))), 0),
+        )
     limits = [_limits(*each) for each in zip(within[0].values.T, within[1].values.T, scaled, strict=True)]
     shown_columns = [(columns or default_names(range(width)))[i] for i in chosen]
     count = len(chosen)

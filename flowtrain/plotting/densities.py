@@ -229,9 +229,7 @@ def log_share(heights: Array, top: float) -> Array:
         return np.asarray(np.maximum(1 + np.log(heights / top) / DEPTH_2D, 0.0))
 
 
-def density_bar(
-    figure: Figure, left: float, side: float, top: float, clipped: bool, log_scale: bool, per: str
-) -> None:
+def density_bar(figure: Figure, left: float, side: float, top: float, clipped: bool, log_scale: bool, per: str) -> None:
     """Draws the colour bar of densities up to `top`, with an arrow if it is `clipped`.
 
     Args:
