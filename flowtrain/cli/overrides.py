@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flowtrain.cli.config_files import add_working_directory_to_path, compose_defaults, options, plain
 from flowtrain.cli.error_messages import keys_of_choice, unknown_key
-from flowtrain.cli.output_files import exists, is_path
+from flowtrain.cli.output_files import GROUPS_WITH_PATHS, exists, is_path
 from flowtrain.data.tables.table_reader import takes_key
 from flowtrain.plotting.options import DEFAULTS as PLOTS
 from flowtrain.runs.build import is_description, with_whole_numbers
@@ -136,7 +136,7 @@ def _quoted(argument: str) -> str:
     start, equals, text = argument.partition("=")
     key = start.lstrip("+")
     group, _, name = key.partition(".")
-    read = key in READ_PATHS or (group == "data" and is_path(name))
+    read = key in READ_PATHS or (group in GROUPS_WITH_PATHS and is_path(name))
     if not equals or not text or text.lower() == "null" or not (read or key in (*WRITTEN_PATHS, *QUOTED_NAMES)):
         return argument
     if key == "ckpt" and text[0] == "[" and text[-1] == "]" and not re.search(r"['\"$]", text) and not exists(text):

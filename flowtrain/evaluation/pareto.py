@@ -12,7 +12,7 @@ LEAST = 5
 SHARE, ROOTS = 0.2, 3.0
 # the prior of k: as many observations of k = 1/2
 PRIOR = 10
-# k above this value counts as this value in `Tail.mass_beyond`, which is infinite for k >= 1
+# k above this value counts as this value in `Tail.missed`, which is infinite for k >= 1
 MOST_K = 0.9
 
 
@@ -24,25 +24,36 @@ class Tail(NamedTuple):
         scale: the scale sigma, in the unit of the weights.
         cutoff: the largest weight below the tail.
         largest: the largest weight.
-        n: the number of weights.
+        size: the number M of weights in the tail.
+        n: the number of all weights.
     """
 
     k: float
     scale: float
     cutoff: float
     largest: float
+    size: int
     n: int
 
-    def mass_beyond(self) -> float:
-        """Returns E[w 1(w > w_max)], the expected part of the mean of w in weights above the largest one, w_max.
+    def missed(self, mean: float) -> float:
+        """Returns E[(w - mean) 1(w > w_max)]: what the mean of n weights lacks, because it has none above w_max.
 
-        This is (w_max + (sigma + k (w_max - u)) / (1 - k)) / n, with the cutoff u: a weight exceeds w_max with
-        probability about 1 / n, and the second term is the mean excess of a generalized Pareto distribution. k above
-        0.9 counts as 0.9.
+        This is P(w > w_max) (w_max + (sigma + k (w_max - u)) / (1 - k) - mean), with the cutoff u and
+        P(w > w_max) = (1 + k (w_max - u) / sigma)^(-1/k) M / n. The fraction is the mean excess of a generalized Pareto
+        distribution, for which k above 0.9 counts as 0.9.
+
+        Args:
+            mean: the mean of the weights.
         """
+        if not self.scale > 0:
+            return 0.0
+        y = (self.largest - self.cutoff) / self.scale
+        if 1 + self.k * y <= 0:
+            # the distribution ends below w_max
+            return 0.0
+        beyond = math.exp(-y if abs(self.k) < 1e-6 else -math.log1p(self.k * y) / self.k) * self.size / self.n
         k = min(self.k, MOST_K)
-        excess = (self.scale + k * (self.largest - self.cutoff)) / (1 - k)
-        return (self.largest + max(0.0, excess)) / self.n
+        return beyond * (self.largest + self.scale * (1 + k * y) / (1 - k) - mean)
 
 
 def weight_tail(weights: Tensor) -> Tail | None:
@@ -61,9 +72,9 @@ def weight_tail(weights: Tensor) -> Tail | None:
     cutoff, excesses = float(top[0]), top[1:] - top[0]
     largest = float(top[-1])
     if not float(excesses[-1]) > 1e-12 * largest:
-        return Tail(0.0, 0.0, cutoff, largest, n)
+        return Tail(0.0, 0.0, cutoff, largest, size, n)
     k, scale = generalized_pareto(excesses[excesses > 0])
-    return Tail((size * k + PRIOR / 2) / (size + PRIOR), scale, cutoff, largest, n)
+    return Tail((size * k + PRIOR / 2) / (size + PRIOR), scale, cutoff, largest, size, n)
 
 
 def generalized_pareto(x: Tensor) -> tuple[float, float]:

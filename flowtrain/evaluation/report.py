@@ -138,7 +138,7 @@ def log_z_rows(result: TargetEvaluation) -> list[Row]:
     low, high = b.interval
     parts = [
         ("sampling", b.sampling, "standard error over the samples"),
-        ("tail", b.tail, "expected share of Z in weights above the largest one"),
+        ("tail", b.tail, "share of Z that is missing without weights above the largest one"),
         ("solver", b.solver if result.solver else None, "change by a tight solve in float64 from the same base points"),
         ("precision", b.precision, f"change from {result.dtype} to float64"),
         ("total", b.total, f"95% interval {low:.6g} to {high:.6g}"),

@@ -21,8 +21,8 @@ class LogZBudget:
 
     Attributes:
         sampling: the standard error over the samples, sd(w) / (mean(w) sqrt(n)).
-        tail: the expected share of Z in weights above the largest one, by the generalized Pareto distribution that is
-            fitted to the largest weights.
+        tail: the share of Z that the samples lack because none has a weight above the largest one, by the generalized
+            Pareto distribution that is fitted to the largest weights.
         solver: the difference to a tight solve in float64 from the same base points, on a subset. With the difference
             m and its standard error s over the subset, this is sqrt(m^2 + s^2). It is 0 for a flow that solves no ODE.
             It is NaN if the tight solve failed.

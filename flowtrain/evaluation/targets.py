@@ -65,8 +65,8 @@ def evaluate_target(
     root of the sum of the squares of four parts:
 
     - sampling: sd(w) / (mean(w) sqrt(n)) (delta method)
-    - tail: the expected share of Z in weights above the largest one (`flowtrain.evaluation.pareto`). Without this part,
-      the error is too small if the weights have a heavy tail
+    - tail: the share of Z that the samples lack, because none has a weight above the largest one
+      (`flowtrain.evaluation.pareto`). Without this part, the error is too small if the weights have a heavy tail
     - solver, for a continuous flow: the change of log Z by a tight solve in float64 from the same base points
     - precision: the change of log Z in float64
 
@@ -244,7 +244,7 @@ def budget(
     """
     mean = float(w.mean())
     sampling = float(w.std()) / (mean * math.sqrt(len(w)))
-    beyond = 0.0 if tail is None else tail.mass_beyond() / mean
+    beyond = 0.0 if tail is None else tail.missed(mean) / mean
     exact, in_float64 = copy.deepcopy(flow).double(), target_in_float64(target, flow)
     fine = weighted_samples(exact, in_float64, rows, seed)
     solver, precision = (0.0, 0.0), None

@@ -45,6 +45,14 @@ class Objective(nn.Module, ABC):
         """Moves `likelihood_from` to an earlier step. Returns False if the objective does not support this."""
         return False
 
+    def follow_schedule(self, position: float) -> None:
+        """Sets what changes along the schedule of the learning rate, before each step. The default does nothing.
+
+        Args:
+            position: the position of the schedule in steps. It exceeds the step if the time limit allows fewer steps
+                than `trainer.steps`.
+        """
+
     def begin(self, step: int) -> None:
         """Prepares the loss of a training step. The trainer calls this before each step. The default does nothing."""
 

@@ -58,25 +58,16 @@ class ReverseKL(Objective):
         anneal_from: float = 0.1,
     ) -> None:
         super().__init__(flow, regularizer)
-        check_target(flow, target)
-        if regularizer.active and not flow.ode_blocks:
-            raise ConfigError(
-                "regularizer: this flow has no ODE, and so no paths to regularize: use regularizer=none or model=ffjord"
-            )
-        if regularizer.end_time:
-            raise ConfigError(
-                "regularizer=steer is not possible for a target, because samples and log q would have different end "
-                "times; use another regularizer"
-            )
+        check_target(flow, target, regularizer)
         self.target, self.gradient = target, one_of("objective.gradient", gradient, GRADIENTS)
         anneal = number("objective.anneal", anneal, inclusive=True)
         self.anneal_steps = round(anneal * steps if anneal < 1 else anneal)
         self.anneal_from = share("objective.anneal_from", anneal_from)
         self.beta = 1.0
 
-    def begin(self, step: int) -> None:
-        """Sets beta of a step."""
-        done = min(1.0, step / self.anneal_steps) if self.anneal_steps else 1.0
+    def follow_schedule(self, position: float) -> None:
+        """Sets beta at a position of the schedule."""
+        done = min(1.0, position / self.anneal_steps) if self.anneal_steps else 1.0
         self.beta = self.anneal_from + done * (1 - self.anneal_from)
 
     def rows_to_check(self, x: Tensor) -> Tensor:
@@ -138,11 +129,12 @@ def failure_of_target(target: Target, x: Tensor) -> NonFiniteError | None:
     )
 
 
-def check_target(flow: Flow, target: Target) -> None:
-    """Checks that a flow can be trained on a target.
+def check_target(flow: Flow, target: Target, regularizer: Regularizer) -> None:
+    """Checks that a flow can be trained on a target with a regularizer.
 
     Raises:
-        ConfigError: a conditional flow, another number of columns, or an estimated trace.
+        ConfigError: a conditional flow, another number of columns, an estimated trace, a regularizer for a flow without
+            ODE, or regularizer=steer.
     """
     if flow.conditional:
         raise ConfigError("a target has no context, but the flow is conditional: set model.conditional=false")
@@ -153,4 +145,13 @@ def check_target(flow: Flow, target: Target) -> None:
         raise ConfigError(
             "model.trace: the trace is estimated in training, and the exponential of an estimate of log q is biased; "
             "use model.trace=exact"
+        )
+    if regularizer.active and not flow.ode_blocks:
+        raise ConfigError(
+            "regularizer: this flow has no ODE, and so no paths to regularize: use regularizer=none or model=ffjord"
+        )
+    if regularizer.end_time:
+        raise ConfigError(
+            "regularizer=steer is not possible for a target, because samples and log q would have different end "
+            "times; use another regularizer"
         )

@@ -50,7 +50,7 @@ def build_data(config: Config, **tables: Any) -> Dataset:
     Raises:
         ConfigError: data=target without a target, or a target with other data.
     """
-    needs_target = bool(_wanted(config, "data", {"target": None}))
+    needs_target = uses_target(config)
     if needs_target and not config.get("target"):
         raise ConfigError(
             "data=target needs a density: give its name, as in target=funnel, or your function, as in target=custom "
@@ -61,6 +61,11 @@ def build_data(config: Config, **tables: Any) -> Dataset:
             f"target={config['target'].get('name')}: only possible with data=target; leave out one of data and target"
         )
     return cast(Dataset, _call(config, "data", **tables, **({"target": build_target(config)} if needs_target else {})))
+
+
+def uses_target(config: Config) -> bool:
+    """Returns whether the data set of a config is a target."""
+    return bool(_wanted(config, "data", {"target": None}))
 
 
 def build_target(config: Config) -> Target:
@@ -118,6 +123,7 @@ def build_objective(config: Config, flow: Flow, teacher: Flow | None = None, dat
 
     offered = {
         "steps": config["trainer"]["steps"],
+        "batch_size": config["trainer"]["batch_size"],
         "seed": config["seed"],
         "teacher": teacher,
         "contexts": contexts,

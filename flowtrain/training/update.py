@@ -163,6 +163,7 @@ class Update:
         with record_solves() as solves, training_step(s.precision, self.device):
             self.train_state.optimizer.zero_grad()
             try:
+                self.objective.follow_schedule(self.train_state.schedule_clock.at(step))
                 self.objective.begin(step)
                 attempt.terms = self.backward(batch, self.train_state.options(step))
             except STEP_ERRORS as e:

@@ -18,3 +18,9 @@ def banana(x: Tensor, width: float = 1.0) -> Tensor:
 def with_nan(x: Tensor) -> Tensor:
     """NaN for about one in ten points."""
     return torch.where(x[:, 0] > 1.3, torch.nan, banana(x))
+
+
+def far_modes(x: Tensor) -> Tensor:
+    """The normalized log density of three Gaussians, whose centers are 8 standard deviations apart."""
+    centers = torch.tensor([[0.0, 0.0], [8.0, 0.0], [0.0, 8.0]]).to(x)
+    return torch.logsumexp(-0.5 * (x[:, None] - centers).square().sum(2), 1) - math.log(3 * 2 * math.pi)

@@ -46,6 +46,10 @@ EQUAL |= {"images": ["model=realnvp", *IMAGES], "glow": ["model=glow", "model.st
 UNUSED = ["model=ffjord", "model.hidden=[4]", "model.scales=0", "objective=flow_matching", "trainer.weight_decay=0.1"]
 TARGET = [*REALNVP, "data=target", "objective=reverse_kl", "recipe=none", *BANANA]
 POLICIES = ("stop", "skip", "rewind")
+# a run on a target with annealed importance sampling every four steps
+FORWARD_KL = ["data=target", "target=custom", "target._target_=helpers.densities.far_modes", "target.dim=2"]
+FORWARD_KL += ["objective=weighted_forward_kl", *REALNVP, "objective.chains=100", "objective.buffer_min=100"]
+FORWARD_KL += ["objective.buffer_size=1000", "objective.transition=metropolis"]
 
 
 class Images(Dataset):
@@ -169,6 +173,9 @@ def run_all(rank: int, size: int, folder: Path) -> None:
     found["norm"] = fit_outcome(trainer(folder / "norm", *keys, data=Poisoned(5)))
     found["unused"] = fit_with_unused_parameters(folder / "unused")
     found["partly"] = _averaged_partial_gradients(rank)
+    run = trainer(folder / "forward_kl", *FORWARD_KL)
+    found["forward_kl"] = {**fit_outcome(run), "buffer": run.objective.state()}
+    found["annealing"] = fit_outcome(_trainer_with_failing_annealing(folder / "annealing", rank))
     found["collectives"] = [
         str(ranks.gather_errors(SolverError("stiff") if rank == 1 else None)),
         ranks.gather_errors(None), ranks.summed([1.0, rank]), ranks.largest([rank, -rank]),
@@ -207,6 +214,21 @@ def _trainer_with_failing_solve(run_dir: Path, rank: int) -> Trainer:
         return terms
 
     run.update.backward = backward  # type: ignore[method-assign]
+    return run
+
+
+def _trainer_with_failing_annealing(run_dir: Path, rank: int) -> Trainer:
+    """Builds a trainer whose annealed importance sampling fails at one step, on the second rank only."""
+    run = trainer(run_dir, *FORWARD_KL, "trainer.on_nonfinite=skip")
+    annealing: Any = run.objective.annealing
+    draw = annealing.draw
+
+    def failing(n: int) -> Any:
+        if rank == 1 and run.step == 8:
+            raise SolverError("the field is too stiff.")
+        return draw(n)
+
+    annealing.draw = failing
     return run
 
 

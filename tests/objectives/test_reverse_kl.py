@@ -120,7 +120,7 @@ def test_beta_grows_from_anneal_from_to_one(anneal: float, betas: list[float]) -
     objective = ReverseKL(flow_in_float64("affine"), Regularizer(), FunctionTarget(banana, 2), 20, anneal=anneal)
     found = []
     for step in (0, 5, 10):
-        objective.begin(step)
+        objective.follow_schedule(step)
         found.append(objective.beta)
     torch.testing.assert_close(found, [float(beta) for beta in betas])
 
