@@ -15,7 +15,11 @@ from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.utils.arguments import number, one_of, share, whole
 from flowtrain.utils.errors import DataError
 
-TRANSITIONS = ("hmc", "metropolis")
+TRANSITIONS = ("auto", "hmc", "metropolis")
+# transition=auto means metropolis for at most this many columns
+FEW_COLUMNS = 8
+# the first step size in units of the scale of the target, by transition
+STEPS = {"hmc": 0.2, "metropolis": 1.0}
 # the target of the acceptance rate, by transition: 0.65 is optimal for HMC in many dimensions (Beskos et al. 2013), and
 # 0.234 for Metropolis (Roberts, Gelman and Gilks 1997)
 ACCEPTANCE = {"hmc": 0.65, "metropolis": 0.234}
@@ -75,10 +79,11 @@ class Annealing:
         target: the target.
         alpha: alpha >= 1. 1 means the target p~, and 2 means p~^2 / q.
         intermediate: K, the number of intermediate distributions.
-        transition: hmc | metropolis.
+        transition: hmc | metropolis | auto, which means metropolis for at most 8 columns (FEW_COLUMNS), else hmc.
         moves: the number of transitions at each intermediate distribution.
         leapfrog: the number of leapfrog steps of an HMC transition.
-        step_size: the first step size: of a leapfrog step, or the standard deviation of a Metropolis proposal.
+        step_size: the first step size: of a leapfrog step, or the standard deviation of a Metropolis proposal. None:
+            0.2 for hmc, 1 for metropolis.
         acceptance: the acceptance rate to which `adapt` moves the step sizes. None: 0.65 for hmc, 0.234 for metropolis.
 
     Attributes:
@@ -94,19 +99,21 @@ class Annealing:
         target: Target,
         alpha: float = 2.0,
         intermediate: int = 4,
-        transition: str = "hmc",
+        transition: str = "auto",
         moves: int = 1,
-        leapfrog: int = 5,
-        step_size: float = 0.2,
+        leapfrog: int = 4,
+        step_size: float | None = None,
         acceptance: float | None = None,
     ) -> None:
         self.flow, self.target = flow, target
         self.alpha = number("objective.alpha", alpha, least=1.0, inclusive=True)
         self.intermediate = whole("objective.intermediate", intermediate)
-        self.transition = one_of("objective.transition", transition, TRANSITIONS)
+        chosen = one_of("objective.transition", transition, TRANSITIONS)
+        automatic = "metropolis" if target.dim <= FEW_COLUMNS else "hmc"
+        self.transition = automatic if chosen == "auto" else chosen
         self.moves = whole("objective.moves", moves)
         self.leapfrog = whole("objective.leapfrog", leapfrog)
-        self.first_step = number("objective.step_size", step_size)
+        self.first_step = number("objective.step_size", STEPS[self.transition] if step_size is None else step_size)
         self.acceptance = share(
             "objective.acceptance", ACCEPTANCE[self.transition] if acceptance is None else acceptance
         )

@@ -49,7 +49,7 @@ POLICIES = ("stop", "skip", "rewind")
 # a run on a target with annealed importance sampling every four steps
 FORWARD_KL = ["data=target", "target=custom", "target._target_=helpers.densities.far_modes", "target.dim=2"]
 FORWARD_KL += ["objective=weighted_forward_kl", *REALNVP, "objective.chains=100", "objective.buffer_min=100"]
-FORWARD_KL += ["objective.buffer_size=1000", "objective.transition=metropolis"]
+FORWARD_KL += ["objective.buffer_size=1000", "objective.updates=4"]
 
 
 class Images(Dataset):

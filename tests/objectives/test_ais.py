@@ -38,7 +38,9 @@ def standard_normal(d: int = 2) -> Flow:
 
 
 def annealing(log_density: Any = shifted, **settings: Any) -> Annealing:
-    return Annealing(standard_normal(), FunctionTarget(log_density, 2), **{"step_size": 0.3, **settings})
+    return Annealing(
+        standard_normal(), FunctionTarget(log_density, 2), **{"step_size": 0.3, "transition": "hmc", **settings}
+    )
 
 
 def gaussian_between(b: float) -> tuple[float, float]:
@@ -122,7 +124,7 @@ def in_four_types(name: str = "nsf") -> Annealing:
         log_p = -x[:, 0] - 0.5 * x[:, 1].square() + (0.5 * math.pi * x[:, 2]).cos() - 0.5 * (x[:, 3] - x[:, 0]).square()
         return torch.where((x[:, 0] > 0) & (x[:, 1].abs() < 2), log_p, -math.inf)
 
-    return Annealing(flow, FunctionTarget(log_density, 4, types), step_size=0.2)
+    return Annealing(flow, FunctionTarget(log_density, 4, types), transition="hmc", step_size=0.2)
 
 
 def test_gradients_agree_with_finite_differences() -> None:
@@ -229,3 +231,10 @@ def test_a_target_without_gradient_needs_metropolis() -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"objective.{next(iter(settings))}"):
         annealing(**settings)
+
+
+@pytest.mark.parametrize(("d", "transition", "step"), [(8, "metropolis", 1.0), (9, "hmc", 0.2)])
+def test_automatic_transition(d: int, transition: str, step: float) -> None:
+    chains = Annealing(standard_normal(d), FunctionTarget(lambda x: -x.square().sum(1), d))
+    assert (chains.transition, chains.step_sizes.tolist()) == (transition, [step] * 4)
+    assert bool(chains.draw(20).log_w.isfinite().all())

@@ -36,6 +36,7 @@ def flow_in_float64(name: str = "affine") -> Flow:
 
 def objective_of(flow: Flow, log_density: Any = gaussian, batch_size: int = 32, **settings: Any) -> WeightedForwardKL:
     small = {"intermediate": 2, "leapfrog": 3, "step_size": 0.3, "buffer_min": 100, "chains": 100, "buffer_size": 500}
+    small |= {"transition": "hmc", "updates": 4}
     target = FunctionTarget(log_density, 2)
     return WeightedForwardKL(flow, Regularizer(), target, batch_size, **{**small, **settings}).train()
 
