@@ -21,6 +21,7 @@ SHAPES = {
     "uniform": (RNG.uniform(5, 6, 3000), True),
     "exponential": (RNG.exponential(size=3000), True),
     "two modes": (RNG.normal(size=3000) * 0.1 + 10 * RNG.integers(0, 2, 3000), True),
+    "a rare mode": (RNG.normal(size=3000) * 0.1 + 10 * (RNG.random(3000) < 0.85), True),
     "lognormal": (LOGNORMAL, False),
     "mirrored": (7 - 1e4 * LOGNORMAL, False),
     "cauchy": (RNG.standard_cauchy(3000), False),
