@@ -469,11 +469,16 @@ class Density(Recorded, nn.Module):
         """
         return _distribution(self, either(context, label))
 
-    def dequantized(self, x: Tensor) -> Tensor:
+    def dequantized(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         """Returns x + u for integers x (B, *event_shape) of an integer-valued flow, else x.
 
         If the columns of the flow have types, u is added to the whole numbers in columns of integers and categories.
         The result has the dtype of `data_like`.
+
+        Args:
+            x: samples.
+            u: numbers in [0, 1) with the shape of x and the dtype of `data_like`. None: they are drawn with the global
+                generator of the device.
 
         Raises:
             FlowtrainError: in evaluation mode, integers that are not in 0 .. levels - 1.
@@ -488,9 +493,15 @@ class Density(Recorded, nn.Module):
                         f"x has values from {low} to {high}, but this flow is for whole numbers from 0 to "
                         f"{self.levels - 1}"
                     )
-            return dequantize(x.to(like.device), like)
+            return dequantize(x.to(like.device), like, u)
         x = x.to(like)
-        return with_whole_noise(x, self.noisy, torch.rand_like(x)) if self.types and self.noisy else x
+        if not (self.types and self.noisy):
+            return x
+        return with_whole_noise(x, self.noisy, torch.rand_like(x) if u is None else u)
+
+    def takes_noise(self, x: Tensor) -> bool:
+        """Whether `dequantized` adds noise to x."""
+        return bool(self.types and self.noisy) or (self.integer_valued and not x.is_floating_point())
 
     def quantized(self, x: Tensor) -> Tensor:
         """Rounds samples x + u (B, *event_shape) of an integer-valued flow down to whole numbers.

@@ -64,11 +64,12 @@ class Logit(Bijection):
         return d * math.log((1 - 2 * self.alpha) / self.levels) - (p.log() + q.log()).flatten(1).sum(1)
 
 
-def dequantize(x: Tensor, like: Tensor) -> Tensor:
+def dequantize(x: Tensor, like: Tensor, u: Tensor | None = None) -> Tensor:
     """Returns x + u with u ~ U[0, 1), for whole numbers x of any shape, in the dtype of `like`.
 
-    u is drawn with the global generator of x's device.
+    Args:
+        u: the noise, with the shape of x. None: it is drawn with the global generator of x's device.
     """
     x = x.to(like.dtype)
     # x + u can be rounded to x + 1, which belongs to the next whole number
-    return torch.minimum(x + torch.rand_like(x), torch.nextafter(x + 1, x))
+    return torch.minimum(x + (torch.rand_like(x) if u is None else u), torch.nextafter(x + 1, x))

@@ -13,18 +13,16 @@ from flowtrain.cli.arguments import split_own
 from flowtrain.cli.error_messages import run_command
 from flowtrain.cli.load_run import LoadedRun, load_run, set_name
 from flowtrain.cli.output_files import check_outputs, paths_of, written_as
+from flowtrain.cli.sample_weights import LOG_WEIGHT, WEIGHTS, has_target, target_of, weighted_by, weights_path
 from flowtrain.cli.usage import DEVICE_TEXT, RUN_TEXT, TRUST_TEXT, WEIGHTS_TEXT, Usage
-from flowtrain.data.base import Dataset, changes
+from flowtrain.data.base import Dataset, Samples, changes
 from flowtrain.data.context import context_text, context_values, example_of
 from flowtrain.data.tables.context_file import read_context
 from flowtrain.data.tables.output import NAMED, check_can_write, named_columns, write_columns
-from flowtrain.data.targets.base import Target, TargetData
+from flowtrain.data.targets.base import TargetData
 from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
 from flowtrain.evaluation.log_likelihood import check_samples
-from flowtrain.evaluation.log_weights import weighted_samples
-from flowtrain.evaluation.pareto import weight_tail
 from flowtrain.evaluation.sample_quality import quality
-from flowtrain.evaluation.targets import check_pareto_k, usable_weights
 from flowtrain.flow import Density
 from flowtrain.plotting.animation import KINDS, can_write_mp4, check_writable
 from flowtrain.plotting.evaluation_figures import Distances, draw_quality
@@ -37,12 +35,8 @@ from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.files import write_json, write_npy
 from flowtrain.utils.process import own_settings
 from flowtrain.utils.status import status
-from flowtrain.utils.weighting import effective_rows, resample
 
 log = logging.getLogger("flowtrain")
-
-# the column of log-weights in tables, and the ending of their file beside .npy
-LOG_WEIGHT, WEIGHTS = "log_weight", "_log_weights"
 
 
 def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) -> int:
@@ -176,11 +170,12 @@ USAGE = Usage(
     ],
     options={
         "ckpt": RUN_TEXT,
-        "weights": "true: also writes log-weights, for a run on a target. These are log(w_i / sum w) in nats, with w = "
-        "p~(x) / q(x) for the target p~ and the flow q. They are in the column log_weight of a .csv or .parquet file, or "
-        f"beside FILE.npy in FILE{WEIGHTS}.npy. For an ensemble: {WEIGHTS_TEXT[0].lower()}{WEIGHTS_TEXT[1:]}",
-        "resample": "true: resamples n samples by their weights for the target of the run, with replacement. Prints the "
-        "effective sample size and Pareto k of the weights. Above 0.7, a few samples dominate",
+        "weights": "true: also log-weights for the target of a run; for an ensemble: weights of members. Log-weights "
+        "are log(w_i / sum w) in nats, with w = p~(x) / q(x) for the target p~ and the flow q. A .csv or .parquet file "
+        f"has them in the column {LOG_WEIGHT}, and FILE.npy beside it in FILE{WEIGHTS}.npy. {WEIGHTS_TEXT}",
+        "resample": "true: resamples n samples by their weights for the target of a run. They are drawn with "
+        "replacement. Both options print the effective sample size and Pareto k of the weights. Above k = 0.7, a few "
+        "samples dominate",
         "n": "Number of samples (default: 10000, or 100 for images). With context=FILE: the number for each row of the "
         "file (default: 1). With animate: 2000 (at most 100000), or 60 for images (at most 200)",
         "seed": "Seed of the base noise (default: 0)",
@@ -304,12 +299,10 @@ def write_samples(
     out = given or loaded_run.run_dir / f"samples{tag}.npy"
     options, picture = loaded_run.plot_options, out.with_suffix(".png")
     inputs = [*loaded_run.files, *paths_of(loaded_run.config["data"]), context]
-    weights_file = out.with_name(f"{out.stem}{WEIGHTS}.npy") if log_weights and out.suffix not in NAMED else None
-    check_outputs([out, *([weights_file] if weights_file else []), *options.files(picture)], inputs)
+    files = list(dict.fromkeys([out, weights_path(out)] if log_weights else [out]))
+    check_outputs([*files, *options.files(picture)], inputs)
     check_can_write(out)
-    target = (
-        target_of(loaded_run, "weights=true" if log_weights else "resample=true") if log_weights or resampled else None
-    )
+    target = target_of(loaded_run, log_weights) if log_weights or resampled else None
     # a wrong label or context is refused before data are read
     contexts = contexts_of(flow, context, label)
     if label is not None:
@@ -331,28 +324,19 @@ def write_samples(
         drawn = labels = flow.drawn_labels(n) if label is None else torch.full((n,), label)
     else:
         drawn = None
-    log_w, quality_words = None, ""
-    if target is None:
-        samples = flow.sample(n, temperature, context=drawn).cpu()
-    else:
-        samples, log_w, quality_words = weighted(flow, target, n, seed, resampled)
+    samples, log_w, words_of_weights = (
+        (flow.sample(n, temperature, context=drawn).cpu(), None, "")
+        if target is None
+        else weighted_by(flow, target, n, seed, resampled)
+    )
     check_samples(samples)
-    found = flow.quantized(samples)
-    if out.suffix in NAMED:
-        columns = named_columns(found, loaded_run.samples, labels, drawn if flow.context else None)
-        if log_w is not None:
-            columns[LOG_WEIGHT if LOG_WEIGHT not in columns else f"{LOG_WEIGHT}_{len(columns)}"] = log_w.numpy()
-        write_columns(out, columns)
-    else:
-        write_npy(out, found.numpy())
-        if weights_file is not None and log_w is not None:
-            write_npy(weights_file, log_w.numpy())
+    _write(out, flow.quantized(samples), loaded_run.samples, labels, drawn if flow.context else None, log_w)
     rows = rows_of_checks(flow.event_shape)
     with status("round trip"):
         error = roundtrip_error(flow, samples[:rows], None if drawn is None else drawn[:rows])
-    print(f"{n} samples, round trip error {error:.1e}, written to {out}")
-    if quality_words:
-        print(quality_words + ("" if weights_file is None else f", log-weights in {weights_file}"))
+    print(f"{n} samples, round trip error {error:.1e}, written to {_listed(files)}")
+    if target is not None:
+        print(words_of_weights)
     if data is not None:
         words = f"{n} samples" + ("" if label is None else f" of class {label}") + ", resampled" * resampled
         if contexts is not None:
@@ -366,64 +350,19 @@ def write_samples(
     return 0
 
 
-def has_target(loaded_run: LoadedRun) -> bool:
-    """Returns whether a run was trained on a target, and its target is not replaced by data."""
-    return bool(loaded_run.config.get("target"))
-
-
-def target_of(loaded_run: LoadedRun, what: str) -> Target:
-    """Returns the target of a run, on the device of its flow.
-
-    Args:
-        what: the option that needs a target, for the message.
-
-    Raises:
-        ConfigError: the run has no target, or its target is a function in Python.
-    """
-    if not has_target(loaded_run):
-        raise ConfigError(
-            f"{what} needs a density up to a constant, as in target=funnel, but {loaded_run.path} was trained on data or "
-            "on a function from Python; leave this option out"
-        )
-    data = loaded_run.build()
-    assert isinstance(data, TargetData)
-    check_fits(loaded_run.flow, data)
-    data.to(loaded_run.flow.like.device)
-    return data.target
-
-
-def weighted(flow: Density, target: Target, n: int, seed: int, resampled: bool) -> tuple[Tensor, Tensor | None, str]:
-    """Draws samples (n, d) of a flow with their log-weights log(w_i / sum w) for a target, (n,), in nats.
-
-    Args:
-        resampled: whether to resample n samples by their weights from n samples of the flow. There are no log-weights
-            then.
-
-    Returns:
-        The samples, the log-weights, and a text with the effective sample size and Pareto k.
-
-    Raises:
-        NonFiniteError: weights that are NaN or infinite, or all weights are 0.
-    """
-    drawn = weighted_samples(flow, target, n, seed)
-    log_w, lost = usable_weights(drawn)
-    log_w = log_w - log_w.logsumexp(0)
-    w = log_w.exp()
-    tail = weight_tail(w)
-    check = check_pareto_k(None if tail is None else tail.k, n)
-    if check.passed is False:
-        log.warning("%s", check.message)
-    if lost.any():
-        log.warning("%d of %d samples have weight 0, because their weights are NaN or infinite", int(lost.sum()), n)
-    words = (
-        f"effective sample size {effective_rows(w) / n:.1%}, Pareto k {'unknown' if tail is None else f'{tail.k:.2f}'}"
-    )
-    if not resampled:
-        return drawn.x, log_w, words
-    rows = resample(w, n, seed)
-    # equal rows are not next to each other
-    rows = rows[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
-    return drawn.x[rows], None, f"resampled from {n} samples of the flow, {words}"
+def _write(
+    out: Path, found: Tensor, samples: Samples, labels: Tensor | None, context: Tensor | None, log_w: Tensor | None
+) -> None:
+    """Writes samples (n, *event_shape) with labels, context and log-weights, (n,), if they are given."""
+    if out.suffix in NAMED:
+        columns = named_columns(found, samples, labels, context)
+        if log_w is not None:
+            columns[LOG_WEIGHT if LOG_WEIGHT not in columns else f"{LOG_WEIGHT}_{len(columns)}"] = log_w.numpy()
+        write_columns(out, columns)
+        return
+    write_npy(out, found.numpy())
+    if log_w is not None:
+        write_npy(weights_path(out), log_w.numpy())
 
 
 def contexts_of(flow: Density, given: Any, label: int | None = None) -> Tensor | None:

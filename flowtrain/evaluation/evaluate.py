@@ -37,6 +37,7 @@ from flowtrain.evaluation.error_budget import COVERED, budget, subset_of
 from flowtrain.evaluation.log_likelihood import (
     Scores,
     context_table,
+    dequantized_parts,
     estimates_trace,
     held_out,
     latent_rows,
@@ -464,20 +465,16 @@ def weights_of(data: Dataset, split: str) -> Tensor | None:
 def dequantized_draws(flow: Density, x: Tensor, options: Mapping[str, Any]) -> list[Tensor]:
     """Returns the points at which baselines are scored: x (n, d), or x + u_k for each noise draw on whole numbers.
 
-    The noise is the same as in `score_rows`, unless an estimated trace draws from the same stream.
+    The noise is the same as in `score_rows`.
 
     Args:
         options: batch size, draws and seed: arguments of `log_probs`.
     """
     if not flow.integer_valued:
         return [x]
-    device = flow.like.device
-    with seeded(options["seed"], device):
-        draws = [
-            [flow.dequantized(part.to(device)) for _ in range(options["draws"])]
-            for part in torch.split(x, options["batch_size"] or rows_at_a_time(flow.event_shape))
-        ]
-    return [torch.cat(parts) for parts in zip(*draws, strict=True)]
+    size = options["batch_size"] or rows_at_a_time(flow.event_shape)
+    parts = dequantized_parts(flow, x, size, options["draws"], options["seed"])
+    return [torch.cat(one) for one in zip(*parts, strict=True)]
 
 
 def scored(

@@ -15,7 +15,7 @@ from flowtrain.nn.divergence import TraceRule
 from flowtrain.ode import AS_CONFIGURED, SolveOptions, Statistics
 from flowtrain.utils.errors import DataError, NonFiniteError, SolverError
 from flowtrain.utils.process import seeded
-from flowtrain.utils.row_noise import rows_from
+from flowtrain.utils.row_noise import rows_from, uniform_rows
 from flowtrain.utils.status import status
 
 # the approximate number of rows whose latents `score_rows` returns
@@ -78,6 +78,7 @@ def log_probs(
     batch_size: int | None = None,
     draws: int = 1,
     seed: int = 0,
+    first: int = 0,
 ) -> Tensor:
     """Returns log p(x) in nats for all rows of x, (n,); see `score_rows`.
 
@@ -86,7 +87,7 @@ def log_probs(
         >>> [round(p, 4) for p in log_probs(Flow((1,), Affine(1)), torch.tensor([[0.0], [1.0]])).tolist()]
         [-0.9189, -1.4189]
     """
-    return score_rows(flow, x, context, batch_size, draws, seed, latents=0).log_p
+    return score_rows(flow, x, context, batch_size, draws, seed, latents=0, first=first).log_p
 
 
 @torch.no_grad()
@@ -99,6 +100,7 @@ def score_rows(
     seed: int = 0,
     latents: int = LATENTS,
     unsolved: int = 0,
+    first: int = 0,
 ) -> Scores:
     """Computes log p(x) in nats for all rows of x, and latents of some rows.
 
@@ -111,29 +113,42 @@ def score_rows(
         x: rows (n, *event_shape) in data units.
         context: for a conditional flow, the context of each row. None for the `marginal` over labels.
         batch_size: the number of rows in a batch. None means a number that depends on the size of a sample. log p
-            depends on it for whole numbers, because their noise is drawn batch by batch, and for adaptive solvers of
-            torchdiffeq, because the rows of a batch share their steps.
+            depends on it only for adaptive solvers of torchdiffeq, because the rows of a batch share their steps.
         draws: the number of noise draws for each row of an integer-valued flow.
-        seed: the seed of the noise. The probes of an estimated trace depend on it and on the position of a row in x.
+        seed: the seed of the noise. The noise u_k of a row and the probes of an estimated trace depend on it and on
+            the number of the row.
         latents: the approximate number of evenly spaced rows whose latents are returned, for the first noise draw. A
             marginal or an ensemble has no latents.
         unsolved: the number of rows whose solve may fail. They get NaN. If more fail, the SolverError is raised.
+        first: the number of the first row of x, if x is a part of a larger set.
     """
-    device = flow.like.device
     size = batch_size or rows_at_a_time(flow.event_shape)
     contexts = repeat(None) if context is None else torch.split(context, size)
     found: list[Scores] = []
     every, at = latent_rows(len(x), latents).step, 0
     failed: list[SolverError] = []
-    with seeded(seed, device), status("scoring", total=len(x), unit="row") as progress:
-        for part, y in zip(torch.split(x, size), contexts, strict=False):
-            x_k = [flow.dequantized(part.to(device)) for _ in range(draws)]
-            one = _solvable(flow, x_k, y, at, seed, failed, unsolved)
+    with status("scoring", total=len(x), unit="row") as progress:
+        for x_k, y in zip(dequantized_parts(flow, x, size, draws, seed, first), contexts, strict=False):
+            one = _solvable(flow, x_k, y, first + at, seed, failed, unsolved)
             z = one.z[-at % every :: every] if latents else one.z[:0]
             found.append(Scores(one.log_p.cpu(), z.cpu(), one.members.cpu(), one.error.cpu()))
-            at += len(part)
-            progress.advance(len(part))
+            at += len(x_k[0])
+            progress.advance(len(x_k[0]))
     return Scores(*map(torch.cat, zip(*found, strict=True)))
+
+
+def dequantized_parts(
+    flow: Density, x: Tensor, size: int, draws: int = 1, seed: int = 0, first: int = 0
+) -> Iterator[list[Tensor]]:
+    """Yields the points that `score_rows` scores: for each `size` rows of x, K tensors x + u_k on the flow's device."""
+    like, parts = flow.data_like, torch.split(x, size)
+    if not flow.takes_noise(x):
+        for part in parts:
+            yield [flow.dequantized(part.to(like.device))] * draws
+        return
+    noise = uniform_rows(map(len, parts), x.shape[1:], like.dtype, seed, draws, first)
+    for part, u_k in zip(parts, noise, strict=True):
+        yield [flow.dequantized(part.to(like.device), u.to(like.device)) for u in u_k]
 
 
 def _solvable(
@@ -151,7 +166,7 @@ def _solvable(
 
     Args:
         first: the number of the first row.
-        seed: the seed of the probes, which do not depend on the noise that was drawn for the rows before.
+        seed: the seed of the probes.
         failed: a list to which the errors of such rows are appended.
         most: the largest allowed number of such rows.
 
@@ -174,7 +189,8 @@ def _solvable(
                 for half, y, start in zip(halves, contexts, (0, middle), strict=True)
             ]
             return Scores(*map(torch.cat, zip(*parts, strict=True)))
-        lost, found = {0: e}, _unsolved(flow, x_k, context)
+        with rows_from(first), seeded(seed, x_k[0].device):
+            lost, found = {0: e}, _unsolved(flow, x_k, context)
     failed += lost.values()
     if len(failed) > most:
         raise failed[-1]

@@ -417,7 +417,7 @@ class Modes:
             float(len(missed)),
             0.0,
             f"the flow has few samples at {counted(len(missed), 'mode')} of {len(self.shares)} (from 0: {which})"
-            f"{part}. log Z is then too small by more than its error, which ESS and k do not show. Train with "
+            f"{part}. log Z can be too small by more than its error, which ESS and k do not show. Train with "
             "objective=weighted_forward_kl, or with a wider start distribution (target.scale)",
         )
 

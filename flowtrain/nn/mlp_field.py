@@ -21,7 +21,7 @@ from flowtrain.nn.velocity_field import (
     unpack,
 )
 from flowtrain.utils.arguments import number, one_of, widths
-from flowtrain.utils.autograd import first_derivative
+from flowtrain.utils.autograd import first_derivative, transforms_active
 
 # on a CPU, the largest number of values and tangents of a layer in one block of nodes. Larger blocks exceed the cache,
 # and the allocator requests new pages for them
@@ -388,6 +388,45 @@ class MLPField(LayeredField[TimedLinear]):
         v, je = jvp(self.activation, x.reshape(-1, rows, n_in), e, weights, biases, shift)
         shape = *nodes, rows, v.shape[-1]
         return v.view(shape), je.view(len(tangents), *shape)
+
+    def jvp_rows(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        exact_shapes = x.dim() == 2 and t.dim() == 1 and tangents.dim() == 3 and x.numel() > 0
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms_active() or not exact_shapes:
+            return super().jvp_rows(t, x, tangents, shift)
+        size = len(x)
+        if x.device.type == "cpu":
+            size = max(1, BLOCK // ((1 + len(tangents)) * max(layer.linear.out_features for layer in self.layers)))
+        rows = [slice(i, i + size) for i in range(0, len(x), size)]
+        shared = tangents.shape[1] == 1
+        blocks = [
+            self._jvp_of_rows(t[i], x[i], tangents if shared else tangents[:, i], None if shift is None else shift[i])
+            for i in rows
+        ]
+        if len(blocks) == 1:
+            return blocks[0]
+        v, je = zip(*blocks, strict=True)
+        return torch.cat(v), torch.cat(je, 1)
+
+    def _jvp_of_rows(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns (v, J e) for times (B,) and x (B, d), without a gradient.
+
+        The gate of a layer and the slope of the activation are multiplied first, because the tangents are larger.
+        """
+        gain = self.activation.gain(x.device)
+        for layer in self.layers[:-1]:
+            gate, offset = layer.modulation(t)
+            y = layer.linear(x)
+            a = y.add_(offset) if gate is None else torch.addcmul(offset, y, gate)
+            if shift is not None:
+                a, shift = a.add_(shift), None
+            x, kept = self.activation.replace(a if gain == 1 else a.mul_(gain))
+            factor = self.activation.slope(kept)
+            u = F.linear(tangents, layer.linear.weight)
+            if gate is not None:
+                factor = factor.mul_(gate)
+            tangents = u * factor if u.shape[1] == 1 else u.mul_(factor)
+        v, je = self.layers[-1].jvp(t, x, tangents)
+        return v, je.expand(len(je), *v.shape)
 
     def at(self, times: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the weights and biases of all layers at the times (M,), see `TimedLinear.at`."""

@@ -54,7 +54,7 @@ class ReverseKL(Objective):
         target: Target,
         steps: int,
         gradient: str = "path",
-        anneal: float = 0.0,
+        anneal: float = 0.5,
         anneal_from: float = 0.1,
     ) -> None:
         super().__init__(flow, regularizer)

@@ -92,7 +92,7 @@ def draw_curves(
     with style.styled():
         figure = style.new_figure(base + TALL + HEAD + more, title, options)
         panels = [style.add_axes(figure, LEFT, base, width, TALL)]
-        _likelihood(panels[0], rows, name, (entropy, lowest), kept)
+        _likelihood(panels[0], rows, entropy, kept, (name, lowest))
         for place, draw in enumerate(reversed(below)):
             panels.insert(1, style.add_axes(figure, LEFT, BOTTOM + place * (SHORT + BETWEEN), width, SHORT))
             draw(panels[1], train)
@@ -139,16 +139,20 @@ def _split(rows: Rows, name: str) -> Rows:
     return [row for row in rows if row.get("split") == name]
 
 
-def _likelihood(axes: Axes, rows: Rows, name: str, bound: tuple[float | None, str], kept: int | None = None) -> None:
-    entropy, lowest = bound
+def _likelihood(
+    axes: Axes,
+    rows: Rows,
+    entropy: float | None,
+    kept: int | None = None,
+    names: tuple[str, str] = ("NLL", "entropy of the data"),
+) -> None:
     key, unit = ("bits_per_dim", "bits/dim") if series_of(rows, "bits_per_dim") else ("nll", "nats")
     axes.grid(axis="y")
-    axes.set_ylabel(f"{name} ({unit})")
+    axes.set_ylabel(f"{names[0]} ({unit})")
     train = series_of(_split(rows, "train"), key)
-    names = _splits(rows)
-    others = {split: curve for split in names if (curve := series_of(_split(rows, split), key))}
+    others = {split: curve for split in _splits(rows) if (curve := series_of(_split(rows, split), key))}
     if not train and not others:
-        style.annotate(axes, f"no finite {name}")
+        style.annotate(axes, f"no finite {names[0]}")
         axes.yaxis.set_major_locator(NullLocator())
         return
     if train:
@@ -161,7 +165,7 @@ def _likelihood(axes: Axes, rows: Rows, name: str, bound: tuple[float | None, st
         axes.plot(curve.steps, curve.values, f"{line}o", color=colour, markersize=3.5, markevery=every, label=best)
     low, high = _frame(train, list(others.values()))
     if unit == "nats" and is_finite(entropy):
-        axes.axhline(entropy, color=style.INK, linestyle=style.DASHES, linewidth=1.1, label=lowest)
+        axes.axhline(entropy, color=style.INK, linestyle=style.DASHES, linewidth=1.1, label=names[1])
         low, high = min(low, entropy), max(high, entropy)
     margin = 0.07 * (high - low) or 0.5
     axes.set_ylim(low - margin, high + margin)

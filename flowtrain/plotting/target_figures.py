@@ -1,5 +1,6 @@
 """Figures of a target and a flow: densities of one or two columns, importance weights, and shares of modes."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from flowtrain.plotting.densities import (
 )
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import Array, LogDensity, Range
-from flowtrain.plotting.scales import Scale, axis_label, set_ticks
+from flowtrain.plotting.scales import MINUS, Scale, axis_label, set_ticks
 
 RESOLUTION_2D = 160
 # the colour scale ends at most at this many times the peak of the target
@@ -36,8 +37,10 @@ HIGHEST = 1.5
 MOST_BARS = 60
 # inches: the height of the figures of weights and modes, and the position of their axes
 HEIGHT, LEFT, BOTTOM, WIDE, TALL = 3.9, 0.78, 0.55, 8.08, 2.68
-# the largest number of bins of a histogram of log weights
-MOST_BINS = 120
+# the colour of the Pareto tail
+PALE = "#ECECEC"
+# the number of bins of a histogram of log weights
+WEIGHT_BINS = 100
 
 
 def draw_target_1d(
@@ -147,7 +150,7 @@ def draw_target_2d(
 
 
 def limits_of(cover: Tensor, scaled: Sequence[Scale]) -> tuple[Range, Range]:
-    """Returns the limits of x and y, on axes with these scales, that reach over points (K, 2) but not over a support."""
+    """Returns the limits of x and y on axes with these scales. They contain points (K, 2), and end with a support."""
     places = scales.on_axes(scaled, points.Points(points.to_numpy(cover), 0))
     across, up = picture_limits(places.values)
     return scaled[0].within(across), scaled[1].within(up)
@@ -167,7 +170,8 @@ def draw_weights(
     """Draws histograms of log w - log Z of samples of a flow: of the samples, and of the samples weighted by w.
 
     Both are equal, and all values are 0, if the flow is equal to the target. The second histogram shows which weights
-    the estimate of Z consists of. The axis reaches from the 0.5% quantile to the largest weight.
+    the estimate of Z consists of. The axis of log weights ranges from the 0.5% quantile to the largest weight. The axis
+    of shares is logarithmic, because few of the samples are in the tail.
 
     Args:
         log_w: log weights (n,) in nats; -inf for samples where the target is zero.
@@ -178,37 +182,45 @@ def draw_weights(
     """
     every = points.to_numpy(log_w) - log_z
     values = np.sort(every[np.isfinite(every)])
-    dropped = len(every) - len(values)
+    dropped, n = len(every) - len(values), max(len(every), 1)
     low, high = _range_of_weights(values)
-    bins = points.count_bins(values, (low, high), len(values), MOST_BINS) if len(values) else 20
-    observed, edges = points.histogram_1d(values, (low, high), bins)
-    observed = observed * len(values) / max(len(every), 1)
+    counts, edges = np.histogram(values, bins=WEIGHT_BINS, range=(low, high))
     shares = np.exp(values - values[-1]) if len(values) else values
-    weighted = np.histogram(values, edges, weights=shares)[0] / (max(float(shares.sum()), 1e-300) * np.diff(edges))
+    weighted = np.histogram(values, edges, weights=shares)[0] / max(float(shares.sum()), 1e-300)
+    below = float((values < low).sum()) / n
+    notes = [f"{below:.1%} below the axis" if below >= 0.001 else "", f"{dropped:,} zero" if dropped else ""]
+    names = [points.noted(f"{len(every):,} samples", f"ESS {ess:.1%}", *notes), "weighted by w", "w = Z"]
+    if tail is not None and low < tail - log_z < high:
+        count = int((values >= tail - log_z).sum())
+        names.append(points.noted("Pareto tail", f"{count:,} weights", "" if pareto_k is None else f"k {pareto_k:.2f}"))
     with style.styled():
-        figure = style.new_figure(HEIGHT, title, options)
+        figure = style.new_figure(HEIGHT + style.legend_height(names, WIDE), title, options)
         axes = style.add_axes(figure, LEFT, BOTTOM, WIDE, TALL)
-        below = float((every < low).mean()) if len(every) else 0.0
-        notes = [f"{below:.1%} below the axis" if below >= 0.001 else "", f"{dropped:,} zero" if dropped else ""]
+        look: dict[str, Any] = {"fill": True, "color": style.DATA_SHADES[1], "linewidth": 0}
+        # a logarithmic axis has no zero
+        bottom = 0.5 / n
+        axes.stairs(np.maximum(counts / n, bottom), edges, baseline=bottom, label=names[0], **look)
         axes.stairs(
-            observed, edges, fill=True, color=style.DATA_SHADES[1], linewidth=0, label=points.noted("samples", *notes)
+            np.maximum(weighted, bottom),
+            edges,
+            color=style.SAMPLES,
+            linewidth=1.2,
+            baseline=None,
+            label="weighted by w",
         )
-        axes.stairs(weighted, edges, color=style.SAMPLES, linewidth=1.3, baseline=None, label="weighted by w")
-        look: dict[str, Any] = {"color": style.INK, "linestyle": style.DASHES, "linewidth": 1.1}
-        axes.axvline(0, label="w = Z", **look)
-        top = 1.08 * (max(float(observed.max()), min(float(weighted.max()), 3 * float(observed.max()))) or 1.0)
-        if tail is not None and low < tail - log_z < high:
-            count = int((values >= tail - log_z).sum())
-            name = f"Pareto tail ({count:,} weights)"
-            axes.axvspan(tail - log_z, high, color=style.HAIRLINE, alpha=0.35, linewidth=0, label=name)
-        axes.set(xlim=(low, high), ylim=(0, top))
-        axes.set_xlabel(axis_label("log w − log Z", ", ".join(filter(None, (set_ticks(axes.xaxis), "nats"))), WIDE))
-        axes.set_ylabel(points.noted("density", ", ".join(filter(None, (set_ticks(axes.yaxis), "per nat")))))
+        axes.axvline(0, color=style.INK, linestyle=style.DASHES, linewidth=1.1, label=names[2])
+        if len(names) > 3:
+            axes.axvspan(float(tail or 0.0) - log_z, high, color=PALE, linewidth=0, zorder=0, label=names[3])
+        axes.set_yscale("log")
+        decades = [10.0**k for k in range(math.ceil(math.log10(bottom)), 1)]
+        axes.set_yticks(decades, labels=scales.decades(decades))
+        axes.minorticks_off()
+        axes.set(xlim=(low, high), ylim=(bottom, 1.5))
+        axes.set_xlabel(
+            axis_label(f"log w {MINUS} log Z", ", ".join(filter(None, (set_ticks(axes.xaxis), "nats"))), WIDE)
+        )
+        axes.set_ylabel("share per bin")
         style.legend_above(axes)
-        words = f"{len(every):,} samples\nESS {ess:.1%}" + ("" if pareto_k is None else f"\nPareto k {pareto_k:.2f}")
-        # the box keeps the words readable on top of the histogram
-        box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 2}
-        axes.text(0.01, 0.97, words, transform=axes.transAxes, color=style.MUTED, size=8.5, va="top", bbox=box)
         style.save(figure, path, options)
 
 

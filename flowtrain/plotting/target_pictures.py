@@ -1,6 +1,5 @@
 """Chooses the points and densities for the figures of a flow that was trained on a target."""
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,12 +22,13 @@ from flowtrain.plotting.curves import draw_curves
 from flowtrain.plotting.drawing import drawing, warn_if_plotting_fails
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.points import finite
+from flowtrain.plotting.scales import MINUS
 from flowtrain.plotting.target_figures import draw_modes, draw_target_1d, draw_target_2d, draw_weights
 from flowtrain.plotting.transport_pictures import draw_transport_pictures
 from flowtrain.utils.weighting import resample
 
 # the number of samples that a figure draws if it is given none
-SAMPLES = 10_000
+SAMPLES = 20_000
 # the largest number of rows for which a density is computed at once
 ROWS = 2000
 # the random stream of exact samples
@@ -82,7 +82,7 @@ def draw(
     The axes reach over points of the target, its modes and the samples of the flow.
 
     Args:
-        samples: samples of the flow (M, d). None: those in `drawn`.
+        samples: samples of the flow (M, d). None: half of those in `drawn`.
         log_scale: whether densities are shown on a logarithmic scale.
         drawn: samples of the flow with their weights. None: this function draws them.
         log_z: an estimate of log Z in nats, which normalizes the density of a target that states no log Z. None: the
@@ -93,8 +93,10 @@ def draw(
     with drawing(flow) as flow:
         if drawn is None:
             drawn = weighted_samples(flow, target, SAMPLES, seed=0)
-        reference = reference_of(target, drawn)
-        samples = drawn.x if samples is None else samples.cpu()
+        # half of the samples show the flow and the other half the target, so that the difference has the noise of both
+        halves = [WeightedSamples(*(values[i::2] for values in drawn)) for i in range(2)]
+        reference = reference_of(target, halves[1])
+        samples = halves[0].x if samples is None else samples.cpu()
         if target.log_z is not None:
             # an estimate is far too small if the flow misses a mode
             log_z = target.log_z
@@ -133,7 +135,7 @@ def estimate_of(drawn: WeightedSamples) -> float:
 
 
 def _ends(x: Tensor) -> Tensor:
-    """Returns the 0.5% and 99.5% quantiles of the columns of x (N, d), (2, d), float64. Rows that are not finite are left out."""
+    """Returns the 0.5% and 99.5% quantiles of the finite rows of x (N, d), (2, d), float64; (0, d) if none."""
     kept = torch.from_numpy(finite("samples", x).values)
     return (
         torch.stack([kept.quantile(q, 0) for q in (0.005, 0.995)]) if len(kept) else x.new_empty(0, x.shape[1]).double()
@@ -183,7 +185,7 @@ def draw_target_figures(
         with warn_if_plotting_fails("curves"):
             lowest = None if target.log_z is None else -target.log_z
             kept = None if result.members else result.step
-            words = {"name": "negative ELBO", "lowest": "−log Z of the target"}
+            words = {"name": "negative ELBO", "lowest": f"{MINUS}log Z of the target"}
             draw_curves(path_of("curves"), rows=rows, title=title, entropy=lowest, kept=kept, options=options, **words)
             written += options.files(path_of("curves"))
     drawn = result.drawn

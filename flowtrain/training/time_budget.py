@@ -12,6 +12,7 @@ from flowtrain.data.targets.base import TargetData
 from flowtrain.evaluation.baselines import LEAST_SECONDS, MOST_SECONDS, has_baselines
 from flowtrain.evaluation.log_likelihood import held_out, log_probs
 from flowtrain.evaluation.log_weights import weighted_samples
+from flowtrain.evaluation.targets import EXACT, FEW_EXACT
 from flowtrain.flow import Density, rows_at_a_time
 from flowtrain.training.failure_policy import STEP_ERRORS
 
@@ -149,7 +150,7 @@ class TimeBudget:
         if not self.evaluates:
             return self.slowness * self.row_seconds * n_val
         tested, thorough = self.affordable_rows(self.room)
-        rows = n_val + tested + (ROWS_OF_CHECKS if thorough else ROWS_WITHOUT_CHECKS) + ROWS_OF_PICTURES[self.kind]
+        rows = n_val + tested + self.rows_of_checks(thorough) + ROWS_OF_PICTURES[self.kind]
         return self.slowness * (EVALUATION_SECONDS + PICTURES_SECONDS) + self.for_baselines + self.row_seconds * rows
 
     @property
@@ -163,9 +164,15 @@ class TimeBudget:
         if not self.row_seconds:
             return n, True
         room = (seconds - self.slowness * EVALUATION_SECONDS) / (SAFETY * self.row_seconds)
-        if room >= n + ROWS_OF_CHECKS:
+        if room >= n + self.rows_of_checks(True):
             return n, True
-        return min(n, max(LEAST_ROWS, int(room) - ROWS_WITHOUT_CHECKS)), False
+        return min(n, max(LEAST_ROWS, int(room) - self.rows_of_checks(False))), False
+
+    def rows_of_checks(self, thorough: bool) -> int:
+        """Returns the number of rows that an evaluation scores in addition to the test rows."""
+        rows = ROWS_OF_CHECKS if thorough else ROWS_WITHOUT_CHECKS
+        # exact samples of a target
+        return rows + (EXACT if thorough else FEW_EXACT) * isinstance(self.data, TargetData)
 
     def val_rows(self, size: int | None) -> int | None:
         """Returns the number of rows of a validation: `size`, or fewer if `size` rows would take too long."""

@@ -210,8 +210,9 @@ class Validation:
     def nll(self) -> tuple[float, float]:
         """Returns the NLL of the validation set and its standard error, in nats. Each rank scores its own rows.
 
-        With weights, rows of weight 0 are not scored. For the standard error, see `flowtrain.utils.weighting.stderr`.
-        For a target, the NLL is the negative ELBO, and rows are samples of the flow with fixed base points.
+        The noise of a row depends on its position in the whole set, and not on the number of ranks. With weights, rows
+        of weight 0 are not scored. For the standard error, see `flowtrain.utils.weighting.stderr`. For a target, the
+        NLL is the negative ELBO, and rows are samples of the flow with fixed base points.
         """
         x, context, weights = self.rows()
         begun = time.perf_counter()
@@ -225,7 +226,7 @@ class Validation:
                 check_log_weights(drawn, share.start)
                 log_p = drawn.log_w
             elif len(x[share]):
-                log_p = self.train_state.with_average(log_probs, self.flow, x[share], context, seed=ranks.rank())
+                log_p = self.train_state.with_average(log_probs, self.flow, x[share], context, first=share.start)
                 check_finite(log_p, "val", share.start)
         except FlowtrainError as e:
             failure = e

@@ -1,7 +1,7 @@
 """Random numbers that depend only on a key and on the number of a row, and not on the batch that the row is in."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 # the increment and the multipliers of SplitMix64, as signed numbers
 INCREMENT, FACTOR_1, FACTOR_2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+# the most numbers that `uniform_rows` draws at once for rows that are not needed
+SKIPPED = 1_000_000
 _FIRST: ContextVar[int] = ContextVar("number of the first row", default=0)
 
 
@@ -42,6 +44,40 @@ def random_bits(key: int, first: int, rows: int, n: int, device: torch.device) -
     numbers = torch.arange(first, first + rows, device=device).unsqueeze(1)
     states = _scrambled(_scrambled(torch.full_like(numbers, key)) + (numbers + 1) * INCREMENT)
     return _scrambled(states + torch.arange(1, n + 1, device=device) * INCREMENT)
+
+
+def uniform_rows(
+    sizes: Iterable[int], shape: Sequence[int], dtype: torch.dtype, seed: int, draws: int = 1, first: int = 0
+) -> Iterator[list[Tensor]]:
+    """Yields noise in [0, 1) for consecutive parts of a set of rows, on the CPU: K tensors (B, *shape) for a part.
+
+    Draw k is the sequence of numbers of a generator with a seed for (seed, k). Row i has the numbers from i d to
+    (i + 1) d of this sequence, with d the number of elements of a row. The noise of a row therefore depends on `dtype`,
+    but not on the sizes of the parts. Draw 0 has the sequence of `torch.manual_seed(seed)`.
+
+    Args:
+        sizes: the number of rows of each part.
+        shape: the shape of a row.
+        dtype: the dtype of the noise.
+        seed: the seed.
+        draws: K.
+        first: the number of the first row. The numbers of the rows before it are drawn and not used.
+
+    Example:
+        >>> [[both]] = uniform_rows([5], (2,), torch.float32, seed=0)
+        >>> [[last]] = uniform_rows([2], (2,), torch.float32, seed=0, first=3)
+        >>> bool((both[3:] == last).all())
+        True
+    """
+    seeds = [seed, *random_bits(seed, 0, 1, draws - 1, torch.device("cpu")).flatten().tolist()]
+    generators = [torch.Generator().manual_seed(one) for one in seeds]
+    for generator in generators:
+        left = first * math.prod(shape)
+        while left > 0:
+            torch.rand(min(left, SKIPPED), dtype=dtype, generator=generator)
+            left -= SKIPPED
+    for n in sizes:
+        yield [torch.rand(n, *shape, dtype=dtype, generator=generator) for generator in generators]
 
 
 def rademacher_of(bits: Tensor) -> Tensor:

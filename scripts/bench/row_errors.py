@@ -1,15 +1,20 @@
 """Coverage of the errors of rows, and cost of separate steps for each row against steps that a batch shares.
 
     python scripts/bench/row_errors.py outputs/moons outputs/gas --rows 2000
+    python scripts/bench/row_errors.py outputs/gas --scoring DIR/gas/train.csv DIR/gas/val.csv DIR/gas/test.csv
 
 For rows of the test set of each run, the first table shows how often the error of `Flow.log_prob(x, with_error=True)`
 covers the difference from a solve in float64 at rtol 1e-10 with the same probes. If the trace is estimated, the errors
 are those without the noise of the probes. The second table compares separate steps with shared steps at several
 tolerances: NFE, seconds, and the largest difference from the accurate solve.
+
+With `--scoring FILES`, all rows of the files are scored as by floweval, with the solver of the run. Separate and shared
+steps alternate in some rounds. The table shows the medians of the seconds and of their ratio.
 """
 
 import argparse
 import copy
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,13 +22,14 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
-from common import machine, table
+from common import interleave, keep_freed_memory, machine, table
 from torch import Tensor
 
 import flowtrain
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.evaluation.log_likelihood import held_out, nfe_of_pass
+from flowtrain.evaluation.log_likelihood import held_out, nfe_of_pass, score_rows
 from flowtrain.flow import Flow, rows_at_a_time
 from flowtrain.ode import record_solves
 from flowtrain.runs.build import build_data
@@ -33,6 +39,7 @@ from flowtrain.utils.row_noise import rows_from
 ACCURATE = 1e-10
 TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6)
 COVERAGE = ("run", "rtol", "covered", "median error", "median stated", "worst error", "worst stated")
+SCORING = ("run", "rows", "rtol", "seconds", "shared", "shared / separate", "least to most")
 COST = ("run", "rtol", "NFE", "shared", "seconds", "shared", "worst error", "shared")
 
 
@@ -43,6 +50,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--accurate", type=float, default=ACCURATE, help="rtol of the accurate solve")
     parser.add_argument("--tolerances", type=float, nargs="+", default=TOLERANCES)
     parser.add_argument("--coverage-only", action="store_true")
+    parser.add_argument("--scoring", nargs="+", metavar="CSV", help="instead: seconds of scoring the rows of files")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of --scoring")
+    parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
 
@@ -70,8 +80,34 @@ def scored(flow: Flow, x: Tensor, context: Tensor | None, rtol: float) -> tuple[
     return log_p, error, nfe_of_pass(flow, solves) or 0.0, time.perf_counter() - begun
 
 
+def of_scoring(path: str, files: list[str], rounds: int) -> list[str]:
+    """Returns the cells of a run in the table of the seconds of scoring."""
+    flow = flowtrain.load(path).eval()
+    assert isinstance(flow, Flow)
+    assert flow.solver is not None
+    rows = np.concatenate([np.loadtxt(file, delimiter=",", skiprows=1, dtype=np.float32) for file in files])
+    x = torch.from_numpy(rows)
+
+    def shared() -> None:
+        with shared_steps():
+            score_rows(flow, x)
+
+    times = interleave({"separate": lambda: score_rows(flow, x), "shared": shared}, rounds)
+    ratios = [b / a for a, b in zip(times["separate"], times["shared"], strict=True)]
+    seconds = [f"{statistics.median(times[name]) / 1e3:.1f}" for name in ("separate", "shared")]
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    return [path, str(len(x)), f"{flow.solver.rtol:g}", *seconds, f"{statistics.median(ratios):.2f}", spread]
+
+
 def main() -> None:
     args = arguments()
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    if args.scoring:
+        rows = [of_scoring(path, args.scoring, args.rounds) for path in args.runs]
+        print(machine())
+        print(table(SCORING, rows))
+        return
     coverage: list[list[str]] = []
     cost: list[list[str]] = []
     for path in args.runs:

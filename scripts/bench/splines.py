@@ -2,10 +2,12 @@
 
     python scripts/bench/splines.py               # on one thread; half a minute
     python scripts/bench/splines.py --repeats 50 --cases "8 columns"
+    python scripts/bench/splines.py --scoring     # log p without gradients in place of training steps
 
 Needs `pip install zuko nflows` (nflows needs UMNN). A step is log p of a batch of 512 rows, its gradient and a fused
 Adam update. All networks have matrices of the same shapes: input, two square hidden layers, output. Ratios are medians
-over rounds of the other library's time divided by ours.
+over rounds of the other library's time divided by ours. With `--scoring`, log p of 2000 rows is computed in evaluation
+mode without gradients.
 
 - nsf has spline couplings with LU layers, like nflows' NSF. zuko's NSF is autoregressive: each layer
   maps all columns, while couplings map half of them.
@@ -19,7 +21,7 @@ from collections.abc import Callable
 
 from common import interleave, keep_freed_memory, machine, table, use_threads
 
-LAYERS, BATCH = 5, 512
+LAYERS, BATCH, SCORED = 5, 512, 2000
 CASES = {"2 columns": (2, 16), "8 columns": (8, 8), "43 columns": (43, 8)}
 
 
@@ -28,6 +30,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--scoring", action="store_true", help="measures log p without gradients")
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     args = parser.parse_args()
     use_threads(args.threads)
@@ -35,7 +38,7 @@ def main() -> None:
     print(f"{machine()}\n")
     rows = []
     for case in args.cases:
-        steps = contestants(*CASES[case], args.width)
+        steps = contestants(*CASES[case], args.width, args.scoring)
         for step in steps.values():
             step()
         times = interleave(steps, args.repeats)
@@ -54,8 +57,8 @@ PEERS = {
 }
 
 
-def contestants(d: int, bins: int, width: int) -> dict[str, Callable[[], None]]:
-    """Returns a training step of each model."""
+def contestants(d: int, bins: int, width: int, scoring: bool) -> dict[str, Callable[[], None]]:
+    """Returns a training step of each model, or the scoring of a batch."""
     import torch
     import zuko
     from nflows.distributions import StandardNormal
@@ -67,7 +70,7 @@ def contestants(d: int, bins: int, width: int) -> dict[str, Callable[[], None]]:
     import flowtrain
 
     torch.manual_seed(0)
-    x = torch.randn(BATCH, d)
+    x = torch.randn(SCORED if scoring else BATCH, d)
     layers = []
     for i in range(LAYERS):
         coupling = PiecewiseRationalQuadraticCouplingTransform(
@@ -102,7 +105,20 @@ def contestants(d: int, bins: int, width: int) -> dict[str, Callable[[], None]]:
             step()
         return step
 
-    return {name: step_of(model) for name, model in models.items()}
+    def score_of(model: torch.nn.Module) -> Callable[[], None]:
+        # a new flow is the identity
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        model.eval()
+        of_zuko = isinstance(model, zuko.flows.Flow)
+
+        def score() -> None:
+            with torch.no_grad():
+                _ = model().log_prob(x) if of_zuko else model.log_prob(x)
+
+        return score
+
+    return {name: score_of(model) if scoring else step_of(model) for name, model in models.items()}
 
 
 if __name__ == "__main__":

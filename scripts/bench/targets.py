@@ -74,8 +74,8 @@ def measure(target: str, model: str, seed: int, args: argparse.Namespace) -> dic
     # all seeds are evaluated with other samples than those of the validations
     keys = {key: value for key, value in settings.items() if key.startswith("target.")}
     density = build_target(compose({"target": target, **keys}).config)
-    found = flowtrain.evaluate_target(flow, density, seed=10**6 + seed).to_dict()
-    keep = ("log_z", "log_z_stderr", "ess", "pareto_k", "elbo_gap", "forward_ess", "kl", "modes_found")
+    found = flowtrain.evaluate_target(flow, density, seed=10**6 + seed)
+    keep = ("log_z", "log_z_stderr", "ess", "pareto_k", "elbo_gap", "forward_ess", "kl_forward", "modes_found")
     return {
         "objective": objective,
         "set": given,
@@ -84,7 +84,7 @@ def measure(target: str, model: str, seed: int, args: argparse.Namespace) -> dic
         "seconds": seconds,
         "truth": density.log_z,
         "modes": None if density.modes is None else len(density.modes),
-        **{key: found[key] for key in keep},
+        **{key: getattr(found, key) for key in keep},
     }
 
 

@@ -14,10 +14,11 @@ from flowtrain.bijections.logit import Logit, dequantize
 from flowtrain.cli.config_files import compose_defaults
 from flowtrain.data.base import Dataset
 from flowtrain.evaluation import evaluate
-from flowtrain.evaluation.log_likelihood import log_probs
+from flowtrain.evaluation.log_likelihood import dequantized_parts, log_probs
 from flowtrain.flow import Flow
 from flowtrain.runs.build import build_flow
 from flowtrain.utils.errors import ConfigError, DataError
+from flowtrain.utils.row_noise import uniform_rows
 
 SHAPE = (1, 4, 4)
 
@@ -181,10 +182,23 @@ def test_more_dequantization_samples_tighten_the_nll_bound() -> None:
     cdf = torch.special.ndtr(torch.logit(edges))
     exact = -(cdf[1:] - cdf[:-1])[data.test.long()].log().mean().item()
     assert exact < means[2] < exact + 0.1 * (means[0] - exact)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        each = torch.stack([flow.log_prob(data.test) for _ in range(4)])
+    [noise] = uniform_rows([len(data.test)], flow.event_shape, flow.data_like.dtype, seed=0, draws=4)
+    each = torch.stack([flow.log_prob(flow.dequantized(data.test, u)) for u in noise])
     torch.testing.assert_close(log_probs(flow, data.test, draws=4), each.exp().mean(0).log())
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_log_p_of_an_image_depends_only_on_its_number(draws: int) -> None:
+    flow, x = integer_flow(Chain([Affine(16), Logit(256)])), Bytes().test
+    expected = log_probs(flow, x, draws=draws, seed=2)
+    for size in (1, 7):
+        torch.testing.assert_close(log_probs(flow, x, batch_size=size, draws=draws, seed=2), expected)
+    torch.testing.assert_close(log_probs(flow, x[11:], draws=draws, seed=2, first=11), expected[11:])
+    assert not torch.isclose(log_probs(flow, x[11:], draws=draws, seed=2), expected[11:]).any()
+    assert not torch.isclose(log_probs(flow, x, draws=draws, seed=3), expected).any()
+    points = [torch.cat(one) for one in zip(*dequantized_parts(flow, x, 9, draws, seed=2), strict=True)]
+    each = torch.stack([flow.log_prob(one) for one in points])
+    torch.testing.assert_close(each.double().exp().mean(0).log(), expected)
 
 
 def test_evaluation_refuses_mismatched_integer_data() -> None:

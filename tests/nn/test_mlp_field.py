@@ -173,3 +173,24 @@ def test_field_with_context_may_have_one_time_per_row() -> None:
     e = torch.randn(1, 4, 3)
     for a, b in zip(field.given(labels).jvp(t, x, e), by_autograd.given(labels).jvp(t, x, e), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("layer", "activation"), list(itertools.product(LAYERS, ACTIVATIONS)))
+@pytest.mark.parametrize("shared", [True, False])
+def test_one_time_per_row_without_gradients_equals_the_jvp_with_gradients(
+    layer: str, activation: str, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlp_field, "BLOCK", 50)
+    torch.manual_seed(0)
+    field = random_field(3, layer, activation)
+    x, t, shift = torch.randn(7, 3), torch.rand(7), torch.randn(7, 5)
+    tangents = torch.randn(2, 1 if shared else 7, 3)
+    kept = [v.clone() for v in (x, t, shift, tangents)]
+    for given in (None, shift):
+        expected = field.jvp(t, x, tangents, given)
+        assert expected[0].requires_grad
+        with torch.no_grad():
+            found = field.jvp(t, x, tangents, given)
+        torch.testing.assert_close(found, tuple(v.detach() for v in expected))
+        assert found[1].shape == (2, 7, 3)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (x, t, shift, tangents), strict=True))

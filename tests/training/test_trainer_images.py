@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import Compose, MakeTrainer
 from helpers.files import write_set
-from helpers.flows import IMAGE_MODELS
+from helpers.flows import IMAGE_MODELS, perturbed
 
 from flowtrain.evaluation.log_likelihood import log_probs
 from flowtrain.ode import SolveOptions
@@ -151,3 +151,20 @@ def test_val_size_limits_the_validation_rows(tmp_path: Path, image_config: Compo
     with run.train_state.ema.applied() if run.train_state.ema is not None else nullcontext():
         expected = -log_probs(run.flow, run.data.val[:3]).mean().item()
     assert run.progress.val_nll == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("model", ["affine", "ffjord"])
+def test_validation_noise_does_not_depend_on_the_number_of_ranks(
+    model: str, tmp_path: Path, image_config: Compose, fitted: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pixels have noise, and the trace of ffjord is estimated."""
+    keys = [*IMAGE_MODELS[model], "trainer.steps=2"]
+    keys += ["model.eval_trace=hutchinson"] if model == "ffjord" else []
+    run = fitted(image_config(write_set(tmp_path / "data"), *keys), tmp_path / "run")
+    run.train_state.ema = None
+    perturbed(run.flow.eval().bijection, 0.1)
+    run.validation.nll()
+    every = run.validation.scored
+    monkeypatch.setattr("flowtrain.training.validation.ranks.share", lambda n: slice(n // 2, n))
+    run.validation.nll()
+    torch.testing.assert_close(run.validation.scored, every[len(every) // 2 :])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowtrain.utils.row_noise import first_row, gaussian_of, rademacher_of, random_bits, rows_from
+from flowtrain.utils.row_noise import first_row, gaussian_of, rademacher_of, random_bits, rows_from, uniform_rows
 
 CPU = torch.device("cpu")
 
@@ -40,6 +40,23 @@ def test_gaussian_numbers_have_the_quantiles_of_a_normal_distribution() -> None:
     u = torch.special.ndtr(gaussian_of(random_bits(5, 0, 1000, 100, CPU)).double()).flatten().sort().values
     expected = (torch.arange(len(u), dtype=torch.float64) + 0.5) / len(u)
     assert float((u - expected).abs().max()) < 2 / len(u) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_uniform_noise_of_a_row_does_not_depend_on_the_parts(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowtrain.utils.row_noise.SKIPPED", 7)
+    [whole] = uniform_rows([10], (2, 3), dtype, seed=4, draws=3)
+    parts = [torch.cat(one) for one in zip(*uniform_rows([1, 4, 5], (2, 3), dtype, seed=4, draws=3), strict=True)]
+    [end] = uniform_rows([3], (2, 3), dtype, seed=4, draws=3, first=7)
+    for k in range(3):
+        assert torch.equal(whole[k], parts[k])
+        assert torch.equal(whole[k][7:], end[k])
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        assert torch.equal(whole[0], torch.rand(10, 2, 3, dtype=dtype))
+    assert len(torch.stack(whole).unique()) == 180
 
 
 def test_rows_are_counted_from_the_first_row() -> None:

@@ -117,8 +117,8 @@ class FunctionTarget(Target):
 
     Example:
         >>> target = FunctionTarget(lambda x: -0.5 * x.square().sum(1), 2, log_z=math.log(2 * math.pi))
-        >>> target(torch.zeros(3, 2)).tolist()
-        [0.0, 0.0, 0.0]
+        >>> target(torch.ones(3, 2)).tolist()
+        [-1.0, -1.0, -1.0]
     """
 
     def __init__(
