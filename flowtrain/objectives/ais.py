@@ -23,6 +23,8 @@ STEPS = {"hmc": 0.2, "metropolis": 1.0}
 # the target of the acceptance rate, by transition: 0.65 is optimal for HMC in many dimensions (Beskos et al. 2013), and
 # 0.234 for Metropolis (Roberts, Gelman and Gilks 1997)
 ACCEPTANCE = {"hmc": 0.65, "metropolis": 0.234}
+# the standard deviation of the logarithm of the random factor of a Metropolis proposal
+SPREAD = 1.0
 # the change of the logarithm of the step size, by the difference of the acceptance rate from its target
 ADAPTATION = 0.5
 # limits of the step size, as factors of the first step size
@@ -82,8 +84,8 @@ class Annealing:
         transition: hmc | metropolis | auto, which means metropolis for at most 8 columns (FEW_COLUMNS), else hmc.
         moves: the number of transitions at each intermediate distribution.
         leapfrog: the number of leapfrog steps of an HMC transition.
-        step_size: the first step size: of a leapfrog step, or the standard deviation of a Metropolis proposal. None:
-            0.2 for hmc, 1 for metropolis.
+        step_size: the first step size: of a leapfrog step, or the standard deviation of a Metropolis proposal, which is
+            multiplied by a random factor exp(N(0, 1)). None: 0.2 for hmc, 1 for metropolis.
         acceptance: the acceptance rate to which `adapt` moves the step sizes. None: 0.65 for hmc, 0.234 for metropolis.
 
     Attributes:
@@ -175,7 +177,9 @@ class Annealing:
         if self.transition == "hmc":
             proposed, log_ratio = self._leapfrog(points, b, step, options)
         else:
-            proposed = self._evaluated(points.u + step * torch.randn_like(points.u), points, options)
+            # each chain has a random factor, so that some proposals reach other modes
+            factor = (SPREAD * torch.randn_like(points.u[:, :1])).exp()
+            proposed = self._evaluated(points.u + step * factor * torch.randn_like(points.u), points, options)
             log_ratio = _log_f(proposed, b) - _log_f(points, b)
         log_ratio = torch.where(log_ratio.isnan(), -math.inf, log_ratio)
         accepted = torch.rand_like(log_ratio).log() < log_ratio

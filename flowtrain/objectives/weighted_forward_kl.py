@@ -53,7 +53,7 @@ class WeightedForwardKL(Objective):
         seed: the seed of the run.
         alpha: the order of the divergence, at least 1.
         intermediate, transition, moves, leapfrog, step_size, acceptance: see `Annealing`.
-        chains: the number of samples of an annealing run, over all ranks. None: batch_size.
+        chains: the number of samples of an annealing run, over all ranks.
         updates: the number of steps between annealing runs.
         buffer_size: the largest number of rows of the buffer. A row has 4 (d + 2) bytes in checkpoints.
         buffer_min: the least number of rows. Before the first step, annealing runs are repeated until it is reached.
@@ -80,7 +80,7 @@ class WeightedForwardKL(Objective):
         leapfrog: int = 4,
         step_size: float | None = None,
         acceptance: float | None = None,
-        chains: int | None = None,
+        chains: int = 1024,
         updates: int = 8,
         buffer_size: int = 20_000,
         buffer_min: int = 2_000,
@@ -93,7 +93,7 @@ class WeightedForwardKL(Objective):
             flow, target, alpha, intermediate, transition, moves, leapfrog, step_size, acceptance
         )
         self.power = self.annealing.alpha - 1
-        self.chains = whole("objective.chains", batch_size if chains is None else chains)
+        self.chains = whole("objective.chains", chains)
         self.updates = whole("objective.updates", updates)
         size = within_memory(
             "objective.buffer_size", whole("objective.buffer_size", buffer_size), 12 * (target.dim + 2)
@@ -107,8 +107,10 @@ class WeightedForwardKL(Objective):
         self.buffer = ReplayBuffer(size, flow.like, target.dim)
         # the effective sample size of the last annealing run, as a share of its samples
         self.effective = torch.tensor(math.nan)
-        # the rows of the step: their positions in the buffer, this rank's share of them, and how many are used up
+        # the positions in the buffer of the rows of the step. This rank's share of the rows, their x and log q, and the
+        # number of rows that are used up
         self.rows, self.share, self.used = torch.zeros(0, dtype=torch.long), slice(0, 0), 0
+        self.x, self.old_log_q = self.buffer.x, self.buffer.log_q
         # log q of the rows of the step (2, rows): flags of the rows that this rank has computed, and their log q
         self.new_log_q: Tensor | None = None
 
@@ -123,6 +125,8 @@ class WeightedForwardKL(Objective):
             self.refresh()
         self.rows = self.buffer.draw(self.batch_size, step_generator(self.seed, _ROWS, step))
         self.share, self.used = ranks.share(self.batch_size), 0
+        mine = self.rows[self.share]
+        self.x, self.old_log_q = self.buffer.x[mine].to(self.flow.like), self.buffer.log_q[mine]
 
     def refresh(self) -> None:
         """Adds the samples of an annealing run to the buffer, or of several runs until it has `buffer_min` rows."""
@@ -183,7 +187,7 @@ class WeightedForwardKL(Objective):
 
     def rows_to_check(self, x: Tensor) -> Tensor:
         """Returns as many rows of the buffer as the batch x has rows: the first rows of the last step."""
-        return self.buffer.x[self.rows[self.share][: len(x)]].to(self.flow.like)
+        return self.x[: len(x)]
 
     def forward(
         self,
@@ -197,15 +201,12 @@ class WeightedForwardKL(Objective):
         The terms are cross_entropy, the loss without penalties; ais_ess, the effective sample size of the last
         annealing run as a share of its samples; and penalties.
         """
-        positions = torch.arange(self.share.start, self.share.stop)[self.used : self.used + len(x)]
-        self.used += len(x)
-        rows = self.rows[positions.to(self.rows.device)]
-        log_q, _, integrals = self.flow.density_pass(
-            self.buffer.x[rows].to(self.flow.like), None, self.regularizer.options(options)
-        )
+        part = slice(self.used, self.used + len(x))
+        self.used = part.stop
+        log_q, _, integrals = self.flow.density_pass(self.x[part], None, self.regularizer.options(options))
         with torch.no_grad():
-            correction = (self.power * (self.buffer.log_q[rows] - log_q)).clamp(max=math.log(self.clip)).exp()
-            self._remember(positions, log_q)
+            correction = (self.power * (self.old_log_q[part] - log_q)).clamp(max=math.log(self.clip)).exp()
+            self._remember(slice(self.share.start + part.start, self.share.start + part.stop), log_q)
         cross_entropy = -weighted_mean(log_q, correction)
         penalties = {
             name: torch.stack([q[:, i].mean() for q in integrals]).sum()
@@ -214,13 +215,13 @@ class WeightedForwardKL(Objective):
         loss, penalties = self.regularized(cross_entropy, penalties)
         return loss, {"cross_entropy": cross_entropy, "ais_ess": self.effective.to(loss), **penalties}
 
-    def _remember(self, positions: Tensor, log_q: Tensor) -> None:
+    def _remember(self, part: slice, log_q: Tensor) -> None:
         """Keeps log q of rows of the step until `settle` corrects their weights."""
         if self.new_log_q is None:
             self.new_log_q = self.flow.like.new_zeros(2, self.batch_size)
         finite = log_q.isfinite()
-        self.new_log_q[0, positions] = finite.to(log_q)
-        self.new_log_q[1, positions] = torch.where(finite, log_q, 0.0)
+        self.new_log_q[0, part] = finite.to(log_q)
+        self.new_log_q[1, part] = torch.where(finite, log_q, 0.0)
 
     def settle(self) -> None:
         """Corrects the weights of the rows of the last step, for log q of that step. All ranks call this method."""

@@ -49,6 +49,7 @@ def test_gradient_agrees_with_finite_differences(name: str) -> None:
     objective.begin(0)
     # log q of the buffer belongs to another flow, so that corrections are not 1
     objective.buffer.log_q += 0.5 * torch.randn_like(objective.buffer.log_q)
+    objective.begin(1)
     x, old = objective.buffer.x[objective.rows].double(), objective.buffer.log_q[objective.rows].double()
     loss, terms = objective(torch.zeros(32, 2))
     parts = torch.autograd.grad(loss, list(flow.parameters()), allow_unused=True, materialize_grads=True)
