@@ -50,9 +50,13 @@ class Batches:
         own = (ranks.rank(),) if ranks.rank() else ()
         return step_generator(self.seed, STEP_STREAM, step, *own).initial_seed()
 
-    def of(self, step: int) -> Batch:
-        """Returns this rank's rows of the batch of a step."""
-        return Batch(*self.draw(step, self.size, self.share), self.seed_of(step))
+    def of(self, step: int, seed: int | None = None) -> Batch:
+        """Returns this rank's rows of the batch of a step.
+
+        Args:
+            seed: `seed_of(step)`. None: it is computed.
+        """
+        return Batch(*self.draw(step, self.size, self.share), self.seed_of(step) if seed is None else seed)
 
     def draw(self, step: int, size: int, share: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns the rows in the slice `share` of a batch of `size` rows, their context and their weights.

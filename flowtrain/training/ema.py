@@ -28,6 +28,8 @@ class Ema:
         # buffers outside the state_dict, such as masks, are constant and not averaged
         self._saved = set(module.state_dict())
         self.shadow = {name: p.detach().clone() for name, p in self._averaged()}
+        # searching the parameters of a module takes longer than the update
+        self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -41,8 +43,9 @@ class Ema:
         """Updates the average with the current weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [p.detach() for _, p in self._averaged()]
-        torch._foreach_lerp_(list(self.shadow.values()), weights, 1 - decay)
+        if self._pairs is None:
+            self._pairs = list(self.shadow.values()), [p for _, p in self._averaged()]
+        torch._foreach_lerp_(*self._pairs, 1 - decay)
 
     def _averaged(self) -> Iterator[tuple[str, Tensor]]:
         pairs = self.module.named_buffers()
@@ -59,6 +62,7 @@ class Ema:
             self._swap()
 
     def _swap(self) -> None:
+        self._pairs = None
         for name, p in self._averaged():
             p.data, self.shadow[name] = self.shadow[name], p.data
 

@@ -12,6 +12,7 @@ from flowtrain.bijections.scale import BatchNorm
 from flowtrain.flow import Flow
 from flowtrain.objectives.base import Objective
 from flowtrain.ode import AS_CONFIGURED, SolveOptions
+from flowtrain.training.adam import Adam
 from flowtrain.training.batches import Batch
 from flowtrain.training.ema import Ema
 from flowtrain.training.resume_validation import moments
@@ -41,8 +42,8 @@ class TrainState:
 
     def __init__(self, objective: Objective, flow: Flow, settings: Settings, schedule_clock: ScheduleClock) -> None:
         self.objective, self.flow, self.settings, self.schedule_clock = objective, flow, settings, schedule_clock
-        kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-        self.optimizer = kind(flow.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+        decoupled = settings.optimizer == "adamw"
+        self.optimizer = Adam(list(flow.parameters()), settings.lr, settings.weight_decay, decoupled)
         self.solves_from = objective.likelihood_from
         self.lr = LearningRate(settings, self.solves_from or 0)
         self.tied = flow.solver is not None and flow.solver.warmup is None and settings.lr_decay == "plateau"
@@ -85,7 +86,7 @@ class TrainState:
 
     def apply(self) -> None:
         """Updates the weights and their average. The running statistics of rank 0 are copied to all ranks."""
-        self.optimizer.step()
+        self.optimizer.update()
         ranks.broadcast(self.running)
         if self.ema is not None:
             self.ema.update()

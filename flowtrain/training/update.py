@@ -20,7 +20,7 @@ from flowtrain.training.train_state import TrainState
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import FlowtrainError, NonFiniteError
 from flowtrain.utils.precision import narrowed, training_step
-from flowtrain.utils.process import seeded
+from flowtrain.utils.process import seed_generators, seeded
 
 # number of places for the loss and its terms in the summed tensor. It is fixed, because a rank whose step failed must
 # send a tensor of the same size
@@ -48,7 +48,7 @@ def average_gradients(
     """
     trained = [p for p in parameters if p.requires_grad]
     if ranks.size() == 1:
-        return nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]), dict(terms)
+        return total_norm([p.grad for p in trained if p.grad is not None]), dict(terms)
     pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     slots = pieces[0].new_full((AVERAGING_SLOTS,), 0.0 if terms else torch.nan)
     for i, term in enumerate(terms.values()):
@@ -75,6 +75,15 @@ def average_gradients(
             # in the memory layout of the parameter, because a fused optimizer iterates over both in memory order
             p.grad = torch.empty_like(p).copy_(piece.view_as(p)) if has else None
     return norm, found
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Returns the Euclidean norm of all gradients together."""
+    if len({(g.dtype, g.device) for g in gradients}) != 1:
+        return nn.utils.get_total_norm(gradients)
+    # for many small tensors, one copy and one norm are faster than a norm of each tensor
+    norm: Tensor = torch.linalg.vector_norm(torch._utils._flatten_dense_tensors(gradients))  # type: ignore[no-untyped-call]
+    return norm
 
 
 NFE = ("nfe_forward", "nfe_backward")
@@ -111,6 +120,8 @@ class Update:
         self.objective, self.train_state, self.batches = objective, train_state, batches
         self.settings, self.run_dir = settings, run_dir
         self.flow, self.device = train_state.flow, batches.device
+        # searching them takes longer than using them
+        self.parameters, self.modules = list(self.flow.parameters()), list(objective.modules())
 
     def take(self, step: int, lr: float) -> tuple[Row, Batch]:
         """Makes one update, after a check that loss and gradients are finite.
@@ -125,8 +136,9 @@ class Update:
             FlowtrainError: a loss, gradient or solve failed on any rank. The weights were not changed.
         """
         begun = time.perf_counter()
-        torch.manual_seed(self.batches.seed_of(step))
-        batch = self.batches.of(step)
+        seed = self.batches.seed_of(step)
+        seed_generators(seed, self.device)
+        batch = self.batches.of(step, seed)
         self.train_state.set_rate(lr)
         restore = self.train_state.keep_running()
         attempt = self.attempt(step, batch)
@@ -136,8 +148,9 @@ class Update:
         if attempt.failure is not None or not math.isfinite(grad_norm) or not math.isfinite(found["loss"]):
             restore()
             raise self.diagnose_failure(step, batch, attempt)
-        if self.settings.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.flow.parameters(), self.settings.clip_norm, norm)
+        if self.settings.clip_norm is not None and grad_norm > 0.99 * self.settings.clip_norm:
+            # multiplies by min(1, clip_norm / norm), so smaller gradients would not change
+            nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
         self.train_state.apply()
         nfe = {name: found.pop(name, n) for name, n in attempt.nfe.items()}
         del found["loss"]
@@ -156,7 +169,8 @@ class Update:
     def attempt(self, step: int, batch: Batch) -> Attempt:
         """Computes loss and gradients of this rank's rows. An error is returned, because all ranks must exchange it."""
         attempt, s = Attempt(), self.settings
-        self.objective.train()
+        if not all(module.training for module in self.modules):
+            self.objective.train()
         if s.compile:
             # allows CUDA graphs to overwrite the tensors of the previous step
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
@@ -197,7 +211,7 @@ class Update:
         terms = dict(attempt.terms)
         if terms and ranks.size() > 1:
             terms |= {name: terms["loss"].new_tensor(n, dtype=torch.float32) for name, n in attempt.nfe.items()}
-        return average_gradients(list(self.flow.parameters()), terms, self.batches.weight)
+        return average_gradients(self.parameters, terms, self.batches.weight)
 
     def diagnose_failure(self, step: int, batch: Batch, attempt: Attempt) -> FlowtrainError:
         """Returns an error that says on which rank a step failed and why, the same on all ranks. Saves the batch."""

@@ -1,0 +1,86 @@
+"""Adam and AdamW with less overhead per step than in torch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
+class Adam(torch.optim.Adam):
+    """`torch.optim.Adam` with the fused kernel, for a single group of parameters.
+
+    A step of torch collects the tensors of all parameters again, and adds 1 to a step count of each parameter. For 144
+    small parameters this takes six times as long as the update. Here the tensors are collected once, and parameters
+    with the same step count share the tensor of the count. The values are the same to the last bit.
+
+    Args:
+        parameters: the parameters.
+        lr: the learning rate.
+        weight_decay: the weight decay.
+        decoupled: whether the weight decay is decoupled from the gradient, as in `torch.optim.AdamW`.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float, decoupled: bool) -> None:
+        super().__init__(parameters, lr=lr, weight_decay=weight_decay, fused=True, decoupled_weight_decay=decoupled)
+        self._kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        # the tensors of the parameters that have a gradient, which parameters these are, and their step counts
+        self._lists: Lists | None = None
+        self._trained: list[bool] = []
+        self._counts: list[Tensor] = []
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Updates the parameters that have a gradient, as `step`. Hooks of `step` are not called."""
+        group = self.param_groups[0]
+        found = [p.grad for p in group["params"]]
+        trained = [g is not None for g in found]
+        if self._lists is None or not self.state or trained != self._trained:
+            self._separate()
+            self.step()
+            self._collect(trained)
+            return
+        torch._foreach_add_(self._counts, 1)
+        parameters, averages, squares, steps = self._lists
+        beta1, beta2 = group["betas"]
+        self._kernel(
+            parameters,
+            [g for g in found if g is not None],
+            averages,
+            squares,
+            [],
+            steps,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Sets all gradients to None."""
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        self._lists = None
+
+    def _separate(self) -> None:
+        """Gives each parameter a step count of its own, as torch expects."""
+        for state in self.state.values():
+            state["step"] = state["step"].clone()
+
+    def _collect(self, trained: list[bool]) -> None:
+        """Collects the tensors of the parameters that have a gradient. Equal step counts become one tensor."""
+        parameters: list[Tensor] = [p for p, has in zip(self.param_groups[0]["params"], trained, strict=True) if has]
+        states = [self.state[p] for p in parameters]
+        shared: dict[tuple[float, torch.device], Tensor] = {}
+        for state in states:
+            count = state["step"]
+            state["step"] = shared.setdefault((float(count), count.device), count)
+        self._lists = parameters, *([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "step"))  # type: ignore[assignment]
+        self._trained, self._counts = trained, list(shared.values())
