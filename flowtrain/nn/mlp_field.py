@@ -279,7 +279,10 @@ class TimedLinear(TimedLayer):
         """Returns gate and shift, each (*t.shape, n_out). A gate of None means 1."""
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        gate, shift = self.modulation(t)
+        return self.modulated(x, *self.modulation(t))
+
+    def modulated(self, x: Tensor, gate: Tensor | None, shift: Tensor) -> Tensor:
+        """Returns y for the results of `modulation`."""
         y: Tensor = self.linear(x)
         return y + shift if gate is None else torch.addcmul(shift, y, gate)
 
@@ -335,6 +338,10 @@ class TimeEmbedding(TimedLinear, TimeEmbedded):
     def modulation(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.gate_and_offset(t)
 
+    def with_waves(self, t: Tensor, x: Tensor, waves: Tensor) -> Tensor:
+        """Returns y(t, x) for `waves(t)`, which all layers share."""
+        return self.modulated(x, *self.gate_and_offset(t, waves))
+
 
 LAYERS: dict[str, type[TimedLinear]] = {
     "concatsquash": ConcatSquash,
@@ -376,6 +383,18 @@ class MLPField(LayeredField[TimedLinear]):
         super().__init__(layers, activation, sizes[1], classes)
         if init_scale is not None:
             spread_units(layers[0].linear, number("model.init_scale", init_scale))
+
+    def forward(self, t: Tensor, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        first, *layers = self.layers
+        if not isinstance(first, TimeEmbedding):
+            return super().forward(t, x, shift)
+        waves = first.waves(t)
+        x = first.with_waves(t, x, waves)
+        x = x if shift is None else x + shift
+        for layer in layers:
+            assert isinstance(layer, TimeEmbedding)
+            x = layer.with_waves(t, self.activation(x), waves)
+        return x
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self.can_use_kernels(t, x):

@@ -233,10 +233,15 @@ class TimeEmbedded(TimedLayer):
 
     frequencies: Tensor
 
-    def gate_and_offset(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns gate and offset, each (*t.shape, n_out)."""
+    def waves(self, t: Tensor) -> Tensor:
+        """Returns sin 2 pi k t and cos 2 pi k t, (*t.shape, 8)."""
         angles = t.unsqueeze(-1) * self.frequencies
-        gate, offset = self.modulate(F.silu(self.embed(torch.cat([angles.sin(), angles.cos()], -1)))).chunk(2, -1)
+        return torch.cat([angles.sin(), angles.cos()], -1)
+
+    def gate_and_offset(self, t: Tensor, waves: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns gate and offset, each (*t.shape, n_out). `waves` is `waves(t)`, which is computed if it is None."""
+        waves = self.waves(t) if waves is None else waves
+        gate, offset = self.modulate(F.silu(self.embed(waves))).chunk(2, -1)
         return 1 + gate, offset
 
 
