@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.conditioned_gradient import Conditioned
 from flowtrain.bijections.coupling import conditioned, conditioner_inputs
 from flowtrain.bijections.elementwise import Elementwise, ScaleShift
 from flowtrain.nn.conditioners import zero
 from flowtrain.nn.residual_mlp import MaskedLinear
 
 
-class Autoregressive(Bijection):
+class Autoregressive(Conditioned):
     """An autoregressive map of vectors, x_i = f(z_i; theta_i(x)), where theta_i depends only on smaller groups.
 
     The log-determinant is sum_i log f'(z_i). The direction from data to base, which log p(x) uses, needs one evaluation
@@ -62,7 +62,21 @@ class Autoregressive(Bijection):
         self.linear = zero(MaskedLinear(real, real - 1, bias=False)) if bounded else None
 
     groups: Tensor
-    linear: nn.Module | None
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+    def join(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return b
+
+    def gradient_of_split(self, g: Tensor, of_a: Tensor, of_b: Tensor) -> Tensor:
+        return of_a + of_b
+
+    def gradient_of_join(self, g: Tensor) -> Tensor:
+        return g
+
+    def has_angles(self) -> bool:
+        return self.n_circular > 0
 
     def theta(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Returns the parameters of f. Under autocast the output of the conditioner is converted to the dtype of x."""
@@ -78,6 +92,8 @@ class Autoregressive(Bijection):
         return F.pad(found, (0, m)) if m else found
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if (found := self.by_hand(x, context)) is not None:
+            return found
         term = self.linear_term(x)
         y = x if term is None else x - term.to(x.dtype)
         z, log_slope = self.transform.to_base(y, self.theta(x, context))

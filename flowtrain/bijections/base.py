@@ -247,6 +247,15 @@ def elements_per_channel(x: Tensor) -> int:
     return math.prod(x.shape[2:])
 
 
+def take(x: Tensor, channels: Tensor) -> Tensor:
+    """Returns x[:, channels] for x (B, C, ...). Vectors are returned in column-major order.
+
+    Bijections of vectors keep x in column-major order. A part of the columns is then contiguous, and elementwise
+    operations on it are several times faster.
+    """
+    return x.T.index_select(0, channels).T if x.dim() == 2 else x[:, channels]
+
+
 def per_channel(v: Tensor, x: Tensor) -> Tensor:
     """Reshapes v (C,) so that it broadcasts along the channels of x (B, C, ...)."""
     return v.view(-1, *(1,) * (x.dim() - 2))

@@ -1,17 +1,16 @@
 """Couplings: one part of the dimensions determines the map of the other part (Dinh et al. 2017, Real NVP, eq. 7-8)."""
 
-from abc import abstractmethod
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.base import take
+from flowtrain.bijections.conditioned_gradient import Conditioned
 from flowtrain.bijections.elementwise import Elementwise, ScaleShift
 from flowtrain.nn.conditioners import zero
 
 
-class Coupling(Bijection):
+class Coupling(Conditioned):
     """A coupling, x_a = z_a and x_b = f(z_b; theta(z_a)) elementwise, with log-determinant sum_b log f'(z_b).
 
     Part a is unchanged, and it determines the map of part b. Subclasses define the parts. By default f is
@@ -55,15 +54,8 @@ class Coupling(Bijection):
             # torch warns about layers without inputs or outputs
             self.linear = zero(nn.Linear(n_in, n_out, bias=False)) if n_in and n_out else None
 
-    linear: nn.Module | None
-
-    @abstractmethod
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Splits x (B, C, ...) into a and b, each (B, n, ...)."""
-
-    @abstractmethod
-    def join(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Returns x (B, C, ...) with the new part `b`."""
+    def has_angles(self) -> bool:
+        return any(self.n_circular)
 
     def theta(self, a: Tensor, context: Tensor | None) -> Tensor:
         """Returns the parameters of f. Under autocast the output of the conditioner is converted to the dtype of a."""
@@ -90,6 +82,8 @@ class Coupling(Bijection):
         return self.join(z, a, b), self.of_b(log_slope).flatten(1).sum(1)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if (found := self.by_hand(x, context)) is not None:
+            return found
         a, b = self.split(x)
         if (term := self.linear_term(a)) is not None:
             b = b - term.to(b.dtype)
@@ -154,10 +148,16 @@ class IndexCoupling(Coupling):
     changed: Tensor
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x[:, self.kept], x[:, self.changed]
+        return take(x, self.kept), take(x, self.changed)
 
     def join(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return x.index_copy(1, self.changed, b)
+        return x.T.index_copy(0, self.changed, b.T).T
+
+    def gradient_of_split(self, g: Tensor, of_a: Tensor, of_b: Tensor) -> Tensor:
+        return g.T.index_copy(0, self.changed, of_b.T).index_add_(0, self.kept, of_a.T).T
+
+    def gradient_of_join(self, g: Tensor) -> Tensor:
+        return take(g, self.changed)
 
 
 class HalfCoupling(Coupling):
@@ -198,7 +198,12 @@ class HalfCoupling(Coupling):
         return (second, first) if self.swap else (first, second)
 
     def join(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat([b, a] if self.swap else [a, b], 1)
+        parts = [b, a] if self.swap else [a, b]
+        # in column-major order, see `take`
+        return torch.cat([part.T for part in parts]).T if x.dim() == 2 else torch.cat(parts, 1)
+
+    def gradient_of_split(self, g: Tensor, of_a: Tensor, of_b: Tensor) -> Tensor:
+        return self.join(g, self.split(g)[0] + of_a, of_b)
 
 
 class CheckerboardCoupling(Coupling):

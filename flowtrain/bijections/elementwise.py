@@ -1,6 +1,7 @@
 """Monotone elementwise maps with parameters from a network, as used in couplings."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,25 @@ class Elementwise(Recorded, nn.Module, ABC):
     """
 
     size: int
+    # whether the class has `columns_to_base` and `columns_gradient`
+    has_gradient = False
+
+    def columns_to_base(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Computes `to_base` for vectors without autograd.
+
+        Returns (z, log dz/dx, tensors for `columns_gradient`) for contiguous x (n, B) and theta (size * n, B).
+        """
+        raise NotImplementedError
+
+    def columns_gradient(self, kept: Sequence[Tensor], g_z: Tensor, g_log: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the gradients of x (n, B) and theta (size * n, B).
+
+        Args:
+            kept: tensors of `columns_to_base`.
+            g_z: the gradient of z, (n, B).
+            g_log: the gradient of the sum of log dz/dx over the elements, (B,).
+        """
+        raise NotImplementedError
 
     def owners(self, n: int) -> Tensor:
         """Returns the index of the element that each number in theta belongs to, for n elements, int64 on the CPU.
@@ -48,6 +68,7 @@ class ScaleShift(Elementwise):
     """
 
     size = 2
+    has_gradient = True
 
     def __init__(self, cap: float = 2.0) -> None:
         super().__init__()
@@ -65,3 +86,22 @@ class ScaleShift(Elementwise):
     def to_base(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         s, m = self.scale_and_shift(theta)
         return (x - m) * (-s).exp(), -s
+
+    def columns_to_base(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        raw, shift = theta.chunk(2)
+        tanh = (raw / self.cap).tanh_()
+        log_slope = tanh * -self.cap
+        slope = log_slope.exp()
+        z = (x - shift).mul_(slope)
+        return z, log_slope, (tanh, slope, z)
+
+    def columns_gradient(self, kept: Sequence[Tensor], g_z: Tensor, g_log: Tensor) -> tuple[Tensor, Tensor]:
+        tanh, slope, z = kept
+        n = len(z)
+        g_theta = z.new_empty(2 * n, *z.shape[1:])
+        g_x = g_z * slope
+        torch.neg(g_x, out=g_theta[n:])
+        # dz/ds = -z and d log(dz/dx)/ds = -1
+        g_s = (g_z * z).add_(g_log).neg_()
+        torch.mul(g_s, 1 - tanh.square(), out=g_theta[:n])
+        return g_x, g_theta

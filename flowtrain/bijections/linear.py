@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, Chain, check_sample, elements_per_channel, initialized, varies
+from flowtrain.bijections.base import Bijection, Chain, check_sample, elements_per_channel, initialized, take, varies
 from flowtrain.bijections.columns import OnColumns
 from flowtrain.nn.conditioners import embedded, with_context
 from flowtrain.utils.errors import DataError, FlowtrainError
@@ -299,8 +299,8 @@ class InvertibleLinear(Bijection):
 
 
 def channel_map(weight: Tensor, x: Tensor) -> Tensor:
-    """Multiplies the channels of x (B, C, ...) by W at every pixel."""
-    return torch.matmul(weight, x.flatten(2)).view_as(x) if x.dim() > 2 else x @ weight.T
+    """Multiplies the channels of x (B, C, ...) by W at every pixel. Vectors are returned in column-major order."""
+    return torch.matmul(weight, x.flatten(2)).view_as(x) if x.dim() > 2 else (weight @ x.T).T
 
 
 class GaussianStart(Bijection):
@@ -477,7 +477,7 @@ class Permutation(Bijection):
     back: Tensor
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return z[:, self.order], z.new_zeros(z.shape[0])
+        return take(z, self.order), z.new_zeros(z.shape[0])
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return x[:, self.back], x.new_zeros(x.shape[0])
+        return take(x, self.back), x.new_zeros(x.shape[0])

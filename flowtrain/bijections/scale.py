@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 
 from flowtrain.bijections.base import Bijection, check_sample, elements_per_channel, per_channel, var_mean, varies
 from flowtrain.utils.arguments import shape_of
+from flowtrain.utils.autograd import needs_autograd, transforms_active
 from flowtrain.utils.errors import DataError
 
 # the smallest standard deviation that ActNorm divides a channel by
@@ -39,16 +42,17 @@ class ActNorm(Bijection):
         return torch.addcmul(self.over(self.shift, z), z, self.over(self.log_scale.exp(), z)), self.log_det(z)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return (x - self.over(self.shift, x)) * self.over((-self.log_scale).exp(), x), -self.log_det(x)
+        if needs_autograd(x) or x.dtype != self.shift.dtype:
+            return (x - self.over(self.shift, x)) * self.over((-self.log_scale).exp(), x), -self.log_det(x)
+        return _Normalize.apply(x, self.shift, self.log_scale)  # type: ignore[no-untyped-call,no-any-return]
 
     def log_det(self, x: Tensor) -> Tensor:
         """Returns log|det dx/dz| for each row of x, (B,)."""
-        shared = math.prod(x.shape[1:]) // self.log_scale.numel()
-        return (shared * self.log_scale.sum()).expand(x.shape[0])
+        return (_shared(self.log_scale, x) * self.log_scale.sum()).expand(x.shape[0])
 
     def over(self, v: Tensor, x: Tensor) -> Tensor:
         """Reshapes a parameter, (C,) or (C, H, W), so that it broadcasts over x (B, C, ...)."""
-        return per_channel(v, x) if v.dim() == 1 else v
+        return _over(v, x)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
@@ -59,6 +63,54 @@ class ActNorm(Bijection):
         self.shift.copy_(mean)
         self.log_scale.copy_(std.clamp_min(LEAST).log().where(varies(std, self.shift), 0))
         return self.map_inverse(x, context)
+
+
+class _Normalize(torch.autograd.Function):
+    """`ActNorm.inverse` as one operation of autograd, whose gradient needs half of the time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        factor = _over((-log_scale).exp_(), x)
+        z = (x - _over(shift, x)).mul_(factor)
+        ctx.save_for_backward(x, shift, log_scale, factor, z)
+        return z, (-_shared(log_scale, x) * log_scale.sum()).expand(len(x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_log: Tensor) -> tuple[Tensor | None, ...]:
+        x, shift, log_scale, factor, z = ctx.saved_tensors
+        batched = any(_functorch.is_legacy_batchedtensor(g) for g in (grad, grad_log))
+        if torch.is_grad_enabled() or batched or transforms_active():
+            return _Normalize.by_autograd(ctx, x, shift, log_scale, grad, grad_log)
+        shared = (0, *range(2, x.dim())) if shift.dim() == 1 else (0,)
+        g_x = grad * factor
+        g_scale = (grad * z).sum(shared).add_(grad_log.sum(), alpha=_shared(log_scale, x)).neg_()
+        return g_x, g_x.sum(shared).neg_(), g_scale
+
+    @staticmethod
+    def by_autograd(
+        ctx: Any, x: Tensor, shift: Tensor, log_scale: Tensor, grad: Tensor, grad_log: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Computes the gradient by operations that autograd can differentiate and vmap can batch."""
+        needed = ctx.needs_input_grad
+        with torch.enable_grad():
+            z = (x - _over(shift, x)) * _over((-log_scale).exp(), x)
+            log_det = (-_shared(log_scale, x) * log_scale.sum()).expand(len(x))
+            wanted = [v for v, n in zip((x, shift, log_scale), needed, strict=True) if n]
+            # without log_scale, log_det is a constant
+            answers = [(z, grad), (log_det, grad_log)][: 1 + needed[2]]
+            outputs, grads = zip(*answers, strict=True)
+            given = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
+        return tuple(next(given) if n else None for n in needed)
+
+
+def _over(v: Tensor, x: Tensor) -> Tensor:
+    """Reshapes a parameter, (C,) or (C, H, W), so that it broadcasts over x (B, C, ...)."""
+    return per_channel(v, x) if v.dim() == 1 else v
+
+
+def _shared(v: Tensor, x: Tensor) -> int:
+    """Returns the number of elements of a row of x (B, C, ...) for each element of the parameter v."""
+    return math.prod(x.shape[1:]) // v.numel()
 
 
 class BatchNorm(Bijection):

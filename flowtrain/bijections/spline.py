@@ -1,6 +1,7 @@
 """Monotone rational-quadratic splines (Durkan et al. 2019, Neural Spline Flows)."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,8 @@ class Spline(Elementwise):
         >>> round(x.item(), 4), abs(float(log_slope + back)) < 1e-4
         (0.5, True)
     """
+
+    has_gradient = True
 
     def __init__(self, bins: int = 8, bound: float = 5.0, least_slope: float = 1e-3) -> None:
         super().__init__()
@@ -92,6 +95,18 @@ class Spline(Elementwise):
         log_slope = torch.where(inside, log_slope, torch.zeros_like(log_slope))
         return (x.T, log_slope.T) if z.dim() == 2 else (x, log_slope)
 
+    def columns_to_base(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        theta = theta.view(self.n_numbers, *x.shape)
+        z, log_slope, kept = _values(self, x, theta)
+        return z, log_slope, (theta, *kept)
+
+    def columns_gradient(self, kept: Sequence[Tensor], g_z: Tensor, g_log: Tensor) -> tuple[Tensor, Tensor]:
+        theta, *kept = kept
+        g_x, g_theta = _gradients(self, theta, kept, g_z, g_log)
+        assert g_x is not None
+        assert g_theta is not None
+        return g_x, g_theta.flatten(0, 1)
+
     def first_axis(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Returns y and theta (n_numbers, *y.shape).
 
@@ -99,7 +114,7 @@ class Spline(Elementwise):
         (n, B). If theta is stored in column-major order, as by `ResidualMLP`, no copy is needed.
         """
         if x.dim() == 2:
-            return x.T, theta.T.reshape(self.n_numbers, *x.T.shape).contiguous()
+            return x.T.contiguous(), theta.T.reshape(self.n_numbers, *x.T.shape).contiguous()
         return x, theta.reshape(x.shape[0], self.n_numbers, *x.shape[1:]).movedim(1, 0).contiguous()
 
     def at_knots(self, inner: Tensor) -> Tensor:
@@ -210,54 +225,19 @@ class _ToBase(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, theta: Tensor, spline: Spline) -> tuple[Tensor, Tensor]:
-        inside = (x.abs() <= spline.bound).to(x.dtype)
-        found = spline.bin_of(x.clamp(-spline.bound, spline.bound), theta, axis=0)
-        # rounding may put x outside of its bin
-        t = (found.offset / found.width).clamp_(0, 1)
-        v = 1 - t
-        u = t * v
-        denominator = torch.addcmul(found.chord, found.bend, u)
-        ratio = (found.left * u).addcmul_(found.chord, t.square()).div_(denominator)
-        slopes = (found.chord * u).mul_(2).addcmul_(found.right, t.square()).addcmul_(found.left, v.square())
-        z = torch.addcmul(found.z, found.height, ratio)
-        log_slope = (slopes * (found.chord / denominator).square_()).log_().mul_(inside)
+        z, log_slope, kept = _values(spline, x, theta)
         ctx.spline = spline
-        ctx.save_for_backward(
-            x, theta, inside, t, u, v, denominator, ratio, slopes, found.width, found.height, found.left, found.right,
-            found.chord, found.bend, found.ends, found.sums, found.slopes, found.kept_slope, found.share, found.kept,
-        )  # fmt: skip
-        return torch.where(inside.bool(), z, x), log_slope
+        ctx.save_for_backward(x, theta, *kept)
+        return z, log_slope
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, grad_log: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         batched = any(_functorch.is_legacy_batchedtensor(g) for g in (grad_z, grad_log))
         if torch.is_grad_enabled() or batched or _transformed():
             return _ToBase.by_autograd(ctx, grad_z, grad_log)
-        spline: Spline = ctx.spline
-        _, theta, inside, t, u, v, denominator, ratio, slopes, width, height, left, right, *rest = ctx.saved_tensors
-        chord, bend, ends, sums, end_slopes, kept_slope, *whole = rest
-        gz, gl = grad_z * inside, grad_log * inside
-        # gradients of the numerator of `ratio`, of its denominator, and of `slopes`
-        g_top = gz * height / denominator
-        g_bottom = (gl / denominator).mul_(-2).addcmul_(g_top, ratio, value=-1)
-        g_slopes = gl / slopes
-        t2 = t.square()
-        g_left = ((g_top + g_bottom) * u).addcmul_(g_slopes, v.square())
-        g_right = (g_bottom * u).addcmul_(g_slopes, t2)
-        g_chord = (gl / chord).mul_(2).add_(g_bottom).addcmul_(g_top, t2).addcmul_(u, g_slopes - g_bottom, value=2)
-        g_u = (g_bottom * bend).addcmul_(g_top, left).addcmul_(chord, g_slopes, value=2)
-        g_t = (g_u * (v - t)).addcmul_(t, (g_top * chord).addcmul_(right, g_slopes), value=2)
-        g_t.addcmul_(v * left, g_slopes, value=-2)
-        g_x = g_t / width
-        grad_x = torch.addcmul(g_x, grad_z, 1 - inside) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return grad_x, None, None
-        g_width = (g_chord * chord).addcmul_(g_t, t).div_(width).neg_()
-        g_height = (gz * ratio).addcdiv_(g_chord, width)
-        # the shares before the bin determine its corner, and its own share determines its size
-        moved = torch.stack([-g_x, gz, g_width, g_height]).mul_(2 * spline.bound)
-        slope = torch.stack([g_left, g_right]).mul_(end_slopes).mul_(kept_slope.square())
-        return grad_x, _gradient_of_theta(spline, theta, ends, sums, moved[:2], moved[2:], slope, *whole), None
+        _, theta, *kept = ctx.saved_tensors
+        grad_x, grad_theta = _gradients(ctx.spline, theta, kept, grad_z, grad_log, *ctx.needs_input_grad[:2])
+        return grad_x, grad_theta, None
 
     @staticmethod
     def by_autograd(ctx: Any, grad_z: Tensor, grad_log: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -270,6 +250,62 @@ class _ToBase(torch.autograd.Function):
             found = iter(torch.autograd.grad(answer, given, [grad_z, grad_log], create_graph=True))
         x, theta = (next(found) if needed else None for needed in wanted)
         return x, theta, None
+
+
+def _values(spline: Spline, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Returns z, log dz/dx and tensors for `_gradients`. theta is (n_numbers, *x.shape)."""
+    inside = (x.abs() <= spline.bound).to(x.dtype)
+    found = spline.bin_of(x.clamp(-spline.bound, spline.bound), theta, axis=0)
+    # rounding may put x outside of its bin
+    t = (found.offset / found.width).clamp_(0, 1)
+    v = 1 - t
+    u = t * v
+    denominator = torch.addcmul(found.chord, found.bend, u)
+    ratio = (found.left * u).addcmul_(found.chord, t.square()).div_(denominator)
+    slopes = (found.chord * u).mul_(2).addcmul_(found.right, t.square()).addcmul_(found.left, v.square())
+    z = torch.addcmul(found.z, found.height, ratio)
+    log_slope = (slopes * (found.chord / denominator).square_()).log_().mul_(inside)
+    kept = (
+        inside, t, u, v, denominator, ratio, slopes, found.width, found.height, found.left, found.right,
+        found.chord, found.bend, found.ends, found.sums, found.slopes, found.kept_slope, found.share, found.kept,
+    )  # fmt: skip
+    return torch.where(inside.bool(), z, x), log_slope, kept
+
+
+def _gradients(
+    spline: Spline,
+    theta: Tensor,
+    kept: Sequence[Tensor],
+    grad_z: Tensor,
+    grad_log: Tensor,
+    of_x: bool = True,
+    of_theta: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the gradients of x and theta, or None if `of_x` or `of_theta` is false."""
+    inside, t, u, v, denominator, ratio, slopes, width, height, left, right, *rest = kept
+    chord, bend, ends, sums, end_slopes, kept_slope, *whole = rest
+    gz, gl = grad_z * inside, grad_log * inside
+    # gradients of the numerator of `ratio`, of its denominator, and of `slopes`
+    g_top = gz * height / denominator
+    g_bottom = (gl / denominator).mul_(-2).addcmul_(g_top, ratio, value=-1)
+    g_slopes = gl / slopes
+    t2 = t.square()
+    g_left = ((g_top + g_bottom) * u).addcmul_(g_slopes, v.square())
+    g_right = (g_bottom * u).addcmul_(g_slopes, t2)
+    g_chord = (gl / chord).mul_(2).add_(g_bottom).addcmul_(g_top, t2).addcmul_(u, g_slopes - g_bottom, value=2)
+    g_u = (g_bottom * bend).addcmul_(g_top, left).addcmul_(chord, g_slopes, value=2)
+    g_t = (g_u * (v - t)).addcmul_(t, (g_top * chord).addcmul_(right, g_slopes), value=2)
+    g_t.addcmul_(v * left, g_slopes, value=-2)
+    g_x = g_t / width
+    grad_x = torch.addcmul(g_x, grad_z, 1 - inside) if of_x else None
+    if not of_theta:
+        return grad_x, None
+    g_width = (g_chord * chord).addcmul_(g_t, t).div_(width).neg_()
+    g_height = (gz * ratio).addcdiv_(g_chord, width)
+    # the shares before the bin determine its corner, and its own share determines its size
+    moved = torch.stack([-g_x, gz, g_width, g_height]).mul_(2 * spline.bound)
+    slope = torch.stack([g_left, g_right]).mul_(end_slopes).mul_(kept_slope.square())
+    return grad_x, _gradient_of_theta(spline, theta, ends, sums, moved[:2], moved[2:], slope, *whole)
 
 
 def _gradient_of_theta(

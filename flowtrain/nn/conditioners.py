@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowtrain.utils.autograd import transforms_active
+from flowtrain.nn.column_networks import ColumnFunction, Layer, Plain, in_turn, is_hooked
+from flowtrain.utils.autograd import needs_autograd, transforms_active
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.recorded import Recorded
 
@@ -35,6 +36,10 @@ class MLP(Recorded, nn.Sequential):
         dropout: probability of dropping a hidden unit in training.
     """
 
+    network = Plain
+    # the number of factors of dropout that `network` needs
+    n_drops = 0
+
     def __init__(
         self,
         n_in: int,
@@ -56,8 +61,21 @@ class MLP(Recorded, nn.Sequential):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns (B, n_out) for x (B, n_in) and, with classes, a context (B,) or (B, K)."""
         x = with_context(x, context, self.classes)
-        y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
-        return y
+        layers = None if needs_autograd(x) else self.layers()
+        if layers is None:
+            y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+            return y
+        return ColumnFunction.apply(x, Plain, (), *in_turn(layers))  # type: ignore[no-untyped-call,no-any-return]
+
+    def layers(self) -> list[Layer] | None:
+        """Returns the linear layers, or None with dropout, a hook of a layer, or another activation than relu."""
+        if any(type(one) not in (nn.Linear, nn.ReLU) or is_hooked(one) for one in self):
+            return None
+        return [(one.weight, None, one.bias) for one in self if isinstance(one, nn.Linear)]
+
+    def plain_layers(self) -> list[Layer] | None:
+        """Returns `layers`, or None if there is a context or a hook."""
+        return self.layers() if self.classes is None and not is_hooked(self) else None
 
 
 def one_width(hidden: Sequence[int]) -> int:

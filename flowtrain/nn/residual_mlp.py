@@ -1,20 +1,16 @@
 """Residual networks for vectors, dense and masked, with a hand-written gradient for speed."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C import _functorch
 
+from flowtrain.nn.column_networks import ColumnFunction, Layer, Residual, in_turn, is_hooked, masked
 from flowtrain.nn.conditioners import ACTIVATIONS, one_width, with_context, zero
-from flowtrain.utils.autograd import transforms_active
-from flowtrain.utils.products import product
+from flowtrain.utils.autograd import needs_autograd
 from flowtrain.utils.recorded import Recorded
-
-# a weight, its mask or None, and its bias
-Layer = tuple[Tensor, Tensor | None, Tensor]
 
 
 class ResidualMLP(Recorded, nn.Module):
@@ -36,6 +32,8 @@ class ResidualMLP(Recorded, nn.Module):
         ConfigError: blocks of different widths.
     """
 
+    network = Residual
+
     def __init__(
         self,
         n_in: int,
@@ -56,15 +54,28 @@ class ResidualMLP(Recorded, nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns (B, n_out) for x (B, n_in) and, with classes, a context (B,) or (B, K)."""
         x = with_context(x, context, self.classes)
-        layers = [_layer(module) for module in (self.first, *self.blocks, self.last)]
-        drops: list[Tensor | None] = [None] * (len(self.blocks) // 2)
+        layers = self.layers()
+        drops: list[Tensor | None] = [None] * self.n_drops
         if self.training and self.dropout:
             ones = x.new_ones(len(x), len(layers[0][0]))
             drops = [F.dropout(ones, self.dropout) for _ in drops]
-        ordinary = transforms_active() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-        if ordinary or not isinstance(self.activation, nn.ReLU):
-            return _evaluated(x, layers, drops, self.activation)
-        return _Relu.apply(x, drops, *(part for layer in layers for part in layer))  # type: ignore[no-untyped-call,no-any-return]
+        if needs_autograd(x) or not isinstance(self.activation, nn.ReLU):
+            return Residual.evaluated(x, layers, drops, self.activation)
+        return ColumnFunction.apply(x, Residual, drops, *in_turn(layers))  # type: ignore[no-untyped-call,no-any-return]
+
+    def layers(self) -> list[Layer]:
+        """Returns the first layer, two layers for each block, and the last layer."""
+        return [_layer(module) for module in (self.first, *self.blocks, self.last)]
+
+    @property
+    def n_drops(self) -> int:
+        """The number of blocks."""
+        return len(self.blocks) // 2
+
+    def plain_layers(self) -> list[Layer] | None:
+        """Returns `layers`, or None if there is a context, dropout, a hook, or another activation than relu."""
+        ordinary = self.classes is None and isinstance(self.activation, nn.ReLU) and not is_hooked(self)
+        return self.layers() if ordinary and not (self.training and self.dropout) else None
 
 
 class MaskedMLP(ResidualMLP):
@@ -133,105 +144,9 @@ class MaskedLinear(nn.Linear):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, _masked(self.weight, self.mask), self.bias)
+        return F.linear(x, masked(self.weight, self.mask), self.bias)
 
 
 def _layer(module: nn.Module) -> Layer:
     assert isinstance(module, nn.Linear)
     return module.weight, module.mask if isinstance(module, MaskedLinear) else None, module.bias
-
-
-def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
-    return weight if mask is None else weight * mask
-
-
-def _in_parts(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def _evaluated(x: Tensor, layers: Sequence[Layer], drops: Sequence[Tensor | None], f: nn.Module) -> Tensor:
-    """Evaluates the network by differentiable operations of torch.
-
-    Args:
-        x: (B, n_in).
-        layers: the first layer, two layers for each block, and the last layer.
-        drops: for each block, the factors of dropout, (B, width), or None.
-        f: the activation.
-    """
-    first, *inner, last = [(_masked(weight, mask), bias) for weight, mask, bias in layers]
-    h = F.linear(x, *first)
-    for (one, two), drop in zip(_in_parts(inner, 2), drops, strict=True):
-        u = f(F.linear(f(h), *one))
-        h = h + F.linear(u if drop is None else u * drop, *two)
-    weight, bias = last
-    return torch.addmm(bias.unsqueeze(1), weight, f(h).T).T
-
-
-class _Relu(torch.autograd.Function):
-    """`_evaluated` for relu, with a gradient that needs fewer operations and less memory than autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, drops: Sequence[Tensor | None], *parts: Tensor | None) -> Tensor:
-        layers: Any = _in_parts(parts, 3)
-        (weight, bias), *inner, last = [(_masked(weight, mask), bias) for weight, mask, bias in layers]
-        h = product(x, weight, bias)
-        hidden = []
-        for ((one, bias_one), (two, bias_two)), drop in zip(_in_parts(inner, 2), drops, strict=True):
-            a = h.relu()
-            u = product(a, one, bias_one).relu_()
-            if drop is not None:
-                u.mul_(drop)
-            h.add_(product(u, two, bias_two))
-            hidden += [a, u]
-        hidden.append(h.relu_())
-        ctx.drops, ctx.n = drops, len(hidden)
-        ctx.save_for_backward(x, *hidden, *parts)
-        weight, bias = last
-        return product(weight, h).add_(bias.unsqueeze(1)).T
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *rest = ctx.saved_tensors
-        hidden, parts = rest[: ctx.n], rest[ctx.n :]
-        if torch.is_grad_enabled() or transforms_active() or _functorch.is_legacy_batchedtensor(grad):
-            return _Relu.by_autograd(ctx, x, parts, grad)
-        layers = _in_parts(parts, 3)
-        found: list[Tensor | None] = []
-
-        def back(g: Tensor, a: Tensor, layer: Sequence[Any]) -> Tensor:
-            """Returns the gradient of the inputs a of a linear layer, for the gradient g of its outputs.
-
-            The gradients of its parameters are added to `found`.
-            """
-            weight, mask, _ = layer
-            # a matrix product is slower if its result has more rows than columns
-            wide = weight.shape[0] <= weight.shape[1]
-            g_weight = product(g.T, a.T) if wide else product(a.T, g.T).T
-            found[:0] = [g_weight if mask is None else g_weight.mul_(mask), None, g.sum(0)]
-            weight = _masked(weight, mask)
-            return product(g, weight.T) if wide else product(weight.T, g).T
-
-        def through_relu(g: Tensor, a: Tensor) -> Tensor:
-            found: Tensor = torch.ops.aten.threshold_backward(g, a, 0)
-            return found
-
-        g_h = through_relu(back(grad, hidden[-1], layers[-1]), hidden[-1])
-        for i in reversed(range(len(ctx.drops))):
-            a, u = hidden[2 * i : 2 * i + 2]
-            g_u = through_relu(back(g_h, u, layers[2 * i + 2]), u)
-            if ctx.drops[i] is not None:
-                g_u.mul_(ctx.drops[i])
-            g_h = g_h + through_relu(back(g_u, a, layers[2 * i + 1]), a)
-        return back(g_h, x, layers[0]), None, *found
-
-    @staticmethod
-    def by_autograd(ctx: Any, x: Tensor, parts: Sequence[Tensor | None], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Computes the gradient by operations that autograd can differentiate and vmap can batch."""
-        wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
-        with torch.enable_grad():
-            inputs: Any = [v for v, needed in zip([x, *parts], wanted, strict=True) if needed]
-            layers: Any = _in_parts(parts, 3)
-            answer = _evaluated(x, layers, ctx.drops, nn.ReLU())
-            given = iter(torch.autograd.grad(answer, inputs, grad, create_graph=True))
-        g_x, *rest = (next(given) if needed else None for needed in wanted)
-        return g_x, None, *rest

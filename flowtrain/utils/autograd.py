@@ -23,6 +23,11 @@ def transforms_active() -> bool:
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
+def needs_autograd(x: Tensor) -> bool:
+    """Whether torch.func, a compiler or autocast is active. They need differentiable operations of torch."""
+    return transforms_active() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+
+
 def plain_values(x: Tensor) -> Tensor:
     """Returns the values of x without a graph. Inside `torch.func.vmap`, returns the values of all lanes.
 

@@ -40,3 +40,17 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
         return found
     return a @ b.T if bias is None else torch.addmm(bias, a, b.T)
+
+
+def columns_product(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """Computes W x^T + bias, (m, B), for W (m, k), bias (m,) and x (B, k), without a gradient.
+
+    This is a linear layer with one column for each row of x. The result is contiguous.
+
+    Example:
+        >>> columns_product(torch.ones(1, 3), torch.ones(1), torch.ones(2, 3)).tolist()
+        [[4.0, 4.0]]
+    """
+    if weight.shape[0] * x.shape[0] * weight.shape[1] >= LARGE:
+        return product(weight, x).add_(bias.unsqueeze(1))
+    return torch.addmm(bias.unsqueeze(1), weight, x.T)
