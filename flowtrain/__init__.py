@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from flowtrain import bases, bijections, data, models, nn, objectives, ode
     from flowtrain.evaluation.evaluate import evaluate
     from flowtrain.evaluation.result import Evaluation
+    from flowtrain.evaluation.target_result import TargetEvaluation
+    from flowtrain.evaluation.targets import evaluate_target
     from flowtrain.flow import Flow, Record
     from flowtrain.models.ensemble import Ensemble
-    from flowtrain.runs.fit import fit, train
+    from flowtrain.runs.fit import fit, fit_target, train
     from flowtrain.runs.load import load
 
 __all__ = [
@@ -28,11 +30,14 @@ __all__ = [
     "Evaluation",
     "Flow",
     "Record",
+    "TargetEvaluation",
     "bases",
     "bijections",
     "data",
     "evaluate",
+    "evaluate_target",
     "fit",
+    "fit_target",
     "load",
     "models",
     "nn",
@@ -47,8 +52,11 @@ _HOMES = {
     "Evaluation": "flowtrain.evaluation.result",
     "Flow": "flowtrain.flow",
     "Record": "flowtrain.flow",
+    "TargetEvaluation": "flowtrain.evaluation.target_result",
     "evaluate": "flowtrain.evaluation.evaluate",
+    "evaluate_target": "flowtrain.evaluation.targets",
     "fit": "flowtrain.runs.fit",
+    "fit_target": "flowtrain.runs.fit",
     "load": "flowtrain.runs.load",
     "train": "flowtrain.runs.fit",
 }

@@ -98,6 +98,20 @@ class DensityPass(NamedTuple):
     integrals: tuple[Tensor, ...] = ()
 
 
+class SamplePass(NamedTuple):
+    """The result of `Flow.sample_pass`.
+
+    Attributes:
+        x: samples, (B, *event_shape).
+        log_p: log p(x) in nats, (B,).
+        integrals: path integrals, see `flowtrain.bijections.base.Pass`.
+    """
+
+    x: Tensor
+    log_p: Tensor
+    integrals: tuple[Tensor, ...] = ()
+
+
 class Density(Recorded, nn.Module):
     """The base class of `Flow` and `Ensemble`: scoring, sampling and context, without a bijection.
 
@@ -825,6 +839,20 @@ class Flow(Density):
             z, log_det, integrals = self.bijection.pass_inverse(x, given, options)
             # for float64 samples, log_det is float64 too
             return DensityPass(self.base_log_prob(z, given) + log_det.to(z.dtype), z, integrals)
+
+    def sample_pass(self, z: Tensor, context: Context = None, options: SolveOptions = AS_CONFIGURED) -> "SamplePass":
+        """Maps base points z (B, *event_shape) to samples x, with log p(x) = log p0(z) - log|det dx/dz|.
+
+        All results have gradients to the parameters and to z.
+
+        Raises:
+            FlowtrainError: z of another shape, or a context that is missing, not expected or out of range.
+        """
+        z = self._checked(z, "z").to(self.like)
+        with self._settings(z), self._fixed_probes(z):
+            given = self.features(self.context_of(context, z))
+            x, log_det, integrals = self.bijection.pass_forward(z, given, options)
+            return SamplePass(x, self.base_log_prob(z, given) - log_det.to(z.dtype), integrals)
 
     def base_log_prob(self, z: Tensor, features: Tensor | None = None) -> Tensor:
         """Returns log p0(z) in nats, (B,), for the `features` of a conditional flow, see `Base.given`."""

@@ -13,14 +13,16 @@ from torch import Tensor
 from flowtrain.cli.arguments import split_own
 from flowtrain.cli.config_files import compose_defaults, options
 from flowtrain.cli.error_messages import run_command
+from flowtrain.cli.evaluate_target import evaluate_target_run
+from flowtrain.cli.evaluation_files import OutputPaths, curves_of
 from flowtrain.cli.load_run import LoadedRun, load_run, same_data, set_name
-from flowtrain.cli.output_files import check_outputs, paths_of, run_dir_of, written_as
+from flowtrain.cli.output_files import paths_of, written_as
 from flowtrain.cli.overrides import keys_of
 from flowtrain.cli.provenance import provenance
 from flowtrain.cli.score_files import for_each_row, write_anomalies, write_scores
 from flowtrain.cli.usage import DEVICE_TEXT, RUN_TEXT, TRUST_TEXT, WEIGHTS_TEXT, Usage
 from flowtrain.data.base import FILE, Dataset, Samples, changes
-from flowtrain.data.tables.output import NAMED, check_can_write, sample_names
+from flowtrain.data.tables.output import NAMED, sample_names
 from flowtrain.data.tables.rows_to_score import RowsToScore
 from flowtrain.evaluation import NAMES, Evaluation, check_fits, evaluate
 from flowtrain.evaluation.anomalies import RATE, Rate, with_anomalies
@@ -31,10 +33,9 @@ from flowtrain.evaluation.sbc import SAMPLES
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.plotting import pictures
 from flowtrain.plotting.density_grid import check_has_grid, density_grid
-from flowtrain.plotting.options import DEFAULT, FORMATS, PlotOptions
+from flowtrain.runs.build import uses_target
 from flowtrain.runs.console import data_name, messages, title_of
 from flowtrain.runs.finish import draw_figures
-from flowtrain.runs.search import metrics_of, validations_of
 from flowtrain.utils.arguments import flag, one_of, whole
 from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
 from flowtrain.utils.files import write_json, write_npy, write_npz
@@ -111,10 +112,13 @@ USAGE = Usage(
         "trust": TRUST_TEXT,
     },
     notes=[
+        "A run on a target is evaluated by log Z and the quality of the importance weights. data.n_test and data.seed "
+        "set the samples, and keys of target can be changed. With data=NAME or data.path=FILE, its flow scores samples "
+        "of data.",
         "Keys of data and solver can be changed, as in solver.rtol=1e-7, solver=tsit5 or data=circles. The estimate "
         "of the trace can be changed by model.eval_trace=hutchinson, model.noise and model.noise_samples. "
         "--config-dir DIR adds a folder of your own configs of data and solvers. Keys of figures: "
-        "plots.format=[png,pdf,svg], plots.title=false, plots.columns=[0,2:5]."
+        "plots.format=[png,pdf,svg], plots.title=false, plots.columns=[0,2:5].",
     ],
     more=[("floweval --help solver", "keys of the solver and of the data can be changed: --help data")],
 )
@@ -163,15 +167,16 @@ def _command() -> int:
     draws, seed = whole("dequantization_samples", own["dequantization_samples"]), whole("seed", own["seed"], least=0)
     dtype, wants_report = DTYPES[one_of("dtype", own["dtype"], DTYPES)], flag("report", own["report"])
     wants_baselines, wants_plots = flag("baselines", own["baselines"]), flag("plots", own["plots"])
+    scores, grid = written_as("scores", own["scores"], ".npy", *NAMED), written_as("grid", own["grid"], ".npz")
+    points = whole("grid_points", own["grid_points"], least=2)
     sbc = sbc_samples(flag("sbc", own["sbc"]), own["sbc_samples"])
-    scores = written_as("scores", own["scores"], ".npy", *NAMED)
-    grid, points = written_as("grid", own["grid"], ".npz"), whole("grid_points", own["grid_points"], least=2)
     label = None if own["label"] is None else whole("label", own["label"], least=0)
     if label is not None and grid is None:
         raise ConfigError("label: only used with grid=FILE.npz; leave this option out")
-    out = Path(str(own["out"])).expanduser() if own["out"] else None
-    anomalies = anomaly_options(own)
+    out, anomalies = Path(str(own["out"])).expanduser() if own["out"] else None, anomaly_options(own)
     loaded_run = load_run(own, overrides)
+    if loaded_run.is_of_target:
+        return evaluate_target_run(loaded_run, own, OWN, overrides, dtype, batch_size, out)
     split = str(own["split"] or default_split(overrides))
     options = loaded_run.plot_options
     outputs = OutputPaths(
@@ -308,7 +313,7 @@ def calibration_set(
 
 
 def write_all_scores(
-    outputs: "OutputPaths", result: Evaluation, data: Dataset, split: str, other: Dataset | None
+    outputs: OutputPaths, result: Evaluation, data: Dataset, split: str, other: Dataset | None
 ) -> list[Path]:
     """Writes the scores of the set, of the members of an ensemble, and of a second set. Returns the files."""
     path = outputs.scores
@@ -367,88 +372,6 @@ def data_shown(data: Dataset, split: str) -> Dataset:
     return shown
 
 
-def curves_of(loaded_run: LoadedRun) -> list[dict[str, Any]]:
-    """Returns the rows of the training curves, or for an ensemble of runs the validations of its members.
-
-    Returns no rows if the data are not the data of the run, because the curves do not show these data.
-    """
-    if not same_data(loaded_run.config["data"], loaded_run.own_data):
-        return []
-    if loaded_run.members:
-        return validations_of({run_dir_of(path).name: run_dir_of(path) for path in loaded_run.members})
-    return metrics_of(loaded_run.run_dir)
-
-
-class OutputPaths:
-    """The paths of the files to write: in the run directory, or beside `out` with its name.
-
-    Args:
-        name: the name of the evaluated set, see `set_name`.
-        options: the options of figures, which give their formats.
-        grid: the file of the grid.
-        anomalies: the file of anomalies.
-    """
-
-    def __init__(
-        self,
-        run_dir: Path,
-        out: Path | None,
-        scores: Path | None,
-        name: str,
-        options: PlotOptions = DEFAULT,
-        grid: Path | None = None,
-        anomalies: Path | None = None,
-    ) -> None:
-        self.run_dir, self.out, self.scores, self.suffix = run_dir, out, scores, name and f"-{name}"
-        self.options, self.grid, self.anomalies = options, grid, anomalies
-        self.json = out or run_dir / f"eval{self.suffix}.json"
-        # callers replace .json by .md or .html. Without .json, they would replace the part of a name after a dot
-        self.report = out or run_dir / f"report{self.suffix}.json"
-
-    @property
-    def other_scores(self) -> Path:
-        """The file of log p of the second set, beside the scores."""
-        assert self.scores is not None
-        return self.scores.with_name(f"{self.scores.stem}_ood{self.scores.suffix}")
-
-    @property
-    def member_scores(self) -> Path:
-        """The file of log p of the members of an ensemble, beside a .npy file of scores."""
-        assert self.scores is not None
-        return self.scores.with_name(f"{self.scores.stem}_members.npy")
-
-    def check(self, ood: bool, sbc: bool, report: bool, ensemble: bool, inputs: list[Any]) -> None:
-        """Checks all paths before any work is done; see `check_outputs`."""
-        paths = [self.json, *self.options.files(self.figure("calibration"))]
-        paths += self.options.files(self.figure("ood")) if ood else []
-        paths += self.options.files(self.figure("sbc")) if sbc else []
-        paths += [] if self.scores is None else [self.scores, *([self.other_scores] if ood else [])]
-        if self.scores is not None:
-            paths += [] if self.scores.suffix in NAMED else [self.member_scores] * ensemble
-            check_can_write(self.scores)
-        paths += [] if self.grid is None else [self.grid]
-        if self.anomalies is not None:
-            paths += [self.anomalies, *self.options.files(self.figure("anomalies"))]
-            check_can_write(self.anomalies)
-        paths += [self.report.with_suffix(ending) for ending in (".md", ".html")] if report else []
-        check_outputs(paths, inputs)
-
-    def figure(self, name: str) -> Path:
-        """Returns the path of a figure as PNG. Files in other formats have the same path with another suffix."""
-        if self.out is None:
-            return self.run_dir / f"plots/{name}{self.suffix}.png"
-        return self.out.with_name(f"{self.out.stem}_{name}.png")
-
-    def others(self, drawn: list[Path]) -> list[Path]:
-        """Returns the figures of a report: the `drawn` files, and the figures of samples and curves of the run."""
-        found = list(drawn)
-        for name in ("samples", "curves"):
-            if not {*self.options.files(self.figure(name))} & {*drawn}:
-                path = self.run_dir / f"plots/{name}.png"
-                found += [file for kind in FORMATS if (file := path.with_suffix(f".{kind}")).is_file()]
-        return found
-
-
 def own_data_of(loaded_run: LoadedRun) -> Dataset | None:
     """Returns the data that the flow was trained on. If it is missing or does not fit, warns and returns None."""
     try:
@@ -468,6 +391,8 @@ def training_data(loaded_run: LoadedRun, sets: Collection[str], advice: str = ""
     Raises:
         DataError: the data are missing, have changed, or do not fit the flow.
     """
+    if loaded_run.own_target is not None and uses_target({"data": loaded_run.own_data}):
+        raise DataError("the run was trained on a density (data=target), which has no rows to compare with")
     data = loaded_run.build(loaded_run.own_data)
     check_fits(loaded_run.flow, data)
     if change := changes(loaded_run.samples.record, data.record, sets):

@@ -32,7 +32,7 @@ from flowtrain.utils.formatting import flattened, shown
 # the columns at which descriptions of keys and of choices begin
 KEY_COLUMN, CHOICE_COLUMN = 36, 30
 # the groups in the order of the help, the most used ones first
-GROUPS = ("model", "data", "objective", "regularizer", "solver", "trainer", "recipe", "experiment")
+GROUPS = ("model", "data", "target", "objective", "regularizer", "solver", "trainer", "recipe", "experiment")
 # topics of --help that are neither groups, choices nor keys
 ALL, RUNS = "all", "runs"
 

@@ -13,7 +13,7 @@ from flowtrain.cli.overrides import check_kept, keys_of, overridden, trusted, wi
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.flow import Density, Flow
 from flowtrain.plotting.options import PlotOptions
-from flowtrain.runs.build import build_data, build_solver, resolve_device
+from flowtrain.runs.build import build_data, build_solver, resolve_device, uses_target
 from flowtrain.runs.console import name_of, shortest, title_of, without_warnings
 from flowtrain.runs.ensembles import Run, ensemble_of, runs_of
 from flowtrain.runs.load import check_targets, restore, samples_of
@@ -25,7 +25,7 @@ from flowtrain.utils.process import choose_threads, keep_freed_memory
 from flowtrain.utils.status import status
 
 # the keys of a saved config that scoring and sampling read
-USED = ("model", "data", "solver", "threads", "plots")
+USED = ("model", "data", "target", "solver", "threads", "plots")
 
 
 class LoadedRun(NamedTuple):
@@ -36,6 +36,7 @@ class LoadedRun(NamedTuple):
     Attributes:
         changed: whether there are overrides that can change the numbers, which are all but `plots` and `data.id`.
         own_data: the config of the data that the flow was trained on.
+        own_target: the config of the target that the flow was trained on, or None.
         members: the files of an ensemble.
         tag: for runs that are given as a list, the part of the names of output files that identifies them; else empty.
         built: the data set of `own_data`, if it is already built.
@@ -48,6 +49,7 @@ class LoadedRun(NamedTuple):
     config: dict[str, Any]
     changed: bool
     own_data: dict[str, Any]
+    own_target: dict[str, Any] | None = None
     members: tuple[Path, ...] = ()
     tag: str = ""
     built: Dataset | None = None
@@ -98,8 +100,13 @@ class LoadedRun(NamedTuple):
             which = f"for its best candidate: {command.format(option('ckpt', shortest(best)))}"
         raise ConfigError(f"{what} needs a single flow, and {self.path} is an ensemble; {which}")
 
+    @property
+    def is_of_target(self) -> bool:
+        """Whether the data set of the config is a target, not samples."""
+        return "_target_" in self.config["data"] and uses_target(self.config)
+
     def build(self, data: Mapping[str, Any] | None = None) -> Dataset:
-        """Builds the data set of `data`, or of the config of this run.
+        """Builds the data set of `data`, or of the config of this run. A target is built from the config.
 
         Warnings about the data that the flow was trained on are suppressed, because training has already given them.
 
@@ -107,15 +114,20 @@ class LoadedRun(NamedTuple):
             DataError: neither the file, which was saved from Python, nor the command line names the data.
         """
         data = self.config["data"] if data is None else data
-        if self.built is not None and data == self.own_data:
+        target = self.config.get("target")
+        if self.built is not None and data == self.own_data and target == self.own_target:
             return self.built
         if "_target_" not in data:
             raise DataError(
                 f"{self.path} was saved from Python and does not say what data it was trained on: give data.path=FILE, "
                 "or data by name such as data=moons"
             )
+        config = {**self.config, "data": data}
+        if target == self.own_target and not uses_target(config):
+            # the flow of a target scores samples
+            config["target"] = None
         with without_warnings() if same_data(data, self.own_data) else nullcontext():
-            return build_data({**self.config, "data": data})
+            return build_data(config)
 
 
 def same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -140,7 +152,9 @@ def known_test_nll(path: Path, step: int) -> str:
     try:
         result = json.loads((run_dir_of(path) / "result.json").read_text())
         same = path.name == "best.pt" and result["step"] == step
-        return f"test {result['headline'].partition(' (')[0]}" if same else ""
+        # log Z of a target does not belong to a test set
+        which = "" if "log_z" in result else "test "
+        return f"{which}{result['headline'].partition(' (')[0]}" if same else ""
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         # the title of a figure then has no NLL
         return ""
@@ -179,13 +193,14 @@ def load_run(own: Mapping[str, Any], overrides: Sequence[str]) -> LoadedRun:
         config={**one.config, "model": {"name": f"ensemble of {len(members)}"}},
     )
     parts = [
-        Run(str(run), member.flow, {"data": member.own_data}, member.samples, member.step)
+        Run(str(run), member.flow, {"data": member.own_data, "target": member.own_target}, member.samples, member.step)
         for run, member in zip(runs, members, strict=True)
     ]
     data: list[Dataset] = []
 
     def build() -> Dataset:
-        data.append(found.build(found.own_data))
+        own = found._replace(config={**found.config, "target": found.own_target})
+        data.append(own.build(found.own_data))
         return data[0]
 
     flow = ensemble_of(parts, weights, build)
@@ -209,10 +224,10 @@ def _load_one(path: Path, own: Mapping[str, Any], overrides: Sequence[str], trus
         flow = restore({**saved, "config": trained_on}, resolve_device(own["device"]), trust)
     choose_threads(config.get("threads"), flow.event_shape)
     keep_freed_memory()
-    own_data = absolute_paths({"data": saved["config"]["data"]})["data"]
+    own = absolute_paths({"data": saved["config"]["data"], "target": saved["config"].get("target")})
     changed = any(not key.startswith("plots.") and key != "data.id" for key in keys_of(overrides))
     samples = samples_of(saved)
-    return LoadedRun(path, flow, saved["step"], samples, config, changed, own_data)
+    return LoadedRun(path, flow, saved["step"], samples, config, changed, own["data"], own["target"])
 
 
 def set_name(loaded_run: LoadedRun, split: str, overrides: Sequence[str]) -> str:
@@ -238,10 +253,24 @@ def _set_name(loaded_run: LoadedRun, split: str, overrides: Sequence[str]) -> st
     elif f"{split}_path" in changed:
         words = [stem_of(changed[f"{split}_path"])]
     else:
-        words = [re.sub(r"[^\w.+]+", "-", f"{key}={value}").strip("-") for key, value in sorted(changed.items())]
+        words = changed_words(changed)
     if split != "test" or "path" in changed:
         words.append(split)
+    if loaded_run.is_of_target and loaded_run.config["target"] != loaded_run.own_target:
+        words += target_words(loaded_run.config["target"], loaded_run.own_target or {})
     return "-".join(words)[:100]
+
+
+def target_words(target: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """Returns the name of a target, or the keys that differ from a target of the same name."""
+    if target.get("name") != before.get("name"):
+        return [name_of(target)]
+    return changed_words({key: value for key, value in target.items() if key not in before or before[key] != value})
+
+
+def changed_words(changed: Mapping[str, Any]) -> list[str]:
+    """Returns keys with their values, as parts of a file name."""
+    return [re.sub(r"[^\w.+]+", "-", f"{key}={value}").strip("-") for key, value in sorted(changed.items())]
 
 
 def stem_of(path: Any) -> str:

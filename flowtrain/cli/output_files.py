@@ -7,6 +7,9 @@ from typing import Any
 
 from flowtrain.utils.errors import ConfigError
 
+# the groups whose keys can be paths of data files
+GROUPS_WITH_PATHS = ("data", "target")
+
 
 def check_outputs(outputs: Sequence[Path], inputs: Sequence[Any]) -> None:
     """Refuses outputs that are written twice or that are also inputs.
@@ -53,12 +56,16 @@ def run_dir_of(path: Path) -> Path:
 
 
 def absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """Makes the paths of data files absolute, so that a checkpoint finds them from any working directory."""
-    data = {
-        k: str(Path(v).expanduser().absolute()) if isinstance(v, str) and is_path(k) else v
-        for k, v in config["data"].items()
+    """Makes the paths of files of data and target absolute, so that a checkpoint finds them from any directory."""
+    groups = {
+        group: {
+            k: str(Path(v).expanduser().absolute()) if isinstance(v, str) and is_path(k) else v
+            for k, v in config[group].items()
+        }
+        for group in GROUPS_WITH_PATHS
+        if isinstance(config.get(group), Mapping)
     }
-    return {**config, "data": data}
+    return {**config, **groups}
 
 
 def paths_of(data: Mapping[str, Any]) -> list[Any]:
@@ -67,7 +74,7 @@ def paths_of(data: Mapping[str, Any]) -> list[Any]:
 
 
 def is_path(key: str) -> bool:
-    """Whether a key of the data is a path of files."""
+    """Whether a key of the data or of a target is a path of files."""
     return key in ("path", "root") or key.endswith("_path")
 
 

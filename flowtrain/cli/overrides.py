@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flowtrain.cli.config_files import add_working_directory_to_path, compose_defaults, options, plain
 from flowtrain.cli.error_messages import keys_of_choice, unknown_key
-from flowtrain.cli.output_files import exists, is_path
+from flowtrain.cli.output_files import GROUPS_WITH_PATHS, exists, is_path
 from flowtrain.data.tables.table_reader import takes_key
 from flowtrain.plotting.options import DEFAULTS as PLOTS
 from flowtrain.runs.build import is_description, with_whole_numbers
@@ -99,7 +99,7 @@ def warn_of_old_key(old: str, new: str) -> None:
 
 
 def with_default_choices(arguments: Sequence[str]) -> list[str]:
-    """Returns the arguments with the choices of `default_choices`, if they choose data=array.
+    """Returns the arguments with the choices of `default_choices`, if they choose data=array or a target.
 
     Example:
         >>> with_default_choices(["data=array", "data.path=a.csv"])
@@ -109,9 +109,12 @@ def with_default_choices(arguments: Sequence[str]) -> list[str]:
     """
     given = [a.lstrip("+~").partition("=") for a in separated(arguments)[0]]
     chosen = {key.partition("@")[0]: value.strip("'\"") for key, _, value in given}
-    if chosen.get("data") != "array" or {"experiment", "from"} & chosen.keys():
+    if "target" in chosen and "data" not in chosen and "from" not in chosen:
+        chosen["data"], arguments = "target", ["data=target", *arguments]
+    data = chosen.get("data")
+    if data not in ("array", "target") or {"experiment", "from"} & chosen.keys():
         return list(arguments)
-    found = default_choices(set(chosen), chosen.get("model"))
+    found = default_choices(set(chosen), chosen.get("model"), data)
     return [*(f"{group}={name}" for group, name in found.items()), *arguments]
 
 
@@ -133,7 +136,7 @@ def _quoted(argument: str) -> str:
     start, equals, text = argument.partition("=")
     key = start.lstrip("+")
     group, _, name = key.partition(".")
-    read = key in READ_PATHS or (group == "data" and is_path(name))
+    read = key in READ_PATHS or (group in GROUPS_WITH_PATHS and is_path(name))
     if not equals or not text or text.lower() == "null" or not (read or key in (*WRITTEN_PATHS, *QUOTED_NAMES)):
         return argument
     if key == "ckpt" and text[0] == "[" and text[-1] == "]" and not re.search(r"['\"$]", text) and not exists(text):

@@ -13,11 +13,13 @@ from flowtrain.cli.arguments import split_own
 from flowtrain.cli.error_messages import run_command
 from flowtrain.cli.load_run import LoadedRun, load_run, set_name
 from flowtrain.cli.output_files import check_outputs, paths_of, written_as
+from flowtrain.cli.sample_weights import LOG_WEIGHT, WEIGHTS, has_target, target_of, weighted_by, weights_path
 from flowtrain.cli.usage import DEVICE_TEXT, RUN_TEXT, TRUST_TEXT, WEIGHTS_TEXT, Usage
-from flowtrain.data.base import Dataset, changes
+from flowtrain.data.base import Dataset, Samples, changes
 from flowtrain.data.context import context_text, context_values, example_of
 from flowtrain.data.tables.context_file import read_context
 from flowtrain.data.tables.output import NAMED, check_can_write, named_columns, write_columns
+from flowtrain.data.targets.base import TargetData
 from flowtrain.evaluation import check_fits, roundtrip_error, rows_of_checks
 from flowtrain.evaluation.log_likelihood import check_samples
 from flowtrain.evaluation.sample_quality import quality
@@ -25,6 +27,7 @@ from flowtrain.flow import Density
 from flowtrain.plotting.animation import KINDS, can_write_mp4, check_writable
 from flowtrain.plotting.evaluation_figures import Distances, draw_quality
 from flowtrain.plotting.pictures import draw
+from flowtrain.plotting.target_pictures import as_data
 from flowtrain.plotting.transport_pictures import animate, check_animated
 from flowtrain.runs.console import messages
 from flowtrain.utils.arguments import flag, number, shortened, whole
@@ -55,6 +58,11 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
         raise ConfigError(f"quality={steps}: give a list of numbers of steps, as in [1,2,4,8]")
     steps = [whole(f"quality[{i}]", k) for i, k in enumerate(steps)]
     loaded_run = load_run(own, overrides)
+    if has_target(loaded_run):
+        raise ConfigError(
+            "quality compares samples with test data, but this run has a target instead of data; floweval gives the "
+            "effective sample size, also with other solvers, as in solver=euler solver.steps=4"
+        )
     flow, config = loaded_run.single_flow("quality", "flowsample {} quality=[1,2,4,8]"), loaded_run.config
     name = set_name(loaded_run, "test", overrides)
     out = given or loaded_run.run_dir / f"quality{name and f'-{name}'}.json"
@@ -124,6 +132,8 @@ def write_animation(
     with status("reading the data"):
         data = loaded_run.build()
     check_fits(flow, data)
+    if isinstance(data, TargetData):
+        data = as_data(flow, data.target)
     words = "" if label is None else f"class {label}"
     title = loaded_run.titled(words if contexts is None else context_text(flow.context, contexts[0].tolist()))
     options = loaded_run.plot_options
@@ -155,11 +165,17 @@ USAGE = Usage(
         ("flowsample outputs/cond context=new.csv n=100 out=x.csv", "100 samples for each row of new.csv"),
         ("flowsample outputs/first animate=true", "animation.gif: from the base to the data"),
         ("flowsample outputs/first quality=[1,2,4,8]", "distance to test data by solver steps"),
+        ("flowsample outputs/funnel weights=true out=x.csv", "with log-weights for the target of the run"),
         ("flowsample outputs/first solver=euler solver.steps=4", "samples by another solver"),
     ],
     options={
         "ckpt": RUN_TEXT,
-        "weights": WEIGHTS_TEXT,
+        "weights": "true: also log-weights for the target of a run; for an ensemble: weights of members. Log-weights "
+        "are log(w_i / sum w) in nats, with w = p~(x) / q(x) for the target p~ and the flow q. A .csv or .parquet file "
+        f"has them in the column {LOG_WEIGHT}, and FILE.npy beside it in FILE{WEIGHTS}.npy. {WEIGHTS_TEXT}",
+        "resample": "true: resamples n samples by their weights for the target of a run. They are drawn with "
+        "replacement. Both options print the effective sample size and Pareto k of the weights. Above k = 0.7, a few "
+        "samples dominate",
         "n": "Number of samples (default: 10000, or 100 for images). With context=FILE: the number for each row of the "
         "file (default: 1). With animate: 2000 (at most 100000), or 60 for images (at most 200)",
         "seed": "Seed of the base noise (default: 0)",
@@ -204,6 +220,7 @@ OWN: dict[str, Any] = {
     "device": "auto",
     "trust": [],
     "weights": None,
+    "resample": False,
 }
 
 
@@ -218,6 +235,20 @@ def _command() -> int:
     seed = whole("seed", own["seed"], least=0)
     temperature = number("temperature", own["temperature"], inclusive=True)
     log_scale, animate = flag("log_scale", own["log_scale"]), flag("animate", own["animate"])
+    log_weights, resampled = own["weights"] is True, flag("resample", own["resample"])
+    if isinstance(own["weights"], bool):
+        # other values are the weights of the members of an ensemble
+        own = {**own, "weights": None}
+    if log_weights and resampled:
+        raise ConfigError(
+            "weights=true and resample=true exclude each other, because resampled rows have equal weights"
+        )
+    if log_weights or resampled:
+        what = "weights=true" if log_weights else "resample=true"
+        if animate or own["quality"] is not None:
+            raise ConfigError(f"{what}: only for files of samples, without animate and quality; leave this option out")
+        if temperature != 1:
+            raise ConfigError(f"{what}: weights are for samples of the density, and need temperature=1")
     if animate and own["quality"] is not None:
         raise ConfigError("animate=true and quality exclude each other; give one of them")
     if log_scale and (animate or own["quality"] is not None):
@@ -231,7 +262,9 @@ def _command() -> int:
     if animate:
         return write_animation(own, overrides, n, seed, temperature, label, own["context"])
     given = written_as("out", own["out"], ".npy", *NAMED)
-    return write_samples(load_run(own, overrides), given, n, seed, temperature, label, own["context"], log_scale)
+    return write_samples(
+        load_run(own, overrides), given, n, seed, temperature, label, own["context"], log_scale, log_weights, resampled
+    )
 
 
 def write_samples(
@@ -243,14 +276,19 @@ def write_samples(
     label: int | None,
     context: Any,
     log_scale: bool,
+    log_weights: bool = False,
+    resampled: bool = False,
 ) -> int:
     """Writes samples to a .npy, .csv or .parquet file and draws a picture of them. Returns the exit code.
 
     Args:
         context: the option `context`, see `contexts_of`.
+        log_weights: whether the log-weights log(w_i / sum w) for the target of the run are written, too.
+        resampled: whether the samples are resampled by their weights for the target.
 
     Raises:
-        ConfigError: a path that cannot be written to, or a context that is missing or not expected.
+        ConfigError: a path that cannot be written to, a context that is missing or not expected, or weights for a run
+            without a target.
         DataError: a context that cannot be read.
         FlowtrainError: a label that the flow does not have.
         NonFiniteError: samples that are not finite. No file is written.
@@ -261,9 +299,10 @@ def write_samples(
     out = given or loaded_run.run_dir / f"samples{tag}.npy"
     options, picture = loaded_run.plot_options, out.with_suffix(".png")
     inputs = [*loaded_run.files, *paths_of(loaded_run.config["data"]), context]
-    check_outputs([out, *options.files(picture)], inputs)
+    files = list(dict.fromkeys([out, weights_path(out)] if log_weights else [out]))
+    check_outputs([*files, *options.files(picture)], inputs)
     check_can_write(out)
-    check_can_write(out)
+    target = target_of(loaded_run, log_weights) if log_weights or resampled else None
     # a wrong label or context is refused before data are read
     contexts = contexts_of(flow, context, label)
     if label is not None:
@@ -285,19 +324,21 @@ def write_samples(
         drawn = labels = flow.drawn_labels(n) if label is None else torch.full((n,), label)
     else:
         drawn = None
-    samples = flow.sample(n, temperature, context=drawn).cpu()
+    samples, log_w, words_of_weights = (
+        (flow.sample(n, temperature, context=drawn).cpu(), None, "")
+        if target is None
+        else weighted_by(flow, target, n, seed, resampled)
+    )
     check_samples(samples)
-    found = flow.quantized(samples)
-    if out.suffix in NAMED:
-        write_columns(out, named_columns(found, loaded_run.samples, labels, drawn if flow.context else None))
-    else:
-        write_npy(out, found.numpy())
+    _write(out, flow.quantized(samples), loaded_run.samples, labels, drawn if flow.context else None, log_w)
     rows = rows_of_checks(flow.event_shape)
     with status("round trip"):
         error = roundtrip_error(flow, samples[:rows], None if drawn is None else drawn[:rows])
-    print(f"{n} samples, round trip error {error:.1e}, written to {out}")
+    print(f"{n} samples, round trip error {error:.1e}, written to {_listed(files)}")
+    if target is not None:
+        print(words_of_weights)
     if data is not None:
-        words = f"{n} samples" + ("" if label is None else f" of class {label}")
+        words = f"{n} samples" + ("" if label is None else f" of class {label}") + ", resampled" * resampled
         if contexts is not None:
             one = context_text(flow.context, contexts[0].tolist())
             words += f" at {one if len(contexts) == 1 else f'{len(contexts)} contexts'}"
@@ -307,6 +348,21 @@ def write_samples(
             draw(flow, data, picture, title, samples, label, log_scale, options, drawn if flow.context else None)
         print(f"picture in {_listed(options.files(picture))}")
     return 0
+
+
+def _write(
+    out: Path, found: Tensor, samples: Samples, labels: Tensor | None, context: Tensor | None, log_w: Tensor | None
+) -> None:
+    """Writes samples (n, *event_shape) with labels, context and log-weights, (n,), if they are given."""
+    if out.suffix in NAMED:
+        columns = named_columns(found, samples, labels, context)
+        if log_w is not None:
+            columns[LOG_WEIGHT if LOG_WEIGHT not in columns else f"{LOG_WEIGHT}_{len(columns)}"] = log_w.numpy()
+        write_columns(out, columns)
+        return
+    write_npy(out, found.numpy())
+    if log_w is not None:
+        write_npy(weights_path(out), log_w.numpy())
 
 
 def contexts_of(flow: Density, given: Any, label: int | None = None) -> Tensor | None:

@@ -17,7 +17,7 @@ from flowtrain.cli.error_messages import unknown_key
 from flowtrain.cli.output_files import absolute_paths, is_path
 from flowtrain.cli.overrides import keys_of, overridden, rename_old_config_keys, trusted, without_unused_key
 from flowtrain.runs.build import is_description, with_whole_numbers
-from flowtrain.runs.compose import applied_recipes
+from flowtrain.runs.compose import TARGET_CHOICES, applied_recipes
 from flowtrain.runs.console import messages
 from flowtrain.runs.load import check_targets
 from flowtrain.runs.run import train
@@ -154,7 +154,7 @@ def check_known_keys(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the config. Refuses unknown and missing keys at its top level."""
     keys = ("seed", "device", "threads", "time_budget", "logger", "plots", "name", "resume", "from", "trust")
     names = [*config_groups(), *keys]
-    missing = [key for key in names if key not in config and key not in ("experiment", "recipe")]
+    missing = [key for key in names if key not in config and key not in ("experiment", "recipe", "target")]
     if missing:
         raise ConfigError(f"{missing[0]}: the config lacks this key, which a run needs; do not remove it")
     extra = [key for key in config if key not in names]
@@ -179,9 +179,17 @@ def with_choices_of_from(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     if not isinstance(run, str) or not run or override.is_sweep_override():
         raise ConfigError(f"{arguments[places[-1]]}: give one run directory")
-    refuse_changes(arguments, FROM_MESSAGE, ("model", "data", "experiment", "recipe"))
+    has_target = chooses_target(arguments)
+    fixed = ("model", "experiment", "recipe", *(() if has_target else ("data",)))
+    refuse_changes(arguments, FROM_MESSAGE, fixed)
     saved = checkpoint.load(checkpoint.find(Path(run.replace("\\${", "${")).expanduser()))["config"]
     names = {group: saved[group].get("name") for group in ("model", "data")}
+    if has_target:
+        names = {"model": names["model"], "data": "target"}
+    elif saved.get("target"):
+        names["target"] = saved["target"].get("name")
+    if names["data"] == "target":
+        names |= {k: v for k, v in TARGET_CHOICES.items() if k == "objective" and k not in keys_of(arguments)}
     ours = [f"{group}={name}" for group, name in names.items() if name in options(group)]
     # the choices are inserted right before from=, because elsewhere they could separate a flag from its value
     return [*arguments[: places[-1]], *ours, *arguments[places[-1] :]]
@@ -211,10 +219,19 @@ def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[st
             f"from={path}: this flow was saved from Python and does not say what data it was trained on; train it "
             "further from Python"
         )
+    if chooses_target(given):
+        # the flow was trained on samples, or on another target
+        return {**config, "from": str(path), "model": saved["model"]}
     keys = keys_of(given)
+    target = {key: value for key, value in saved.items() if key == "target"}
     moved = {key: value for key, value in config["data"].items() if is_path(key) and f"data.{key}" in keys}
     data = without_unused_key({**saved["data"], **moved}) if "path" in moved else saved["data"] | moved
-    return {**config, "from": str(path), "model": saved["model"], "data": data}
+    return {**config, "from": str(path), "model": saved["model"], "data": data, **target}
+
+
+def chooses_target(arguments: Sequence[str]) -> bool:
+    """Returns whether a command line names a target."""
+    return any(a.lstrip("+").startswith(("target=", "target.")) for a in arguments)
 
 
 def refuse_changes(overrides: Sequence[str], why: str, groups: Sequence[str] = ("model", "data")) -> None:

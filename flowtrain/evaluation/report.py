@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from flowtrain.evaluation import Check, Evaluation
-from flowtrain.evaluation.result import ContextBin, p_words
+from flowtrain.evaluation.result import Check, ContextBin, Evaluation, p_words
+from flowtrain.evaluation.target_result import TargetEvaluation
 from flowtrain.utils.files import write_text
 from flowtrain.utils.formatting import as_table, brief, cell, counted, with_error
 
 Row = tuple[str, ...]
+Result = Evaluation | TargetEvaluation
 # figures that HTML can contain, by their endings, the preferred kind first
 EMBEDDED = {".png": "image/png", ".svg": "image/svg+xml"}
 
@@ -35,7 +36,7 @@ class Table:
 
 
 def write_report(
-    result: Evaluation,
+    result: Result,
     title: str,
     checkpoint: str,
     path: Path,
@@ -53,7 +54,9 @@ def write_report(
     Returns:
         The two files.
     """
-    rows = f"{result.rows_words}, {counted(result.n, 'row')}"
+    rows = counted(result.n, "sample")
+    if isinstance(result, Evaluation):
+        rows = f"{result.rows_words}, {counted(result.n, 'row')}"
     about = f"{checkpoint}, step {result.step}, {rows}, {result.device}, {result.dtype}"
     tables = tables_of(result)
     if provenance:
@@ -79,8 +82,20 @@ def chosen_figures(figures: Sequence[Path]) -> list[Path]:
     return [found[name] for name in dict.fromkeys(path.with_suffix("") for path in figures)]
 
 
-def tables_of(result: Evaluation) -> list[Table]:
+def tables_of(result: Result) -> list[Table]:
     """Returns the tables of the report: the numbers, the error budget and the checks."""
+    if isinstance(result, TargetEvaluation):
+        return [
+            Table("Results", "", ("", ""), list(result.rows())),
+            Table(
+                "Error budget of log Z",
+                f"In nats. Solver and precision are measured on {counted(result.budget.rows, 'sample')}. The total is "
+                "the root of the sum of the squares.",
+                ("part", "nats", "measured as"),
+                log_z_rows(result),
+            ),
+            checks_table("weights can be trusted", result.checks),
+        ]
     unit = result.unit[0]
     tables = [
         Table("Results", "", ("", ""), list(result.rows())),
@@ -92,13 +107,7 @@ def tables_of(result: Evaluation) -> list[Table]:
             ("part", unit, "measured as"),
             budget_rows(result),
         ),
-        Table(
-            "Checks",
-            "The checks test whether the flow is a density and whether its NLL can be trusted. Errors of an NLL are in "
-            "nats.",
-            ("check", "value", "limit", "", ""),
-            [(c.label, _number(c.value), _number(c.limit), _verdict(c), c.message or "") for c in result.checks],
-        ),
+        checks_table("NLL can be trusted. Errors of an NLL are in nats", result.checks),
     ]
     if result.calibration.by_context:
         tables.append(
@@ -111,6 +120,30 @@ def tables_of(result: Evaluation) -> list[Table]:
             )
         )
     return tables
+
+
+def checks_table(trusted: str, checks: Sequence[Check]) -> Table:
+    """Returns the table of checks. `trusted` ends the sentence "whether the flow is a density and whether its ..."."""
+    return Table(
+        "Checks",
+        f"The checks test whether the flow is a density and whether its {trusted}.",
+        ("check", "value", "limit", "", ""),
+        [(c.label, _number(c.value), _number(c.limit), _verdict(c), c.message or "") for c in checks],
+    )
+
+
+def log_z_rows(result: TargetEvaluation) -> list[Row]:
+    """Returns the measured parts of the error of log Z: name, size and method."""
+    b = result.budget
+    low, high = b.interval
+    parts = [
+        ("sampling", b.sampling, "standard error over the samples"),
+        ("tail", b.tail, "share of Z that is missing without weights above the largest one"),
+        ("solver", b.solver if result.solver else None, "change by a tight solve in float64 from the same base points"),
+        ("precision", b.precision, f"change from {result.dtype} to float64"),
+        ("total", b.total, f"95% interval {low:.6g} to {high:.6g}"),
+    ]
+    return [(name, brief(value), how) for name, value, how in parts if value is not None]
 
 
 def context_row(result: Evaluation, one: ContextBin) -> Row:
@@ -230,7 +263,7 @@ FRAGMENT_STYLE = """
 """
 
 
-def as_fragment(result: Evaluation) -> str:
+def as_fragment(result: Result) -> str:
     """Returns the headline and the tables of the report in HTML, for a page such as a notebook."""
     parts = [f"<style>{FRAGMENT_STYLE}</style>", f'<p class="headline">{escape(result.headline)}</p>']
     for table in tables_of(result):

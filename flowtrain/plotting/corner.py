@@ -83,6 +83,8 @@ def draw_corner(
     classes: Classes | None = None,
     options: PlotOptions = DEFAULT,
     types: Sequence[ColumnType] = (),
+    names: tuple[str, str] = ("data", "samples"),
+    cover: Tensor | None = None,
 ) -> None:
     """Draws columns of data (N, d) and samples (M, d) against each other.
 
@@ -98,6 +100,8 @@ def draw_corner(
     Args:
         columns: the names of all columns. If empty, they are c0, c1, ...
         types: the types of all columns; () for real numbers.
+        names: the names of data and samples in the legend.
+        cover: points (K, d) between which the axes range. None: the data or the samples, as above.
     """
     real, model = points.as_points(data, samples)
     width = real.values.shape[1]
@@ -105,8 +109,14 @@ def draw_corner(
     groups = _groups(classes, data, samples)
     scaled = scales.scales_of(real.values[:, chosen], [types[i] for i in chosen] if types else ())
     real, model = (scales.on_axes(scaled, Points(each.values[:, chosen], each.dropped)) for each in (real, model))
-    limits = [_limits(*each) for each in zip(real.values.T, model.values.T, scaled, strict=True)]
-    names = [(columns or default_names(range(width)))[i] for i in chosen]
+    within = real, model
+    if cover is not None:
+        within = (
+            scales.on_axes(scaled, Points(points.to_numpy(cover)[:, chosen], 0)),
+            Points(np.empty((0, len(chosen))), 0),
+        )
+    limits = [_limits(*each) for each in zip(within[0].values.T, within[1].values.T, scaled, strict=True)]
+    shown_columns = [(columns or default_names(range(width)))[i] for i in chosen]
     count = len(chosen)
     shown = "" if count == width else f"{count if options.columns else f'first {count}'} of {width} columns"
     if shown:
@@ -127,12 +137,13 @@ def draw_corner(
                 else:
                     around = (limits[column], limits[row])
                     _regions(axes, real.values[:, pair], model.values[:, pair], around, groups)
-                _label(axes, row, column, names, [scaled[column], scaled[row]])
+                _label(axes, row, column, shown_columns, [scaled[column], scaled[row]])
         # without a title, the legend says which columns are shown
         _legend(
             figure,
             groups,
             (real, model),
+            names,
             classes,
             count,
             BOTTOM + count * (height + GAP) - GAP,
@@ -336,6 +347,7 @@ def _legend(
     figure: Figure,
     groups: Sequence[_Group],
     both: tuple[Points, Points],
+    names: tuple[str, str],
     classes: Classes | None,
     count: int,
     top: float,
@@ -347,7 +359,7 @@ def _legend(
         top: the upper edge of the panels in inches.
     """
     real, model = both
-    names = points.noted("data", real.dropped_note()), points.noted("samples", model.dropped_note())
+    names = points.noted(names[0], real.dropped_note()), points.noted(names[1], model.dropped_note())
     samples = Line2D([], [], color=style.SAMPLES)
     shares = ", ".join(f"{mass:.0%}" for mass in sorted(MASSES))
     known = groups[0].samples is not None

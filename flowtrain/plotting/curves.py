@@ -67,6 +67,8 @@ def draw_curves(
     entropy: float | None = None,
     kept: int | None = None,
     options: PlotOptions = DEFAULT,
+    name: str = "NLL",
+    lowest: str = "entropy of the data",
 ) -> None:
     """Draws the training curves in the rows of metrics.jsonl: the NLL of each split, and below it other quantities.
 
@@ -77,6 +79,8 @@ def draw_curves(
         entropy: the differential entropy of the data in nats, the lowest NLL that a model can reach; drawn if the NLL
             is in nats.
         kept: the step of the checkpoint that is evaluated, which is marked.
+        name: the name of the quantity in the column nll; for a target, the negative ELBO.
+        lowest: the name of `entropy`.
     """
     train = _split(rows, "train")
     below = [draw for draw, keys in PANELS if any(nonzero_series(train, key) for key in keys)]
@@ -84,11 +88,11 @@ def draw_curves(
     width = style.WIDTH - LEFT - (RIGHT if below else BARE)
     others = [name for name in _splits(rows) if name != "val"]
     # the legend of several runs can need more than one row
-    more = style.legend_height([*map(_name, others), "entropy of the data"], width) if len(others) > 1 else 0.0
+    more = style.legend_height([*map(_name, others), lowest], width) if len(others) > 1 else 0.0
     with style.styled():
         figure = style.new_figure(base + TALL + HEAD + more, title, options)
         panels = [style.add_axes(figure, LEFT, base, width, TALL)]
-        _likelihood(panels[0], rows, entropy, kept)
+        _likelihood(panels[0], rows, entropy, kept, (name, lowest))
         for place, draw in enumerate(reversed(below)):
             panels.insert(1, style.add_axes(figure, LEFT, BOTTOM + place * (SHORT + BETWEEN), width, SHORT))
             draw(panels[1], train)
@@ -135,28 +139,33 @@ def _split(rows: Rows, name: str) -> Rows:
     return [row for row in rows if row.get("split") == name]
 
 
-def _likelihood(axes: Axes, rows: Rows, entropy: float | None, kept: int | None = None) -> None:
+def _likelihood(
+    axes: Axes,
+    rows: Rows,
+    entropy: float | None,
+    kept: int | None = None,
+    names: tuple[str, str] = ("NLL", "entropy of the data"),
+) -> None:
     key, unit = ("bits_per_dim", "bits/dim") if series_of(rows, "bits_per_dim") else ("nll", "nats")
     axes.grid(axis="y")
-    axes.set_ylabel(f"NLL ({unit})")
+    axes.set_ylabel(f"{names[0]} ({unit})")
     train = series_of(_split(rows, "train"), key)
-    names = _splits(rows)
-    others = {name: curve for name in names if (curve := series_of(_split(rows, name), key))}
+    others = {split: curve for split in _splits(rows) if (curve := series_of(_split(rows, split), key))}
     if not train and not others:
-        style.annotate(axes, "no finite NLL")
+        style.annotate(axes, f"no finite {names[0]}")
         axes.yaxis.set_major_locator(NullLocator())
         return
     if train:
         _noisy(axes, train, style.BLUE, "training")
-    for place, (name, curve) in enumerate(others.items()):
+    for place, (split, curve) in enumerate(others.items()):
         colour, line = COLOURS[place % len(COLOURS)], LINES[place // len(COLOURS) % len(LINES)]
         words = f" (best {_number(curve.values.min())})" if len(others) <= WITH_BEST else ""
-        best = f"{_name(name)}{words}"
+        best = f"{_name(split)}{words}"
         every = max(1, len(curve.values) // 40)
         axes.plot(curve.steps, curve.values, f"{line}o", color=colour, markersize=3.5, markevery=every, label=best)
     low, high = _frame(train, list(others.values()))
     if unit == "nats" and is_finite(entropy):
-        axes.axhline(entropy, color=style.INK, linestyle=style.DASHES, linewidth=1.1, label="entropy of the data")
+        axes.axhline(entropy, color=style.INK, linestyle=style.DASHES, linewidth=1.1, label=names[1])
         low, high = min(low, entropy), max(high, entropy)
     margin = 0.07 * (high - low) or 0.5
     axes.set_ylim(low - margin, high + margin)

@@ -78,21 +78,26 @@ def draw_flow_1d(
             truth = points.evaluate(scales.density_on_axes([scale], true_log_density), x[:, None])
             axes.plot(x, np.minimum(truth, 1e30), color=style.GREEN, dashes=style.DASHES[1], label="true density")
         top = _top(observed, sampled, density)
-        axes.set(xlim=limits, ylim=(0, top))
+        axes.set_xlim(limits)
         axes.set_xlabel(axis_label(column, set_ticks(axes.xaxis, scale, most=10), 8))
-        unit = "per unit" if scale.plain else "per unit of the axis"
-        if log_scale:
-            axes.set_yscale("log")
-            low, high = 2 * top / 10**DECADES_1D, 2 * top
-            decades = [10.0**k for k in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
-            axes.set_yticks(decades, labels=scales.decades(decades))
-            axes.minorticks_off()
-            axes.set_ylim(low, high)
-            axes.set_ylabel(points.noted("density", unit))
-        else:
-            axes.set_ylabel(points.noted("density", " ".join(filter(None, (set_ticks(axes.yaxis), unit)))))
+        set_density_axis(axes, top, log_scale, "per unit" if scale.plain else "per unit of the axis")
         style.legend_above(axes)
         style.save(figure, path, options)
+
+
+def set_density_axis(axes: Axes, top: float, log_scale: bool, unit: str) -> None:
+    """Sets limits, ticks and label of an axis of densities that ends at `top`, or logarithmic at 2 `top`."""
+    if not log_scale:
+        axes.set_ylim(0, top)
+        axes.set_ylabel(points.noted("density", " ".join(filter(None, (set_ticks(axes.yaxis), unit)))))
+        return
+    axes.set_yscale("log")
+    low, high = 2 * top / 10**DECADES_1D, 2 * top
+    decades = [10.0**k for k in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
+    axes.set_yticks(decades, labels=scales.decades(decades))
+    axes.minorticks_off()
+    axes.set_ylim(low, high)
+    axes.set_ylabel(points.noted("density", unit))
 
 
 def _top(observed: Array, sampled: Array, density: Array) -> float:
@@ -166,13 +171,13 @@ def draw_flow_2d(
     # the peak of a true density is exact, but the peaks of data and model depend on noise and on the fit
     top = (peaks[-1] if true_log_density is not None else 0.0) or min(max(peaks), BRIGHTEST * peaks[0]) or 1.0
     with style.styled():
-        figure, row, side = _row_of_panels(len(panels), limits, scaled, columns, title, options)
+        figure, row, side = row_of_panels(len(panels), limits, scaled, columns, title, options)
         for axes, (name, heights) in zip(row, panels, strict=True):
-            paint(axes, _log_share(heights, top) if log_scale else heights, limits, 1.0 if log_scale else top)
+            paint(axes, log_share(heights, top) if log_scale else heights, limits, 1.0 if log_scale else top)
             axes.set_title(name, size=10 * min(1.0, side / (0.085 * len(name))))
         left = LEFT_2D + len(panels) * (side + GAP_2D)
         brightest = max(float(np.nanmax(heights, initial=0.0)) for _, heights in panels)
-        _density_bar(
+        density_bar(
             figure, left, side, top, brightest > top, log_scale, "area" if all(s.plain for s in scaled) else "axes"
         )
         style.save(figure, path, options)
@@ -193,7 +198,7 @@ def picture_limits(values: Array, samples: Array | None = None) -> tuple[Range, 
     return ranges[0], ranges[1]
 
 
-def _row_of_panels(
+def row_of_panels(
     count: int,
     limits: tuple[Range, Range],
     scaled: Sequence[Scale],
@@ -218,15 +223,13 @@ def _row_of_panels(
     return figure, row, side
 
 
-def _log_share(heights: Array, top: float) -> Array:
+def log_share(heights: Array, top: float) -> Array:
     """Returns 1 + log(heights / top) / DEPTH_2D, which is 1 at the top of the scale, clipped from below at 0."""
     with np.errstate(divide="ignore"):
         return np.asarray(np.maximum(1 + np.log(heights / top) / DEPTH_2D, 0.0))
 
 
-def _density_bar(
-    figure: Figure, left: float, side: float, top: float, clipped: bool, log_scale: bool, per: str
-) -> None:
+def density_bar(figure: Figure, left: float, side: float, top: float, clipped: bool, log_scale: bool, per: str) -> None:
     """Draws the colour bar of densities up to `top`, with an arrow if it is `clipped`.
 
     Args:

@@ -7,10 +7,11 @@ from pathlib import Path
 from torch import Tensor
 
 from flowtrain.data.base import Dataset
+from flowtrain.data.targets.base import TargetData
 from flowtrain.evaluation import Evaluation
 from flowtrain.evaluation.calibration import DENSITY, RADIUS
 from flowtrain.flow import Density, Flow
-from flowtrain.plotting import image_pictures, vector_pictures
+from flowtrain.plotting import image_pictures, target_pictures, vector_pictures
 from flowtrain.plotting.anomaly_figure import draw_anomalies
 from flowtrain.plotting.context_figures import draw_calibration_by_context
 from flowtrain.plotting.drawing import as_drawn, drawing, warn_if_plotting_fails
@@ -128,6 +129,8 @@ def draw(
 ) -> None:
     """Draws data beside samples of a flow: densities of one or two columns, a corner plot of more columns, or images.
 
+    For a target, its density is drawn beside the flow, see `flowtrain.plotting.target_pictures.draw`.
+
     The random state of torch is unchanged. Samples of a conditional flow that this function draws have the labels or
     the contexts of the data.
 
@@ -138,6 +141,9 @@ def draw(
         context: for a flow with context columns, the context of `samples`: (1, k) for all, or (n, k). With one context,
             only the data with the nearest contexts are drawn.
     """
+    if isinstance(data, TargetData):
+        target_pictures.draw(flow, data.target, path, title, samples, log_scale, options)
+        return
     data = as_drawn(data)
     with drawing(flow) as flow:
         if len(flow.event_shape) == 3:

@@ -17,6 +17,8 @@ from flowtrain.plotting.points import EVERYWHERE, Array, LogDensity, Points, Ran
 
 # an axis is compressed if the range of the values exceeds this many times half their interquartile range
 LONGEST_TAIL = 20.0
+# at most this share of the values is in the outer half of a tail. With a larger share, it is another mode
+OUTER_HALF = 0.1
 # the data have a single tail if one side is this many times longer than the other
 ONE_SIDED = 10.0
 # width of a character of a tick label and height of a tick label, in inches per point of the font size
@@ -114,6 +116,9 @@ def choose_scale(values: Array) -> Scale:
     """
     low, first, middle, third, high = (float(q) for q in np.quantile(values, (0.005, 0.25, 0.5, 0.75, 0.995)))
     if not 0 < LONGEST_TAIL * (third - first) / 2 < high - low:
+        return Scale()
+    is_upper = high - middle > middle - low
+    if (values > (middle + high) / 2 if is_upper else values < (middle + low) / 2).mean() > OUTER_HALF:
         return Scale()
     if high - middle > ONE_SIDED * (middle - low):
         centre, reach = low, float(np.quantile(values, 0.1)) - low

@@ -223,6 +223,7 @@ def draw_paths(
     title: str,
     columns: Sequence[str] = ("x1", "x2"),
     options: PlotOptions = DEFAULT,
+    name: str = "data",
 ) -> None:
     """Draws the paths of particles from the base to the data.
 
@@ -233,6 +234,7 @@ def draw_paths(
         at: the K moments, as numbers.
         axis: the name of these numbers.
         columns: the names of the columns.
+        name: the name of the data in the legend.
 
     Raises:
         FlowtrainError: the data do not have two columns, or no path is finite.
@@ -257,12 +259,12 @@ def draw_paths(
         plane.set_xlabel(axis_label(columns[0], set_ticks(plane.xaxis), SIDE))
         plane.set_ylabel(axis_label(columns[1], set_ticks(plane.yaxis), SIDE))
         # the legend shows separate markers, because the dots of the data are too small
-        for colour, name in (
+        for colour, words in (
             (BASE, "base"),
             (SAMPLE, points.noted("samples", f"{x.shape[1]} paths", lost)),
-            (style.DATA_SHADES[1], "data"),
+            (style.DATA_SHADES[1], name),
         ):
-            plane.plot([], [], "o", color=colour, markersize=4.5, label=name)
+            plane.plot([], [], "o", color=colour, markersize=4.5, label=words)
         style.legend_above(plane)
         limits_of_colours = (top - PATHS_DEPTH, top)
         left = LEFT + SIDE + 0.12

@@ -44,9 +44,17 @@ POINTS = 10_000
 
 
 def draw_transport_pictures(
-    flow: Flow, data: Dataset, path_of: Callable[[str], Path], title: str, options: PlotOptions = DEFAULT
+    flow: Flow,
+    data: Dataset,
+    path_of: Callable[[str], Path],
+    title: str,
+    options: PlotOptions = DEFAULT,
+    name: str = "data",
 ) -> list[Path]:
     """Draws transport.png and paths.png of a flow of two columns, for a conditional flow at its `typical_context`.
+
+    Args:
+        name: the name of the data in the legend.
 
     Returns:
         The files that were written.
@@ -63,7 +71,7 @@ def draw_transport_pictures(
         files += options.files(path_of("transport"))
     # densities along a path are drawn as lines, on which errors of TOLERANCE can be seen
     with warn_if_plotting_fails("paths"), drawing(flow) as flow:
-        _draw_paths(_Transport(flow, data, PATH_MOMENTS, context), path_of("paths"), words, options)
+        _draw_paths(_Transport(flow, data, PATH_MOMENTS, context), path_of("paths"), words, options, name)
         files += options.files(path_of("paths"))
     return files
 
@@ -221,7 +229,7 @@ def _draw_transport(transport: _Transport, path: Path, title: str, options: Plot
     )
 
 
-def _draw_paths(transport: _Transport, path: Path, title: str, options: PlotOptions) -> None:
+def _draw_paths(transport: _Transport, path: Path, title: str, options: PlotOptions, name: str) -> None:
     particles = PARTICLES if transport.trajectory.is_continuous else min(STEP_PARTICLES, PARTICLES)
     states = transport.states(transport.latents(particles))
     given = transport.features(states[0])
@@ -236,6 +244,7 @@ def _draw_paths(transport: _Transport, path: Path, title: str, options: PlotOpti
         title=title,
         columns=transport.columns,
         options=options,
+        name=name,
     )
 
 

@@ -19,6 +19,7 @@ from flowtrain.bijections.scale import Standardize
 from flowtrain.bijections.support import ToSupport
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.context import feature_count
+from flowtrain.data.targets.base import FunctionTarget, Target, TargetData
 from flowtrain.data.types import circular_columns, whole_columns_of
 from flowtrain.flow import Density, Flow
 from flowtrain.models.described import TARGET
@@ -41,12 +42,56 @@ RESERVED = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 
 
 def build_data(config: Config, **tables: Any) -> Dataset:
-    """Builds the data set.
+    """Builds the data set, for data=target with its target.
 
     Args:
         tables: tables in memory that replace the paths in the config.
+
+    Raises:
+        ConfigError: data=target without a target, or a target with other data.
     """
-    return cast(Dataset, _call(config, "data", **tables))
+    needs_target = uses_target(config)
+    if needs_target and not config.get("target"):
+        raise ConfigError(
+            "data=target needs a density: give its name, as in target=funnel, or your function, as in target=custom "
+            "target._target_=mypkg.log_density target.dim=2"
+        )
+    if config.get("target") and not needs_target:
+        raise ConfigError(
+            f"target={config['target'].get('name')}: only possible with data=target; leave out one of data and target"
+        )
+    return cast(Dataset, _call(config, "data", **tables, **({"target": build_target(config)} if needs_target else {})))
+
+
+def uses_target(config: Config) -> bool:
+    """Returns whether the data set of a config is a target."""
+    return bool(_wanted(config, "data", {"target": None}))
+
+
+def build_target(config: Config) -> Target:
+    """Builds the target from a class of targets, or from a function log p~(x).
+
+    For a function, keys that are not arguments of `FunctionTarget` are arguments of the function.
+
+    Raises:
+        ConfigError: an unknown or missing key.
+    """
+    function = _object(_target(config, "target"), "target")
+    if isinstance(function, type):
+        return cast(Target, _call(config, "target"))
+    settings = {k: _built(v, "target") for k, v in config["target"].items() if k not in (*RESERVED, "name")}
+    own = [name for name in inspect.signature(FunctionTarget).parameters if name != "function"]
+    known = [name for name in inspect.signature(function).parameters if name not in own][1:]
+    rest = {key: value for key, value in settings.items() if key not in own}
+    unknown = [key for key in rest if key not in known]
+    if unknown:
+        raise ConfigError(
+            f"target: unknown key {', '.join(unknown)}; {choose(unknown[0], [*own, *known], 'the keys are')}"
+        )
+    if settings.get("dim") is None:
+        raise ConfigError("target.dim: give the number of columns of x")
+    given = {key: value for key, value in settings.items() if key in own}
+    return FunctionTarget(partial(function, **rest) if rest else function, **given)
 
 
 def build_solver(config: Config) -> Solver:
@@ -78,12 +123,24 @@ def build_objective(config: Config, flow: Flow, teacher: Flow | None = None, dat
 
     offered = {
         "steps": config["trainer"]["steps"],
+        "batch_size": config["trainer"]["batch_size"],
         "seed": config["seed"],
         "teacher": teacher,
         "contexts": contexts,
+        "target": data.target if isinstance(data, TargetData) else None,
     }
+    if offered["target"] is None and _wanted(config, "objective", {"target": None}):
+        raise ConfigError(
+            f"objective={config['objective'].get('name')} needs a density instead of data: give data=target and a "
+            "target, as in target=funnel"
+        )
     given = {"flow": flow, "regularizer": regularizer}
     objective = cast(Objective, _call(config, "objective", **given, **_wanted(config, "objective", offered)))
+    if isinstance(data, TargetData) and not objective.uses_target:
+        raise ConfigError(
+            f"objective={config['objective'].get('name')} needs samples, but data=target has none: use "
+            "objective=reverse_kl or objective=weighted_forward_kl"
+        )
     known = list(inspect.signature(objective.forward).parameters.values())
     if not any(p.name == "options" or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in known):
         raise ConfigError(

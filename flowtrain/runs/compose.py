@@ -18,6 +18,8 @@ from flowtrain.utils.formatting import flattened
 
 # keys of model=auto
 SEARCH_KEYS = {"model.candidates", "model.conditional"}
+# model and objective of a run on a target
+TARGET_CHOICES = {"model": "nsf", "objective": "reverse_kl"}
 # prefix of the keys of column types
 TYPES = "data.types."
 # keys of the whole config that only the commands use
@@ -143,12 +145,13 @@ def compose(settings: Mapping[str, Any], folders: Sequence[Path] = ()) -> Compos
     return Composed(config, dict(settings), choices, applied_recipes(choices, config, folders))
 
 
-def default_choices(keys: Set[str], model: str | None = None) -> dict[str, str]:
-    """Returns the default model and objective of a run on a table. Choices that the user has made are left out.
+def default_choices(keys: Set[str], model: str | None = None, data: str = "array") -> dict[str, str]:
+    """Returns the default model and objective of a run on a table or a target. The user's choices are left out.
 
     Args:
         keys: the choices and the dotted keys that are set.
         model: the model that is chosen; None: not chosen.
+        data: array or target.
 
     Example:
         >>> default_choices({"trainer.lr"}), default_choices({"model.hidden"}), default_choices(set(), "ffjord")
@@ -157,6 +160,9 @@ def default_choices(keys: Set[str], model: str | None = None) -> dict[str, str]:
         {}
     """
     found = {}
+    if data == "target":
+        is_free = {"model": model is None and "model" not in keys, "objective": "objective" not in keys}
+        return {group: name for group, name in TARGET_CHOICES.items() if is_free[group]}
     if model is None and "model" not in keys:
         # if no model is named, keys of a model, an objective or a regularizer imply ffjord
         other = {key for key in keys if key.startswith("model.")} - SEARCH_KEYS

@@ -13,6 +13,7 @@ import torch
 
 from flowtrain.data.base import Dataset
 from flowtrain.data.context import example_of
+from flowtrain.data.targets.base import TargetData
 from flowtrain.evaluation import NAMES
 from flowtrain.flow import Density, Flow
 from flowtrain.ode import Solver
@@ -34,7 +35,10 @@ def title_of(config: Mapping[str, Any]) -> str:
 
 
 def data_name(config: Mapping[str, Any]) -> str:
-    """Returns the name of a data set; for a user's data, the name of the file."""
+    """Returns the name of a data set; for a user's data, the name of the file; for a target, its name."""
+    if config.get("target") and config["data"].get("name") == "target":
+        name = name_of(config["target"])
+        return str(config["target"]["_target_"]) if name == "custom" else name
     path = config["data"].get("path")
     return Path(path).name if path else name_of(config["data"])
 
@@ -198,6 +202,10 @@ def describe_samples(data: Dataset) -> str:
     """Describes a data set: the columns or the image shape, and the sizes of its sets."""
     shape = data.event_shape
     kind = f"{shape[0]} column{'s' * (shape[0] > 1)}" if len(shape) == 1 else f"images {'x'.join(map(str, shape))}"
+    if isinstance(data, TargetData):
+        known = "" if data.target.log_z is None else f", log Z {data.target.log_z:.4f} nats"
+        draws = f"{len(data.val):,} samples for a validation, {len(data.test):,} for the evaluation"
+        return f"a density of {kind} up to a constant{known}; {draws}"
     known = "" if data.entropy is None else f", entropy {data.entropy:.4f} nats"
     rows = "" if data.n_train is None else f"{data.n_train:,} rows for training, "
     weighted = "" if data.val_weights is None else "; the rows are weighted"

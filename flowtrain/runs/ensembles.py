@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.base import Dataset, Samples, changes
+from flowtrain.data.targets.base import TargetData
 from flowtrain.evaluation import check_fits
 from flowtrain.evaluation.log_likelihood import held_out, log_probs
+from flowtrain.evaluation.log_weights import weighted_samples
 from flowtrain.flow import Density, Flow, Record
 from flowtrain.models.ensemble import Ensemble, difference_in_kind, stacking_weights
 from flowtrain.runs.run_directory import SEARCH_STATE
@@ -83,7 +85,7 @@ def ensemble_of(runs: Sequence[Run], weights: Weights, data: Callable[[], Datase
 
     Args:
         weights: the weights of the members, or "equal". None: by EM on the validation rows of `data`, see
-            `stacking_weights`.
+            `stacking_weights`. For a target, by EM on weighted samples of all members.
         data: builds the data set on which the runs were trained.
 
     Raises:
@@ -135,9 +137,12 @@ def difference_between(one: Run, other: Run) -> str | None:
             return f"one run has the sets {', '.join(before)}, the other run has {', '.join(now)}"
         change = changes(one.samples.record, other.samples.record)
         return None if change is None else f"from the first to the second, {change}"
-    a, b = one.config["data"], other.config["data"]
-    differing = [key for key in {**a, **b} if a.get(key) != b.get(key)]
-    return f"data.{differing[0]} is {a.get(differing[0])} and {b.get(differing[0])}" if differing else None
+    for group in ("data", "target"):
+        a, b = (run.config.get(group) or {} for run in (one, other))
+        for key in {**a, **b}:
+            if a.get(key) != b.get(key):
+                return f"{group}.{key} is {a.get(key)} and {b.get(key)}"
+    return None
 
 
 def _members_of(run: Run, weight: float) -> list[tuple[Flow, float, str]]:
@@ -164,9 +169,27 @@ def _weights_by_validation(runs: Sequence[Run], data: Callable[[], Dataset]) -> 
                 "the weights of an ensemble are computed on the validation rows of its data, which cannot be used: "
                 f"{e}. Restore the data, or give the weights: weights=[0.5,0.5], or weights={EQUAL}"
             ) from e
+    if isinstance(built, TargetData):
+        return _weights_by_target(flows, built)
     x, label = validation_rows(flows[0], built, ROWS)
     log_p = validation_log_probs(flows, x, label, [run.name for run in runs])
     return stacking_weights(log_p, validation_weights(built, ROWS))
+
+
+def _weights_by_target(flows: Sequence[Density], data: TargetData) -> list[float]:
+    """Returns the weights of M flows that maximise E_p[log sum_m w_m q_m(x)] for a target p, by EM.
+
+    The expectation is over samples of all flows, weighted by p~(x) / sum_m q_m(x). EM is then population Monte Carlo
+    with the kernels of the flows (Cappe et al. 2008, Adaptive importance sampling in general mixture classes).
+    """
+    data.to(flows[0].like.device)
+    each = max(2, min(len(data.val), ROWS // len(flows)))
+    drawn = [weighted_samples(flow, data.target, each, data.seed_of("val")) for flow in flows]
+    log_target = torch.cat([one.log_p for one in drawn])
+    log_q = validation_log_probs(flows, torch.cat([one.x for one in drawn]))
+    log_w = log_target - log_q.nan_to_num(nan=-math.inf).logsumexp(1)
+    log_w = torch.where(log_w < math.inf, log_w, -math.inf)
+    return stacking_weights(log_q, (log_w - log_w.max()).exp())
 
 
 def validation_rows(flow: Density, data: Dataset, most: int) -> tuple[Tensor, Tensor | None]:

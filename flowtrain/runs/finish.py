@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from flowtrain.data.base import Dataset
-from flowtrain.evaluation import NAMES, Evaluation, evaluate
+from flowtrain.data.targets.base import TargetData
+from flowtrain.evaluation import NAMES, Evaluation, TargetEvaluation, evaluate, evaluate_target
 from flowtrain.evaluation.baselines import affordable_seconds, has_baselines
 from flowtrain.flow import Density, Flow
 from flowtrain.plotting import pictures
@@ -15,6 +16,7 @@ from flowtrain.plotting.context_pictures import draw_context_pictures
 from flowtrain.plotting.curves import draw_curves
 from flowtrain.plotting.drawing import warn_if_plotting_fails
 from flowtrain.plotting.options import DEFAULT, PlotOptions
+from flowtrain.plotting.target_pictures import draw_target_figures
 from flowtrain.runs import load
 from flowtrain.runs.console import data_name, next_commands, title_of
 from flowtrain.runs.search import Search
@@ -50,15 +52,7 @@ def finish(
         else:
             load.load_averaged_weights(flow, saved)
     with phase("evaluating"):
-        tested, thorough = (data, True) if time_budget is None else time_budget.affordable_data()
-        seconds = affordable_seconds(trainer.seconds) if has_baselines(flow, data) else 0.0
-        if flow.conditional and len(data.event_shape) == 1:
-            log.info("baselines: only a Gaussian, because the others ignore the context")
-        if time_budget is not None:
-            seconds = min(seconds, time_budget.for_baselines)
-        result = evaluate(
-            flow, tested, "test", saved["step"], trained_on=data, thorough=thorough, baseline_seconds=seconds
-        )
+        result = evaluated(trainer, flow, saved["step"])
     best = None if trainer.best is None else trainer.best["nll"]
     rest = {"train_seconds": trainer.seconds, "steps": trainer.step, "val_nll": best}
     rest["val_nll_stderr"] = None if trainer.best is None else stderr_at(trainer.metrics.rows, trainer.best["step"])
@@ -74,10 +68,24 @@ def finish(
     log.info("%s\n%s\n%s", result.table(), trained, next_commands(run_dir, flow))
 
 
+def evaluated(trainer: Trainer | Search, flow: Density, step: int) -> Evaluation | TargetEvaluation:
+    """Evaluates a flow on the test set, or on the target, of a run. The time budget limits the evaluation."""
+    data, time_budget = trainer.data, trainer.time_budget
+    tested, thorough = (data, True) if time_budget is None else time_budget.affordable_data()
+    if isinstance(data, TargetData):
+        return evaluate_target(flow, data.target, len(tested.test), data.seed_of("test"), step, thorough=thorough)
+    seconds = affordable_seconds(trainer.seconds) if has_baselines(flow, data) else 0.0
+    if flow.conditional and len(data.event_shape) == 1:
+        log.info("baselines: only a Gaussian, because the others ignore the context")
+    if time_budget is not None:
+        seconds = min(seconds, time_budget.for_baselines)
+    return evaluate(flow, tested, "test", step, trained_on=data, thorough=thorough, baseline_seconds=seconds)
+
+
 def draw_figures(
     flow: Density,
     data: Dataset,
-    result: Evaluation,
+    result: Evaluation | TargetEvaluation,
     rows: Sequence[Mapping[str, Any]],
     config: Mapping[str, Any],
     path_of: Callable[[str], Path],
@@ -99,7 +107,11 @@ def draw_figures(
     Returns:
         The files.
     """
-    title, drawn = figure_title(config, result), []
+    title, drawn = figure_title(config, result), list[Path]()
+    if isinstance(result, TargetEvaluation):
+        assert isinstance(data, TargetData)
+        more = time_budget is None or time_budget.has_time_for("the flow in more detail", more=True)
+        return draw_target_figures(flow, data.target, result, rows, title, path_of, options, more)
     if rows:
         with warn_if_plotting_fails("curves"):
             kept = None if result.members else result.step
@@ -118,9 +130,14 @@ def draw_figures(
     return drawn
 
 
-def figure_title(config: Mapping[str, Any], result: Evaluation) -> str:
-    """Returns the title of figures: model, data, step, and the NLL of the evaluated rows; images in bits/dim."""
+def figure_title(config: Mapping[str, Any], result: Evaluation | TargetEvaluation) -> str:
+    """Returns the title of figures: model, data, step, and the NLL of the evaluated rows; images in bits/dim.
+
+    For a target, log Z and the quality of the weights replace the NLL.
+    """
     step = "" if result.members else f"step {result.step:,}"
+    if isinstance(result, TargetEvaluation):
+        return ", ".join(filter(None, (title_of(config), step, result.words)))
     which = {"test": "test ", "val": "validation "}.get(result.split, "")
     return ", ".join(filter(None, (title_of(config), step, f"{which}{result.words}")))
 
@@ -148,7 +165,8 @@ def draw_training(
         nll: in nats; NaN before the first validation.
     """
     bits = flow.bits_per_nat
-    reached = f"NLL {nll:.3f} nats" if bits is None else f"{bits * nll:.3f} bits/dim"
+    name = "negative ELBO" if isinstance(data, TargetData) else "NLL"
+    reached = f"{name} {nll:.3f} nats" if bits is None else f"{bits * nll:.3f} bits/dim"
     validated = "" if math.isnan(nll) else f", validation {reached}"
     path = run_dir / f"plots/samples_{step:06d}.png"
     with warn_if_plotting_fails(f"step {step}"):

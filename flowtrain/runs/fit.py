@@ -13,12 +13,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from pkgutil import resolve_name
+from typing import Any, NamedTuple, cast
 
 import torch
 import yaml
@@ -27,11 +28,12 @@ from flowtrain.bijections.linear import FromGaussian, Preconditioned
 from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import Dataset
 from flowtrain.data.tables.from_memory import Rows, write_table
+from flowtrain.data.targets.base import FunctionTarget, Target, TargetData
 from flowtrain.flow import Flow, Record
 from flowtrain.models.described import TARGET
 from flowtrain.runs import load
-from flowtrain.runs.build import with_whole_numbers
-from flowtrain.runs.compose import Composed, compose, default_choices, options
+from flowtrain.runs.build import build_data, with_whole_numbers
+from flowtrain.runs.compose import TARGET_CHOICES, Composed, compose, default_choices, options
 from flowtrain.runs.console import writing_log
 from flowtrain.runs.descriptions import describe, describe_solver
 from flowtrain.runs.prepare import Parts
@@ -265,6 +267,155 @@ def train(
     return flow.record
 
 
+@_one_at_a_time()
+def fit_target(
+    log_density: Callable[[torch.Tensor], torch.Tensor] | Target | str,
+    dim: int | None = None,
+    *,
+    model: str | None = None,
+    flow: Flow | None = None,
+    objective: str = "reverse_kl",
+    types: Mapping[str, Any] | Sequence[Any] | None = None,
+    columns: Sequence[str] | None = None,
+    loc: float | Sequence[float] | None = None,
+    scale: float | Sequence[float] | None = None,
+    log_z: float | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    run_dir: str | Path | None = None,
+    progress: bool = True,
+    overrides: Mapping[str, Any] | Sequence[str] | None = None,
+) -> Flow:
+    """Fits a flow q to a density p = p~ / Z that is known up to the constant Z (variational inference).
+
+    This does the same as the command `flowtrain target=NAME`. The objective `reverse_kl` minimizes
+    KL(q || p) = log Z - ELBO with ELBO = E_q[log p~(x) - log q(x)], in nats. `flowtrain.evaluate_target` estimates log
+    Z and the effective sample size. Arguments that are not listed here are as in `fit`.
+
+    Args:
+        log_density: a function that returns log p~(x) in nats, (B,), for x (B, d), differentiable with torch; a
+            `flowtrain.data.targets.base.Target`; or the name of a target, such as "funnel".
+        dim: the number of columns d. A `Target` or a name already determines it.
+        model: the name of a model. None: "nsf".
+        flow: a flow to start from, such as a flow that was fitted to samples of an MCMC run. A copy of it is trained.
+            None: a new flow that begins near a Gaussian with mean `loc` and standard deviation `scale`.
+        objective: "reverse_kl", or "weighted_forward_kl" for densities with several modes.
+        types: types of columns with bounds, by the names of columns or one for each column, as for the key
+            `data.types`: {"x1": "positive"}. The density is zero outside of the bounds.
+        columns: the names of the columns. None: x1, x2 and so on.
+        loc, scale: the start distribution on the real line, a number or one for each column. None: 0 and 1.
+        log_z: log Z in nats if it is known. The evaluation compares its estimate with it.
+        run_dir: a directory for the files of a run. It needs a name, or a function that can be imported by its name.
+
+    Returns:
+        The flow with the largest validation ELBO, in evaluation mode.
+
+    Raises:
+        ConfigError: a setting that does not exist or is out of range.
+        DataError: `log_density` does not return a tensor (B,).
+        FlowtrainError: a loss, a gradient or an ODE solve failed; see the key `trainer.on_nonfinite`.
+
+    Example:
+        >>> flow = fit_target(lambda x: -0.5 * x.square().sum(1), 2, model="affine", steps=5, progress=False)
+        >>> flow.sample(3).shape
+        torch.Size([3, 2])
+    """
+    begun = time.perf_counter()
+    if flow is not None:
+        _check_trainable(flow)
+        if run_dir is not None or model is not None:
+            raise ConfigError(
+                "flow: leave out model and run_dir. The command continues a run on a target: flowtrain target=NAME "
+                "from=RUN_DIR"
+            )
+        types = flow.types if types is None else types
+    about = {"dim": dim, "types": types, "columns": columns, "loc": loc, "scale": scale, "log_z": log_z}
+    about = {key: value for key, value in about.items() if value is not None}
+    found = _target_settings(log_density, about)
+    kind = model or TARGET_CHOICES["model"]
+    if flow is not None:
+        kind = CONTINUOUS if flow.ode_blocks else DISCRETE
+    settings = {"data": "target", **found.settings, "model": kind, "objective": objective}
+    fixed = () if flow is None else ("model", "solver")
+    settings |= {"seed": seed, "device": str(device if flow is None else flow.like.device)}
+    composed = _composed(settings, steps, minutes, overrides, fixed)
+    parts = Parts()
+    if found.target is not None:
+        if run_dir is not None:
+            raise ConfigError(
+                "run_dir: the run directory cannot store this target. Give a function of a module, which can be "
+                "imported by its name, or the name of a target"
+            )
+        keys = ("n_val", "n_test", "seed")
+        parts = Parts(data=TargetData(found.target, **{key: composed.config["data"][key] for key in keys}))
+    if flow is not None:
+        data = parts.data or build_data(composed.config)
+        assert isinstance(data, TargetData)
+        copied = deepcopy(flow)
+        composed.config["model"] = {"name": kind}
+        parts = Parts(copied.train(), data, initialize=False)
+    ended = _run(composed, Source({"data": "target"}, data=parts.data), run_dir, progress, begun, parts)
+    trainer = ended.trainer
+    saved = {**trainer.read(), "config": trainer.config}
+    if flow is not None:
+        load.load_averaged_weights(copied, saved)
+        fitted: Flow = copied.eval()
+    else:
+        fitted = load.restore_flow(saved, trainer.device, load.own_packages(trainer.config))
+    fitted.record = _record(saved, ended)
+    return fitted
+
+
+class _TargetSettings(NamedTuple):
+    """The settings of a target by its name or its function, or a target that the config cannot describe."""
+
+    settings: dict[str, Any]
+    target: Target | None = None
+
+
+def _target_settings(log_density: Any, about: Mapping[str, Any]) -> _TargetSettings:
+    """Returns the settings of a target.
+
+    Args:
+        about: arguments of the target, such as dim.
+
+    Raises:
+        ConfigError: no function, or no number of columns.
+    """
+    if isinstance(log_density, Target):
+        if about:
+            raise ConfigError(f"{next(iter(about))}: the Target already has it; leave it out")
+        return _TargetSettings({}, log_density)
+    if isinstance(log_density, str):
+        return _TargetSettings({"target": log_density, **{f"target.{key}": value for key, value in about.items()}})
+    if not callable(log_density):
+        raise ConfigError(f"log_density={shortened(log_density)}: give a function, a Target, or the name of a target")
+    if "dim" not in about:
+        raise ConfigError("dim: give the number of columns of x")
+    name = f"{getattr(log_density, '__module__', None)}.{getattr(log_density, '__qualname__', None)}"
+    if is_importable(log_density, name) and not name.startswith("__main__."):
+        keys = {f"target.{key}": _plain_types(value) if key == "types" else value for key, value in about.items()}
+        return _TargetSettings({"target": "custom", "target._target_": name, **keys})
+    return _TargetSettings({}, FunctionTarget(log_density, **about))
+
+
+def _plain_types(types: Mapping[str, Any] | Sequence[Any]) -> Any:
+    """Returns types as text for a config."""
+    if isinstance(types, Mapping):
+        return {key: str(one) for key, one in types.items()}
+    return [str(one) for one in types]
+
+
+def is_importable(function: Any, name: str) -> bool:
+    """Returns whether a function is found by its dotted name."""
+    try:
+        return resolve_name(name) is function
+    except Exception:  # importing by name can raise any exception
+        return False
+
+
 def _check_trainable(flow: Any) -> None:
     """Checks that `train` can train a flow.
 
@@ -285,9 +436,11 @@ def _check_trainable(flow: Any) -> None:
 
 def _open_choices(source: Source, model: str | None, overrides: Mapping[str, Any]) -> dict[str, str]:
     """Returns the default choices of model and objective; see `flowtrain.cli.overrides.with_default_choices`."""
-    if source.settings["data"] != "array" or set(overrides) & {"data", "experiment"}:
+    data = source.settings["data"]
+    if data not in ("array", "target") or set(overrides) & {"data", "experiment"}:
         return {"model": model or "ffjord"}
-    return {**({} if model is None else {"model": model}), **default_choices(set(flattened(overrides)), model)}
+    found = default_choices(set(flattened(overrides)), model, data)
+    return {**({} if model is None else {"model": model}), **found}
 
 
 def _data_settings(flow: Flow) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from flowtrain.utils.process import own_settings
 GROUP_PACKAGES = {
     "model": "models",
     "data": "data",
+    "target": "data.targets",
     "solver": "ode",
     "objective": "objectives",
     "regularizer": "bijections.regularizers",

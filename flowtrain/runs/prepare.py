@@ -14,6 +14,7 @@ import torch
 from flowtrain.data.base import Dataset, Samples, changes
 from flowtrain.data.context import CATEGORICAL, ContextColumn, feature_count
 from flowtrain.data.tables.table_reader import Table
+from flowtrain.data.targets.base import TargetData
 from flowtrain.evaluation import check_fits
 from flowtrain.flow import Flow
 from flowtrain.plotting.options import PlotOptions
@@ -183,8 +184,10 @@ def _for_teacher(data: Dataset, before: Samples, is_new: bool) -> Dataset:
         is_new: whether the run is new, not resumed.
 
     Raises:
-        ConfigError: see `check_same`.
+        ConfigError: see `check_same`, or a target that does not fit the flow.
     """
+    if isinstance(data, TargetData):
+        return data.for_flow(before)
     check_same("from", before, data.samples)
     if is_new and (change := changes(before.record, data.samples.record)):
         log.warning(
@@ -204,6 +207,8 @@ def _for_trained(data: Dataset, saved: Mapping[str, Any] | None, given: Parts) -
     if saved is None:
         return data if given.flow is None or given.initialize else with_context(data, given.flow.context)
     before = load.samples_of(saved)
+    if isinstance(data, TargetData):
+        return data.for_flow(before)
     # the description may come from an earlier training: from a run `from`, or from a flow built by hand
     data = with_context(data, before.context)
     check_same("resume", before, data.samples)

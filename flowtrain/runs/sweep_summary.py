@@ -29,6 +29,10 @@ MEASURED = (
     "val_nll", "val_nll_stderr", "nll", "nll_stderr", "bits_per_dim", "kl", "nfe", "solver_error", "roundtrip_error",
     "steps", "train_seconds",
 )  # fmt: skip
+# keys of result.json of runs on targets
+OF_TARGET = ("log_z", "log_z_stderr", "ess", "pareto_k", "forward_ess")
+# their headings in tables; log Z is shown with its error
+SHOWN_OF_TARGET = (("ess", "ESS"), ("pareto_k", "Pareto k"))
 # the meaning of the mark * in a table
 TIED = "\\* not significantly worse than the best: within 2 standard errors of the difference"
 TOLERANCES = ("solver.rtol", "solver.atol")
@@ -137,7 +141,7 @@ def result_of(folder: Path) -> dict[str, Any]:
         found = json.loads(path.read_text()) if path.is_file() else {}
     except (ValueError, OSError, RecursionError) as e:
         raise ConfigError(f"{path} is damaged ({first_line(e)}): remove it to evaluate the run again") from e
-    numbers = [found.get(name) for name in (*MEASURED, "val_nll_stderr")] if isinstance(found, dict) else ["no object"]
+    numbers = [found.get(name) for name in (*MEASURED, *OF_TARGET)] if isinstance(found, dict) else ["no object"]
     if not all(number is None or isinstance(number, int | float) for number in numbers):
         raise ConfigError(f"{path} is damaged: remove it to evaluate the run again")
     return found
@@ -206,10 +210,11 @@ def as_csv(jobs: Sequence[Job], keys: Sequence[str]) -> str:
     """Formats the jobs as CSV, with all digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["job", *keys, *MEASURED, "as_good_as_best", "state", "error"])
+    names = (*MEASURED, *(name for name in OF_TARGET if any(name in job.result for job in jobs)))
+    writer.writerow(["job", *keys, *names, "as_good_as_best", "state", "error"])
     near = tied_with_best(jobs)
     for job in jobs:
-        found = (job.result.get(name) for name in MEASURED)
+        found = (job.result.get(name) for name in names)
         given = (job.keys.get(key, "") for key in keys)
         measured = ["" if value is None else value for value in found]
         good = str(job.name in near).lower() if job.result else ""
@@ -225,6 +230,8 @@ def as_markdown(jobs: Sequence[Job], keys: Sequence[str]) -> str:
     marks = {job.name: " *" if job.name in near and len(near) > 1 else "" for job in jobs}
     columns["validation NLL"] = [_validation(job) + marks[job.name] for job in jobs]
     columns["test NLL"] = [_nll(job.result) for job in jobs]
+    columns["log Z"] = [_log_z(job.result) for job in jobs]
+    columns |= {words: [_number(job.result.get(name), 2) for job in jobs] for name, words in SHOWN_OF_TARGET}
     for name, words in (("bits_per_dim", "bits/dim"), ("kl", "KL"), ("nfe", "NFE"), ("solver_error", "solver error")):
         columns[words] = [_number(job.result.get(name)) for job in jobs]
     columns["steps"] = [str(job.result.get("steps", "")) for job in jobs]
@@ -241,6 +248,11 @@ def _validation(job: Job) -> str:
 
 def _nll(result: dict[str, Any]) -> str:
     return with_error(result["nll"], result["nll_stderr"]) if result.get("nll") is not None else ""
+
+
+def _log_z(result: dict[str, Any]) -> str:
+    error = result.get("log_z_stderr")
+    return "" if result.get("log_z") is None or error is None else with_error(result["log_z"], error)
 
 
 def _short(value: str) -> str:

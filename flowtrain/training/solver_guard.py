@@ -28,12 +28,13 @@ FINER = 8
 
 
 def exploited(loose: Tensor, tight: Tensor, d: int) -> bool:
-    """Returns whether the loose solve overestimates log p: gap > 3 noise and gap > 1e-3 d nats.
+    """Returns whether the loose solve lowers the loss: gap > 3 noise and gap > 1e-3 d nats.
 
     gap = mean(loose - tight) and noise = std(loose - tight) / sqrt(B) over the rows.
 
     Args:
-        loose, tight: log p in nats, (B,), of the same rows, weights and trace probes. Sampling errors cancel.
+        loose, tight: log p in nats, or -log p if the loss increases with log p, (B,), of the same rows, weights and
+            trace probes. Sampling errors cancel.
         d: the number of elements of a sample.
     """
     # the standard deviation of one row is undefined
@@ -56,6 +57,7 @@ class SolverGuard:
         warmup: returns the number of warm-up steps of the tolerance. None: the solver's own number.
         warmed: maps a training step to the number of completed warm-up steps. None: the identity.
         end_time: see `SolveOptions`.
+        raises_log_prob: see `Objective`.
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class SolverGuard:
         warmup: Callable[[], int | None] | None = None,
         warmed: Callable[[int], float] | None = None,
         end_time: float = 0.0,
+        raises_log_prob: bool = True,
     ) -> None:
         self.flow, self.every, self.end_time = flow, every, end_time
+        self.sign = 1 if raises_log_prob else -1
         self.warmup = warmup or (lambda: None)
         self.warmed = warmed or float
         self.tightenings = 0
@@ -84,6 +88,10 @@ class SolverGuard:
         """Returns (rtol, atol) of training at a step, after the tightenings so far."""
         return self.solver.tolerance_at(self.warmed(step), self.tightenings, self.warmup())
 
+    def is_due(self, step: int) -> bool:
+        """Returns whether `check` compares solves after `step` updates."""
+        return self.every is not None and step % self.every == 0 and self.warned != self._limits()
+
     def check(self, step: int, x: Tensor, seed: int, context: Tensor | None = None) -> bool:
         """Checks the solver on a batch after `step` updates, and tightens its tolerances if needed.
 
@@ -95,7 +103,7 @@ class SolverGuard:
             seed: the seed of trace probes and dequantization, the same for both solves.
             context: (B,) or None.
         """
-        if self.every is None or step % self.every or self.warned == self._limits():
+        if not self.is_due(step):
             return False
         before = self.tightenings
         # The check is repeated until it passes. With a single tightening, the field would exploit the new tolerance
@@ -115,7 +123,7 @@ class SolverGuard:
         if not failure:
             tight, _, failure = self._log_prob(x, context, seed, fine)
             failed = bool(failure)
-            wrong = failed or exploited(loose, tight, math.prod(self.flow.event_shape))
+            wrong = failed or exploited(self.sign * loose, self.sign * tight, math.prod(self.flow.event_shape))
             finding = f"the batch has an NLL of {-loose.mean():.4f} with the solver settings of training, "
             finding += f"but a tight solve failed ({failure})" if failed else f"{-tight.mean():.4f} with a tight solve"
         # if the check fails on any rank, all ranks tighten, because they train the same field with the same tolerance

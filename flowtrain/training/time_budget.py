@@ -8,8 +8,11 @@ import time
 import torch
 
 from flowtrain.data.base import Dataset
+from flowtrain.data.targets.base import TargetData
 from flowtrain.evaluation.baselines import LEAST_SECONDS, MOST_SECONDS, has_baselines
 from flowtrain.evaluation.log_likelihood import held_out, log_probs
+from flowtrain.evaluation.log_weights import weighted_samples
+from flowtrain.evaluation.targets import EXACT, FEW_EXACT
 from flowtrain.flow import Density, rows_at_a_time
 from flowtrain.training.failure_policy import STEP_ERRORS
 
@@ -51,7 +54,8 @@ class TimeBudget:
         evaluates: whether an evaluation and pictures follow the training.
 
     Attributes:
-        row_seconds: seconds to score one row. A new measurement is averaged geometrically with the previous value.
+        row_seconds: seconds to score one row; for a target, to draw and weight one sample. A new measurement is
+            averaged geometrically with the previous value.
         for_baselines: seconds reserved for a Gaussian mixture and a kernel density estimate. 0 if the data have no such
             baselines, or if the budget is less than 40 s.
     """
@@ -85,17 +89,16 @@ class TimeBudget:
 
         Repeats the pass with more rows as long as the pass is quick, because a pass has a fixed cost.
         """
-        x, label = held_out(self.flow, self.data, "val")
         training = self.flow.training
         self.flow.eval()
-        rows, enough = PROBE_ROWS, min(len(x), rows_at_a_time(self.flow.event_shape))
+        rows, enough = PROBE_ROWS, min(len(self.data.val), rows_at_a_time(self.flow.event_shape))
         try:
             # warm-up: the first pass also allocates memory and fills caches
-            log_probs(self.flow, x[:2], None if label is None else label[:2])
+            self._score(2)
             while True:
                 rows = min(rows, enough)
                 begun = time.perf_counter()
-                log_probs(self.flow, x[:rows], None if label is None else label[:rows])
+                self._score(rows)
                 took = time.perf_counter() - begun
                 measured = took / rows
                 if rows == enough or took > PROBE_SHARE * self.left:
@@ -108,6 +111,14 @@ class TimeBudget:
         finally:
             self.flow.train(training)
             self.probed += 1
+
+    def _score(self, rows: int) -> None:
+        """Scores the first validation rows; for a target, draws and weights as many samples."""
+        if isinstance(self.data, TargetData):
+            weighted_samples(self.flow, self.data.target, rows, self.data.seed_of("val"))
+            return
+        x, label = held_out(self.flow, self.data, "val")
+        log_probs(self.flow, x[:rows], None if label is None else label[:rows])
 
     def probe_again(self, elapsed: float, limit: float) -> None:
         """Probes once in each of PROBES equal parts of the training time."""
@@ -139,7 +150,7 @@ class TimeBudget:
         if not self.evaluates:
             return self.slowness * self.row_seconds * n_val
         tested, thorough = self.affordable_rows(self.room)
-        rows = n_val + tested + (ROWS_OF_CHECKS if thorough else ROWS_WITHOUT_CHECKS) + ROWS_OF_PICTURES[self.kind]
+        rows = n_val + tested + self.rows_of_checks(thorough) + ROWS_OF_PICTURES[self.kind]
         return self.slowness * (EVALUATION_SECONDS + PICTURES_SECONDS) + self.for_baselines + self.row_seconds * rows
 
     @property
@@ -153,9 +164,15 @@ class TimeBudget:
         if not self.row_seconds:
             return n, True
         room = (seconds - self.slowness * EVALUATION_SECONDS) / (SAFETY * self.row_seconds)
-        if room >= n + ROWS_OF_CHECKS:
+        if room >= n + self.rows_of_checks(True):
             return n, True
-        return min(n, max(LEAST_ROWS, int(room) - ROWS_WITHOUT_CHECKS)), False
+        return min(n, max(LEAST_ROWS, int(room) - self.rows_of_checks(False))), False
+
+    def rows_of_checks(self, thorough: bool) -> int:
+        """Returns the number of rows that an evaluation scores in addition to the test rows."""
+        rows = ROWS_OF_CHECKS if thorough else ROWS_WITHOUT_CHECKS
+        # exact samples of a target
+        return rows + (EXACT if thorough else FEW_EXACT) * isinstance(self.data, TargetData)
 
     def val_rows(self, size: int | None) -> int | None:
         """Returns the number of rows of a validation: `size`, or fewer if `size` rows would take too long."""
@@ -196,12 +213,14 @@ class TimeBudget:
             )
         if rows == n:
             return self.data, thorough
+        what = "samples" if isinstance(self.data, TargetData) else "test rows, which are evenly spaced"
         log.warning(
-            "time_budget=%g leaves time to score only %d of the %d test rows, which are evenly spaced. Run floweval on "
-            "the run directory to score all rows.",
+            "time_budget=%g leaves time to score only %d of the %d %s. Run floweval on the run directory to score all "
+            "of them.",
             self.seconds,
             rows,
             n,
+            what,
         )
         chosen = torch.linspace(0, n - 1, rows).round().long()
         fewer = copy.copy(self.data)

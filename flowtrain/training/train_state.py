@@ -40,7 +40,7 @@ class TrainState:
     """
 
     def __init__(self, objective: Objective, flow: Flow, settings: Settings, schedule_clock: ScheduleClock) -> None:
-        self.flow, self.settings, self.schedule_clock = flow, settings, schedule_clock
+        self.objective, self.flow, self.settings, self.schedule_clock = objective, flow, settings, schedule_clock
         kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
         self.optimizer = kind(flow.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.solves_from = objective.likelihood_from
@@ -49,7 +49,9 @@ class TrainState:
         self.guard = None
         if flow.solver is not None:
             end_time = objective.regularizer.end_time
-            self.guard = SolverGuard(flow, settings.guard_every, lambda: self.warmup, self.warmed, end_time)
+            self.guard = SolverGuard(
+                flow, settings.guard_every, lambda: self.warmup, self.warmed, end_time, objective.raises_log_prob
+            )
         norms = [m for m in flow.modules() if isinstance(m, BatchNorm | _BatchNorm)]
         self.running = [b for m in norms for b in m.buffers()]
         self.ema = None if settings.ema is None else Ema(flow, settings.ema)
@@ -146,7 +148,8 @@ class TrainState:
         # the guard's forward passes run in training mode and must not change the running statistics
         restore = self.keep_running()
         try:
-            return self.guard.check(step + 1, batch.x[part], batch.seed, context)
+            rows = self.objective.rows_to_check(batch.x[part]) if self.guard.is_due(step + 1) else batch.x[part]
+            return self.guard.check(step + 1, rows, batch.seed, context)
         finally:
             restore()
 
@@ -188,7 +191,9 @@ class TrainState:
     def state(self) -> dict[str, Any]:
         """Returns the state of optimizer, learning rate and guard. A checkpoint stores `ema` with the weights."""
         guard = None if self.guard is None else self.guard.state()
-        return {"optimizer": self.optimizer.state_dict(), "lr": self.lr.state(), "guard": guard}
+        found = {"optimizer": self.optimizer.state_dict(), "lr": self.lr.state(), "guard": guard}
+        of_objective = self.objective.state()
+        return found if of_objective is None else {**found, "objective": of_objective}
 
     def load_moments(self, saved: Mapping[str, Any]) -> None:
         """Restores the moments of the optimizer from a checkpoint, but not its settings, which a resume may change."""
@@ -203,3 +208,5 @@ class TrainState:
             self.ema.load(saved["ema"])
         if self.guard is not None and saved.get("guard") is not None:
             self.guard.load(saved["guard"])
+        if saved.get("objective") is not None:
+            self.objective.load(saved["objective"])

@@ -20,6 +20,7 @@ from flowtrain.training.train_state import TrainState
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import FlowtrainError, NonFiniteError
 from flowtrain.utils.precision import narrowed, training_step
+from flowtrain.utils.process import seeded
 
 # number of places for the loss and its terms in the summed tensor. It is fixed, because a rank whose step failed must
 # send a tensor of the same size
@@ -162,6 +163,7 @@ class Update:
         with record_solves() as solves, training_step(s.precision, self.device):
             self.train_state.optimizer.zero_grad()
             try:
+                self.objective.follow_schedule(self.train_state.schedule_clock.at(step))
                 self.objective.begin(step)
                 attempt.terms = self.backward(batch, self.train_state.options(step))
             except STEP_ERRORS as e:
@@ -199,7 +201,11 @@ class Update:
 
     def diagnose_failure(self, step: int, batch: Batch, attempt: Attempt) -> FlowtrainError:
         """Returns an error that says on which rank a step failed and why, the same on all ranks. Saves the batch."""
-        failure = attempt.failure or bad_update(self.flow, float(attempt.terms["loss"]), batch.x)
+        failure = attempt.failure
+        if failure is None and not math.isfinite(float(attempt.terms["loss"])):
+            with seeded(batch.seed, self.device):
+                failure = self.objective.diagnose_failure(batch.x)
+        failure = failure or bad_update(self.flow, float(attempt.terms["loss"]), batch.x)
         if failure is not None:
             path = dump(self.run_dir, step + 1, batch.x, batch.context)
             failure = failure if path is None else type(failure)(f"{failure} Its batch is in {path}.")

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.base import Dataset
+from flowtrain.data.targets.base import TargetData
 from flowtrain.evaluation.log_likelihood import check_finite, held_out, log_probs
+from flowtrain.evaluation.log_weights import check_log_weights, weighted_samples
 from flowtrain.training.checkpoint_manager import CheckpointManager
 from flowtrain.training.metrics import Metrics, in_bits
 from flowtrain.training.progress import Progress
@@ -209,7 +211,8 @@ class Validation:
         """Returns the NLL of the validation set and its standard error, in nats. Each rank scores its own rows.
 
         The noise of a row depends on its position in the whole set, and not on the number of ranks. With weights, rows
-        of weight 0 are not scored. For the standard error, see `flowtrain.utils.weighting.stderr`.
+        of weight 0 are not scored. For the standard error, see `flowtrain.utils.weighting.stderr`. For a target, the
+        NLL is the negative ELBO, and rows are samples of the flow with fixed base points.
         """
         x, context, weights = self.rows()
         begun = time.perf_counter()
@@ -217,9 +220,14 @@ class Validation:
         context = None if context is None else context[share]
         log_p, failure = torch.zeros(0, dtype=torch.float64), None
         try:
-            if len(x[share]):
+            if isinstance(self.data, TargetData):
+                of_target = self.data.target, len(x), self.data.seed_of("val"), share
+                drawn = self.train_state.with_average(weighted_samples, self.flow, *of_target)
+                check_log_weights(drawn, share.start)
+                log_p = drawn.log_w
+            elif len(x[share]):
                 log_p = self.train_state.with_average(log_probs, self.flow, x[share], context, first=share.start)
-            check_finite(log_p, "val", share.start)
+                check_finite(log_p, "val", share.start)
         except FlowtrainError as e:
             failure = e
         self.scored, self.start, self.n, self.weights = log_p, share.start, len(x), weights

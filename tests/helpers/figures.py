@@ -12,3 +12,4 @@ def skip_figures(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pictures, "draw_evaluation", lambda *arguments, **named: [])
     patch.setattr(finish, "draw_context_pictures", lambda *arguments, **named: [])
     patch.setattr(finish, "draw_curves", lambda *arguments, **named: None)
+    patch.setattr(finish, "draw_target_figures", lambda *arguments, **named: [])

@@ -23,6 +23,7 @@ from flowtrain.training.trainer import Trainer
 from flowtrain.training.update import average_gradients
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import FlowtrainError, SolverError
+from helpers.densities import BANANA
 
 SMALL = ["trainer.batch_size=17", "trainer.val_every=6", "trainer.log_every=1", "data.n_val=21", "data.n_test=20"]
 SMALL += ["trainer.steps=12"]
@@ -43,7 +44,12 @@ IMAGES = ["model.hidden=[4]", "model.scales=1", "trainer.lr=0.01"]
 EQUAL |= {"images": ["model=realnvp", *IMAGES], "glow": ["model=glow", "model.steps=2", *IMAGES]}
 # flow matching does not use the ActNorm of the pixels. If its parameters had a gradient, weight decay would shrink them
 UNUSED = ["model=ffjord", "model.hidden=[4]", "model.scales=0", "objective=flow_matching", "trainer.weight_decay=0.1"]
+TARGET = [*REALNVP, "data=target", "objective=reverse_kl", "recipe=none", *BANANA]
 POLICIES = ("stop", "skip", "rewind")
+# a run on a target with annealed importance sampling every four steps
+FORWARD_KL = ["data=target", "target=custom", "target._target_=helpers.densities.far_modes", "target.dim=2"]
+FORWARD_KL += ["objective=weighted_forward_kl", *REALNVP, "objective.chains=100", "objective.buffer_min=100"]
+FORWARD_KL += ["objective.buffer_size=1000", "objective.updates=4"]
 
 
 class Images(Dataset):
@@ -161,11 +167,15 @@ def run_all(rank: int, size: int, folder: Path) -> None:
         keys = [*REALNVP, "trainer.val_every=4", f"trainer.on_nonfinite={policy}"]
         found[policy] = fit_outcome(trainer(folder / policy, *keys, data=data))
     found["unsolved"] = fit_outcome(_trainer_with_failing_solve(folder / "unsolved", rank))
+    found["target"] = fit_outcome(trainer(folder / "target", *TARGET))
     found["signal"] = fit_outcome(_trainer_with_signal(folder / "signal", rank))
     keys = [*REALNVP, "model.batch_norm=true", "trainer.on_nonfinite=skip"]
     found["norm"] = fit_outcome(trainer(folder / "norm", *keys, data=Poisoned(5)))
     found["unused"] = fit_with_unused_parameters(folder / "unused")
     found["partly"] = _averaged_partial_gradients(rank)
+    run = trainer(folder / "forward_kl", *FORWARD_KL)
+    found["forward_kl"] = {**fit_outcome(run), "buffer": run.objective.state()}
+    found["annealing"] = fit_outcome(_trainer_with_failing_annealing(folder / "annealing", rank))
     found["collectives"] = [
         str(ranks.gather_errors(SolverError("stiff") if rank == 1 else None)),
         ranks.gather_errors(None), ranks.summed([1.0, rank]), ranks.largest([rank, -rank]),
@@ -204,6 +214,21 @@ def _trainer_with_failing_solve(run_dir: Path, rank: int) -> Trainer:
         return terms
 
     run.update.backward = backward  # type: ignore[method-assign]
+    return run
+
+
+def _trainer_with_failing_annealing(run_dir: Path, rank: int) -> Trainer:
+    """Builds a trainer whose annealed importance sampling fails at one step, on the second rank only."""
+    run = trainer(run_dir, *FORWARD_KL, "trainer.on_nonfinite=skip")
+    annealing: Any = run.objective.annealing
+    draw = annealing.draw
+
+    def failing(n: int) -> Any:
+        if rank == 1 and run.step == 8:
+            raise SolverError("the field is too stiff.")
+        return draw(n)
+
+    annealing.draw = failing
     return run
 
 

@@ -1,5 +1,6 @@
 """Ensembles of runs: `flowtrain.load` of lists and sweep directories, with weights from the validation rows."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from helpers.files import normal
 
 import flowtrain
 from flowtrain import Ensemble
+from flowtrain.bijections.linear import Affine
+from flowtrain.data.targets.base import FunctionTarget, TargetData
 from flowtrain.models.ensemble import stacking_weights
-from flowtrain.runs.ensembles import runs_of
+from flowtrain.runs.ensembles import Run, ensemble_of, runs_of
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError
 
 pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
@@ -28,6 +31,26 @@ def fit(run_dir: Path, data: Any = "moons", model: str = "affine", steps: int = 
         overrides = {key: value for key, value in overrides.items() if not key.startswith("data.n_")}
     flowtrain.fit(data, model=model, steps=steps, run_dir=run_dir, progress=False, overrides=overrides, **more)
     return run_dir
+
+
+def log_density(x: torch.Tensor) -> torch.Tensor:
+    """A mixture of two Gaussians at 0 and 6 in one column, with the weights 0.25 and 0.75."""
+    parts = torch.stack([-0.5 * x[:, 0].square() + math.log(0.25), -0.5 * (x[:, 0] - 6).square() + math.log(0.75)])
+    return parts.logsumexp(0)
+
+
+def test_weights_for_a_target_maximise_the_likelihood_of_its_samples() -> None:
+    """Each member is a part of the target, so the weights are the weights of the parts."""
+    flows = [flowtrain.Flow((1,), Affine(1)).eval() for _ in range(3)]
+    torch.nn.init.constant_(flows[1].bijection.mean, 6.0)  # type: ignore[arg-type]
+    torch.nn.init.constant_(flows[2].bijection.mean, -30.0)  # type: ignore[arg-type]
+    data = TargetData(FunctionTarget(log_density, 1), n_val=4000, n_test=2)
+    runs = [Run(str(i), flow, {"data": {}, "target": {}}, data.samples, 0) for i, flow in enumerate(flows)]
+    found = ensemble_of(runs, None, lambda: data)
+    assert found.weights == pytest.approx((0.25, 0.75, 0), abs=0.02)
+    other = runs[1]._replace(config={"data": {}, "target": {"scale": 2}})
+    with pytest.raises(CheckpointError, match=r"target\.scale"):
+        ensemble_of([runs[0], other], None, lambda: data)
 
 
 def table(n: int = 200) -> Any:

@@ -15,6 +15,7 @@ from flowtrain.bijections.linear import Affine
 from flowtrain.cli.config_files import compose_defaults
 from flowtrain.cli.overrides import overridden
 from flowtrain.data.base import Dataset
+from flowtrain.data.targets.base import FunctionTarget, TargetData
 from flowtrain.flow import Flow
 from flowtrain.training import checkpoint, time_budget
 from flowtrain.training import trainer as loop
@@ -264,6 +265,25 @@ def test_reducing_test_rows_is_logged(fake_clock: Clock, caplog: pytest.LogCaptu
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert str(n) in record.getMessage()
     assert "10000" in record.getMessage()
+
+
+def test_samples_of_a_target_are_measured(fake_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """A sample takes the time of the target, although no row is scored."""
+
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        fake_clock.now += 0.01 * len(x)
+        return -0.5 * x.square().sum(1)
+
+    data = TargetData(FunctionTarget(slow, 2), n_val=50, n_test=20_000)
+    found = TimeBudget(100, fake_clock.now, Flow((2,), Affine(2)), data)
+    found.probe()
+    assert found.row_seconds == pytest.approx(0.01)
+    fewer, thorough = found.affordable_data()
+    assert (fewer is data, thorough) == (False, False)
+    # 0.5 s for the probe, and 1,500 further rows of the evaluation
+    assert 200 <= len(fewer.test) < 10_000 - 1500
+    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert "floweval" in record.getMessage()
 
 
 def test_slow_validations_use_fewer_rows(fake_clock: Clock) -> None:

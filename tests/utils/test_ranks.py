@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.densities import BANANA_LOG_Z
 from helpers.processes import DATA, EQUAL, fit_outcome, fit_with_unused_parameters, run_all, trainer
 
 from flowtrain.training import checkpoint
@@ -91,6 +92,27 @@ def test_failed_solve_on_one_rank_stops_all_ranks(rank_results: Found) -> None:
     assert rank_results[1]["unsolved"]["error"] == (kind, message)
 
 
+def test_ranks_share_the_buffer_of_annealed_importance_sampling(rank_results: Found) -> None:
+    """Ranks draw different noise, so the weights differ from the weights of one process."""
+    first, second = (each["forward_kl"] for each in rank_results)
+    assert (first["error"], first["step"]) == (None, 12)
+    assert_equal_runs(first, second)
+    assert first["rows"] == second["rows"]
+    assert len(first["buffer"]["x"]) == 300
+    for key, value in first["buffer"].items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(second["buffer"][key])), key
+    # each rank has drawn its half of the samples of a run
+    assert len(first["buffer"]["x"].unique(dim=0)) == 300
+
+
+def test_failed_annealing_on_one_rank_skips_the_step_on_all(rank_results: Found) -> None:
+    first, second = (each["annealing"] for each in rank_results)
+    assert_equal_runs(first, second)
+    assert (first["error"], first["step"]) == (None, 12)
+    steps = [row["step"] for row in first["rows"] if row["split"] == "train"]
+    assert steps == [s for s in range(1, 13) if s != 9]
+
+
 def test_signal_to_one_rank_stops_all_ranks_at_the_same_step(rank_results: Found, folder: Path) -> None:
     assert [(each["signal"]["step"], each["signal"]["signal"]) for each in rank_results] == [(7, 15), (7, 15)]
     assert checkpoint.load(folder / "signal/checkpoints/last.pt")["step"] == 7
@@ -118,6 +140,17 @@ def test_parameters_without_gradient_are_unchanged(rank_results: Found, tmp_path
             assert run["begun"][name].any()
     # a gradient that only one rank has gives the same update on both
     assert rank_results[0]["partly"] == rank_results[1]["partly"] == [[2.0, 2.0], [4.0, 4.0], None]
+
+
+def test_ranks_of_a_target_have_equal_weights(rank_results: Found) -> None:
+    """Ranks draw different base points, so the weights differ from the weights of one process."""
+    first, second = (each["target"] for each in rank_results)
+    assert (first["error"], first["step"]) == (None, 12)
+    assert_equal_runs(first, second)
+    assert first["rows"] == second["rows"]
+    validations = [row["nll"] for row in first["rows"] if row["split"] == "val"]
+    assert len(validations) == 2
+    assert all(-BANANA_LOG_Z < nll < 5 for nll in validations)
 
 
 def test_collective_operations(rank_results: Found) -> None:

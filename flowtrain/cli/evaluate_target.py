@@ -1,0 +1,87 @@
+"""`floweval` of a run on a target: log Z, its error, and the quality of the importance weights."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from flowtrain.cli.evaluation_files import OutputPaths, curves_of
+from flowtrain.cli.load_run import LoadedRun, set_name
+from flowtrain.cli.output_files import paths_of
+from flowtrain.cli.provenance import provenance
+from flowtrain.data.targets.base import TargetData
+from flowtrain.evaluation import NAMES, evaluate_target
+from flowtrain.evaluation.report import write_report
+from flowtrain.models.ensemble import Ensemble
+from flowtrain.runs.console import title_of
+from flowtrain.runs.finish import draw_figures
+from flowtrain.utils.arguments import flag
+from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.files import write_json
+from flowtrain.utils.status import status
+
+# options that need samples of data
+OF_SAMPLES = (
+    "split", "scores", "grid", "grid_points", "label", "ood", "anomalies", "false_positive_rate",
+    "false_discovery_rate", "data.anomaly_label", "baselines", "sbc", "sbc_samples", "dequantization_samples", "seed",
+)  # fmt: skip
+# the figures of a run on a target
+FIGURES = ("target", "weights", "modes", "curves")
+
+
+def evaluate_target_run(
+    loaded_run: LoadedRun,
+    own: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    overrides: Sequence[str],
+    dtype: torch.dtype,
+    batch_size: int | None,
+    out: Path | None,
+) -> int:
+    """Evaluates a run on its target, and writes JSON, figures and a report. Returns the exit code.
+
+    Args:
+        own, defaults: the options of the command, and their default values.
+        overrides: the other keys of the command line.
+
+    Raises:
+        ConfigError: an option that needs samples of data.
+    """
+    given = [key for key in OF_SAMPLES if own[key] != defaults[key]]
+    if given:
+        raise ConfigError(
+            f"{', '.join(f'{key}={own[key]}' for key in given)}: not possible for a run on a target, which has no "
+            "samples. Leave it out, or give samples by data=NAME or data.path=FILE. The samples of the evaluation are "
+            "set by data.n_test and data.seed"
+        )
+    wants_plots, wants_report = flag("plots", own["plots"]), flag("report", own["report"])
+    options = loaded_run.plot_options
+    outputs = OutputPaths(loaded_run.run_dir, out, None, set_name(loaded_run, "test", overrides), options)
+    target_config = loaded_run.config.get("target") or {}
+    inputs = [*loaded_run.files, *paths_of(loaded_run.config["data"]), *paths_of(target_config)]
+    outputs.check(False, False, wants_report, isinstance(loaded_run.flow, Ensemble), inputs)
+    with status("building the target"):
+        data = cast(TargetData, loaded_run.build())
+    flow = loaded_run.flow.to(dtype)
+    result = evaluate_target(flow, data.target, len(data.test), data.seed_of("test"), loaded_run.step, batch_size)
+    write_json(outputs.json, result.to_dict())
+    figures: list[Path] = []
+    if wants_plots:
+        rows = curves_of(loaded_run)
+        figures = draw_figures(flow, data, result, rows, loaded_run.config, outputs.figure, options)
+    written = [outputs.json, *figures]
+    if wants_report:
+        with status("writing the report"):
+            written += write_report(
+                result,
+                title_of(loaded_run.config),
+                str(loaded_run.path),
+                outputs.report,
+                outputs.others(figures, FIGURES),
+                provenance(loaded_run, sys.argv[1:], data.seed),
+            )
+    print(result.table())
+    print("\n".join(f"{'written to' if i == 0 else '':>{NAMES}}  {path}" for i, path in enumerate(written)))
+    return 0

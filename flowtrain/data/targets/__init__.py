@@ -1,0 +1,1 @@
+"""Targets: densities that are known up to a constant."""

@@ -1,0 +1,262 @@
+"""The base class of targets, targets from a user's function, and the data set of a target."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain.data.base import Dataset, Samples, step_generator
+from flowtrain.data.types import ColumnType
+from flowtrain.utils.arguments import number, shortened, whole, within_memory
+from flowtrain.utils.errors import ConfigError, DataError
+from flowtrain.utils.formatting import counted
+
+# random streams of the start points of training batches and of the held-out sets
+_TRAIN, _VAL, _TEST = 0x74_61_72_67, 0x74_61_72_68, 0x74_61_72_69
+# the first names of columns without a name
+COLUMN = "x{}"
+
+
+class Target(nn.Module, ABC):
+    """A density that is known up to a constant: log p(x) = log p~(x) - log Z with Z = integral of p~(x) dx.
+
+    A subclass defines `log_density`. It also defines `sample` if exact samples are known, and `log_z` if Z is known.
+    Tensors that `log_density` needs are buffers, so that they move to the device of the flow.
+
+    The flow begins near the start distribution: independent Gaussians with mean `loc` and standard deviation `scale`,
+    for columns with bounds on the real line to which `flowtrain.bijections.ToSupport` maps them.
+
+    Args:
+        dim: the number of columns d.
+        types: the types of the columns, whose ranges are the support of the density; () if all columns are real.
+        columns: the names of the columns; () means x1, x2 and so on.
+        loc, scale: mean and standard deviation of the start distribution, a number or (d,).
+        log_z: log Z in nats; None if unknown. An evaluation compares its estimate with this value.
+
+    Attributes:
+        modes: the centers (k, d) of the modes, for the share of samples in each mode; None if unknown.
+
+    Raises:
+        ConfigError: a number out of range, or a different number of columns.
+    """
+
+    modes: Tensor | None = None
+
+    def __init__(
+        self,
+        dim: int,
+        types: Sequence[ColumnType] = (),
+        columns: Sequence[str] = (),
+        loc: float | Sequence[float] = 0.0,
+        scale: float | Sequence[float] = 1.0,
+        log_z: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = whole("target.dim", dim)
+        self.types, self.columns = tuple(types), tuple(columns) or tuple(COLUMN.format(i + 1) for i in range(dim))
+        for name, given in (("types", self.types), ("columns", self.columns)):
+            if given and len(given) != dim:
+                raise ConfigError(f"target.{name} has {counted(len(given), 'value')}, but target.dim is {dim}")
+        whole_numbers = [name for name, one in zip(self.columns, self.types, strict=False) if one.is_whole]
+        if whole_numbers:
+            raise ConfigError(
+                f"target.types: {whole_numbers[0]} has whole numbers, but a target is a density of real numbers"
+            )
+        self.loc, self.scale = _each("loc", loc, dim), _each("scale", scale, dim)
+        if not bool((self.scale > 0).all()):
+            raise ConfigError(f"target.scale={shortened(scale)}: give positive numbers")
+        self.log_z = None if log_z is None else number("target.log_z", log_z, least=-math.inf)
+
+    @abstractmethod
+    def log_density(self, x: Tensor) -> Tensor:
+        """Returns log p~(x) in nats, (B,), for x (B, d). It is differentiable with respect to x."""
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor | None:
+        """Draws exact samples (n, d), float64, on the CPU. Returns None if no method is known."""
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns `log_density` of x (B, d), after a check of its shape.
+
+        Raises:
+            DataError: `log_density` returns another shape or another type.
+        """
+        found = self.log_density(x)
+        if not isinstance(found, Tensor) or found.shape != x.shape[:1]:
+            got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise DataError(
+                f"the log density of the target returned {got} for x of shape {tuple(x.shape)}; it must return a "
+                f"tensor of shape ({len(x)},)"
+            )
+        return found
+
+
+def _each(name: str, value: float | Sequence[float], dim: int) -> Tensor:
+    """Returns a number, or one number for each column, as a tensor (d,), float64."""
+    try:
+        found = torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.tensor(math.nan)
+    if found.shape not in ((), (dim,)) or not bool(found.isfinite().all()):
+        raise ConfigError(f"target.{name}={shortened(value)}: give a number, or a list of {dim} numbers")
+    return found.expand(dim).clone()
+
+
+class FunctionTarget(Target):
+    """The target of a function log p~(x), x (B, d) -> (B,), differentiable with torch.
+
+    Args:
+        function: log p~ in nats.
+        dim, types, columns, loc, scale, log_z: see `Target`. Types are given as for `data.types`: by the name of a
+            column, or one type for each column.
+
+    Example:
+        >>> target = FunctionTarget(lambda x: -0.5 * x.square().sum(1), 2, log_z=math.log(2 * math.pi))
+        >>> target(torch.ones(3, 2)).tolist()
+        [-1.0, -1.0, -1.0]
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        dim: int,
+        types: Mapping[str, Any] | Sequence[Any] | None = None,
+        columns: Sequence[str] | None = None,
+        loc: float | Sequence[float] = 0.0,
+        scale: float | Sequence[float] = 1.0,
+        log_z: float | None = None,
+    ) -> None:
+        dim = whole("target.dim", dim)
+        names = tuple(columns or ()) or tuple(COLUMN.format(i + 1) for i in range(dim))
+        super().__init__(dim, types_of(types or (), names), names, loc, scale, log_z)
+        if not callable(function):
+            raise ConfigError(f"target: {shortened(function)} is not a function; give a function of x (B, {dim})")
+        # a function that is a module is a submodule, and moves to the device of the flow
+        self.function = function
+
+    def log_density(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def types_of(types: Mapping[str, Any] | Sequence[Any], columns: Sequence[str]) -> tuple[ColumnType, ...]:
+    """Returns the type of each column, or () if all columns are real.
+
+    Args:
+        types: types by the name of a column, or one type for each column; a type is a text or a `ColumnType`.
+
+    Raises:
+        ConfigError: an unknown column or type.
+    """
+    if isinstance(types, Mapping):
+        unknown = [name for name in types if name not in columns]
+        if unknown:
+            raise ConfigError(f"target.types: there is no column {unknown[0]!r}; the columns are {', '.join(columns)}")
+        types = [types.get(name, "real") for name in columns]
+    found = [one if isinstance(one, ColumnType) else ColumnType.parse(one, "target.types") for one in types or ()]
+    return tuple(found) if any(str(one) != "real" for one in found) else ()
+
+
+class TargetData(Dataset):
+    """The data set of a target, which has no samples: training draws its samples from the flow.
+
+    A training batch and the held-out sets contain points of the start distribution of the target. Training uses them to
+    initialize the flow. Validations and evaluations draw `n_val` and `n_test` samples from the flow with fixed seeds.
+
+    Args:
+        target: the target.
+        n_val: the number of samples of a validation, which estimates the ELBO.
+        n_test: the number of samples of an evaluation.
+        seed: the seed of validations and evaluations. It does not depend on the seed of the run.
+
+    Raises:
+        ConfigError: a number out of range.
+    """
+
+    def __init__(self, target: Target, n_val: int = 2000, n_test: int = 20_000, seed: int = 0) -> None:
+        self.target, self.seed = target, whole("data.seed", seed, least=0)
+        self._samples: Samples | None = None
+        self.event_shape = (target.dim,)
+        self.types, self.columns = target.types, target.columns
+        for key, n in (("data.n_val", n_val), ("data.n_test", n_test)):
+            within_memory(key, whole(key, n, least=2), 12 * target.dim)
+        self.val = self._start_points(n_val, step_generator(self.seed, _VAL))
+        self.test = self._start_points(n_test, step_generator(self.seed, _TEST))
+
+    def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
+        """Returns start points (batch_size, d), keyed by (seed, step)."""
+        return self._start_points(batch_size, step_generator(seed, _TRAIN, step))
+
+    def _start_points(self, n: int, generator: torch.Generator) -> Tensor:
+        z = torch.randn(n, self.target.dim, dtype=torch.float64, generator=generator)
+        z = self.target.loc + self.target.scale * z
+        return _in_support(self.types, z).float()
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Returns mean and standard deviation of the start distribution, (d,), on the real line."""
+        return self.target.loc, self.target.scale
+
+    def seed_of(self, split: str) -> int:
+        """Returns the seed of the base points of the validation ("val") or of the evaluation ("test")."""
+        return step_generator(self.seed, _VAL if split == "val" else _TEST, 1).initial_seed() % 2**62
+
+    def to(self, device: torch.device) -> None:
+        self.target.to(device)
+
+    @property
+    def samples(self) -> Samples:
+        return self._samples or replace(super().samples, columns=self.columns)
+
+    def for_flow(self, samples: Samples) -> "TargetData":
+        """Returns this data set for a flow that was trained on samples, which keeps its preprocessing.
+
+        Args:
+            samples: the description of the samples.
+
+        Raises:
+            ConfigError: the flow is conditional or has whole numbers, or the columns differ in number or support.
+        """
+        if samples.integer_valued or samples.noisy or samples.classes is not None or samples.context:
+            raise ConfigError(
+                "from: the flow is conditional or was trained on whole numbers, but a target is a density of real "
+                "numbers without context; give another run"
+            )
+        if samples.event_shape != self.event_shape:
+            raise ConfigError(
+                f"from: the flow has samples of shape {tuple(samples.event_shape)}, but the target has "
+                f"{counted(self.target.dim, 'column')}"
+            )
+        supports = [
+            [(one.support, one.is_circular) for one in types or [ColumnType()] * self.target.dim]
+            for types in (samples.types, self.types)
+        ]
+        if supports[0] != supports[1]:
+            differing = [name for name, a, b in zip(self.columns, *supports, strict=True) if a != b]
+            raise ConfigError(
+                f"from: the flow and the target have different supports in the columns {', '.join(differing)}; set "
+                "target.types to the types of the run"
+            )
+        found = copy(self)
+        found._samples = samples
+        found.types = samples.types
+        return found
+
+
+def _in_support(types: Sequence[ColumnType], z: Tensor) -> Tensor:
+    """Maps points (n, d) of the real line to the supports of the columns; see `flowtrain.bijections.ToSupport`."""
+    columns = list(z.unbind(1))
+    for i, one in enumerate(types):
+        low, high = one.support
+        if one.is_circular:
+            columns[i] = low + (high - low) * torch.remainder((columns[i] + math.pi) / (2 * math.pi), 1.0)
+        elif math.isfinite(low) and math.isfinite(high):
+            columns[i] = low + (high - low) * torch.sigmoid(columns[i])
+        elif math.isfinite(low):
+            columns[i] = low + columns[i].exp()
+        elif math.isfinite(high):
+            columns[i] = high - (-columns[i]).exp()
+    return torch.stack(columns, 1)

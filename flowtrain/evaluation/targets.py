@@ -1,0 +1,527 @@
+"""Evaluates a flow on a target that is known up to a constant: log Z, its error, and the quality of the weights."""
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowtrain.data.targets.base import Target
+from flowtrain.evaluation.checks import check_kl, check_limit, largest_bias, make_checks, map_checks, reference
+from flowtrain.evaluation.error_budget import ACCURATE, COVERED, MAX_NFE, SMALL, Subset, mean_error, rows_of_checks
+from flowtrain.evaluation.evaluate import UNSOLVED, in_evaluation_mode, roundtrip_error
+from flowtrain.evaluation.log_likelihood import estimates_trace, nfe_of_pass, score_rows
+from flowtrain.evaluation.log_weights import WeightedSamples, check_log_weights, weighted_samples
+from flowtrain.evaluation.pareto import Tail, weight_tail
+from flowtrain.evaluation.result import Check
+from flowtrain.evaluation.target_result import LogZBudget, TargetEvaluation, TargetMember
+from flowtrain.flow import Density, Flow, rows_at_a_time
+from flowtrain.models.ensemble import Ensemble
+from flowtrain.ode import Solver, ode_solver, record_solves
+from flowtrain.utils.arguments import shortened, whole
+from flowtrain.utils.errors import ConfigError, SolverError
+from flowtrain.utils.formatting import counted
+from flowtrain.utils.process import one_thread_if_small, own_settings, seeded
+from flowtrain.utils.status import phase
+from flowtrain.utils.weighting import effective_rows, stderr
+
+log = logging.getLogger("flowtrain")
+
+# largest k of reliable weights (Vehtari et al. 2024, section 3.2)
+MOST_K = 0.7
+# number of standard errors within which log Z must agree with the value that the target states
+SIGMAS = 3.0
+# largest share of samples whose weights are NaN or +inf
+MOST_LOST = 0.01
+# a mode is found if its share of the samples is at least this part of its share of the mass
+FOUND = 0.25
+# largest number of modes, and of distances that are computed at once
+MOST_MODES, DISTANCES = 1000, 2**22
+# number of samples for figures, of exact samples, and of samples of each member of an ensemble
+SHOWN, EXACT, OF_MEMBER = 20_000, 10_000, 2000
+# rows of the error budget, and exact samples, with `thorough=False`
+FEW, FEW_EXACT = 50, 1000
+
+
+def evaluate_target(
+    flow: Density,
+    target: Target,
+    n: int = 20_000,
+    seed: int = 0,
+    step: int | None = None,
+    batch_size: int | None = None,
+    thorough: bool = True,
+    *,
+    dtype: torch.dtype | None = None,
+) -> TargetEvaluation:
+    """Estimates log Z of a target p = p~ / Z by importance sampling from a flow q, with its error and checks.
+
+    With samples x_i ~ q and weights w_i = p~(x_i) / q(x_i), the estimate is log Z = log mean_i w_i. Its error is the
+    root of the sum of the squares of four parts:
+
+    - sampling: sd(w) / (mean(w) sqrt(n)) (delta method)
+    - tail: the share of Z that the samples lack, because none has a weight above the largest one
+      (`flowtrain.evaluation.pareto`). Without this part, the error is too small if the weights have a heavy tail
+    - solver, for a continuous flow: the change of log Z by a tight solve in float64 from the same base points
+    - precision: the change of log Z in float64
+
+    The last two are measured on a subset of the base points. If k of the tail is above 0.7, the error is not valid,
+    and the check `pareto_k` fails. No estimate from samples of q can notice a mode that q misses, unless the target
+    states its modes, log Z or exact samples.
+
+    The trace of a continuous flow is exact, because the exponential of an estimate is biased. The state of the flow,
+    the settings of torch and its random state do not change. The logger `flowtrain` logs failed checks as warnings.
+
+    Args:
+        flow: a flow or an ensemble.
+        target: the target, which is moved to the device of the flow.
+        n: the number of samples.
+        seed: the seed of the samples.
+        step: the training step in the report. None means the step of `flow.record`, or 0 without a record.
+        batch_size: the number of samples that are computed at once. None means a number that depends on d.
+        thorough: if false, the density is not checked, and the errors of solver and dtype are measured on 50 samples.
+        dtype: evaluates a copy of the flow in this dtype. None means the dtype of the flow.
+
+    Raises:
+        ConfigError: a conditional flow, another number of columns, or an argument out of range.
+        DataError: the log density of the target returns another shape.
+        NonFiniteError: more than 1% of the weights are NaN or infinite, or all weights are 0.
+        SolverError: an ODE cannot be solved.
+
+    Example:
+        >>> from flowtrain.bijections.linear import Affine
+        >>> from flowtrain.data.targets.base import FunctionTarget
+        >>> normal = FunctionTarget(lambda x: -0.5 * x.square().sum(1), 2)
+        >>> found = evaluate_target(Flow((2,), Affine(2)), normal, n=100)
+        >>> round(found.log_z, 4), round(found.ess, 4)  # log(2 pi), equal weights
+        (1.8379, 1.0)
+    """
+    whole("n", n, least=2)
+    # seeds of `TargetData.seed_of` are larger than those that `whole` allows
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ConfigError(f"seed={shortened(seed)}: give a whole number, at least 0 and below 2^63")
+    if batch_size is not None:
+        whole("batch_size", batch_size)
+    check_fits_target(flow, target)
+    if step is None:
+        step = 0 if flow.record is None else flow.record.step
+    if dtype is not None and dtype != flow.like.dtype:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ConfigError(f"dtype={dtype}: give torch.float32 or torch.float64")
+        flow = copy.deepcopy(flow).to(dtype)
+    if estimates_trace(flow):
+        flow = copy.deepcopy(flow)
+        for block in flow.ode_blocks:
+            block.trace = replace(block.trace, evaluate="exact")
+    device = flow.like.device
+    target.to(device)
+    with own_settings(device), one_thread_if_small(flow.event_shape, device), in_evaluation_mode(flow), torch.no_grad():
+        return _evaluate(flow, target, n, seed, step, batch_size, thorough)
+
+
+def check_fits_target(flow: Any, target: Any) -> None:
+    """Checks that a flow has samples of the shape of a target.
+
+    Raises:
+        ConfigError: not a flow or a target, a conditional flow, or another number of columns.
+    """
+    if not isinstance(flow, Density):
+        raise ConfigError(f"flow={shortened(flow)}: give a Flow as the first argument, then the target")
+    if not isinstance(target, Target):
+        raise ConfigError(
+            f"target={shortened(target)}: give a target of flowtrain.data.targets, such as FunctionTarget(log_density, "
+            "dim)"
+        )
+    if flow.conditional:
+        raise ConfigError("a target has no context, but the flow is conditional")
+    if flow.event_shape != (target.dim,):
+        raise ConfigError(f"the flow has samples of shape {flow.event_shape}, but the target has {target.dim} columns")
+
+
+def _evaluate(
+    flow: Density, target: Target, n: int, seed: int, step: int, batch_size: int | None, thorough: bool
+) -> TargetEvaluation:
+    begun = time.perf_counter()
+    with phase("drawing samples of the flow"), record_solves() as solves:
+        drawn = weighted_samples(flow, target, n, seed, batch_size=batch_size)
+    seconds = time.perf_counter() - begun
+    log_w, lost = usable_weights(drawn)
+    kept = log_w[~lost]
+    elbo, elbo_stderr = float(kept.mean()), stderr(kept)
+    # NaN if a weight is 0
+    elbo_stderr = elbo_stderr if math.isfinite(elbo) else math.nan
+    largest = log_w.max()
+    w = (log_w - largest).exp()
+    log_z = float(largest + w.mean().log())
+    tail = weight_tail(w)
+    with phase("estimating the error of log Z"):
+        parts = budget(
+            flow, target, w, tail, log_z, elbo_stderr, seed, rows_of_checks((target.dim,)) if thorough else FEW
+        )
+    with phase("exact samples"):
+        exact = exact_samples(flow, target, min(n, EXACT if thorough else FEW_EXACT), seed, batch_size)
+    divergences = divergences_of(target, elbo, elbo_stderr, parts, exact)
+    modes = modes_of(target, drawn.x, w, None if exact is None else exact.x)
+    found = [
+        check_finite_weights(drawn, lost),
+        check_pareto_k(None if tail is None else tail.k, n),
+        check_solver_share(flow, parts),
+        check_stated(target, log_z, parts),
+        check_kl((divergences["kl_forward"], divergences["kl_forward_stderr"])),
+        None if modes is None else modes.check(),
+    ]
+    rows = drawn.x[lost.logical_not()][: rows_of_checks((target.dim,))].to(flow.like.device)
+    subset = Subset(rows, rows, None)
+    if thorough:
+        with phase("checking the density"):
+            found += make_checks(map_checks(flow, reference(flow), subset, flow.like.dtype))
+    with phase("round trip"):
+        round_trip = roundtrip_error(flow, subset.x)
+    result = TargetEvaluation(
+        nll=-elbo,
+        nll_stderr=elbo_stderr,
+        n=n,
+        step=step,
+        log_z=log_z,
+        log_z_stderr=parts.total,
+        ess=effective_rows(w) / n,
+        pareto_k=None if tail is None else tail.k,
+        elbo_gap=log_z - elbo,
+        **divergences,
+        log_z_true=target.log_z,
+        mode_shares=None if modes is None else tuple(modes.shares.tolist()),
+        modes_found=None if modes is None else int(modes.found.sum()),
+        solver=None if flow.solver is None else flow.solver.describe(),
+        nfe=nfe_of_pass(flow, solves),
+        roundtrip_error=round_trip,
+        seconds=seconds,
+        device=str(flow.like.device),
+        dtype=str(flow.like.dtype).removeprefix("torch."),
+        budget=parts,
+        checks=tuple(check for check in found if check is not None),
+        members=members_of(flow, target, min(n, OF_MEMBER), seed, batch_size),
+        drawn=WeightedSamples(*(part[:SHOWN] for part in drawn)),
+        total_seconds=time.perf_counter() - begun,
+    )
+    for check in result.failed:
+        log.warning("%s: %s", check.label, check.message)
+    return result
+
+
+def usable_weights(drawn: WeightedSamples) -> tuple[Tensor, Tensor]:
+    """Returns the log weights (n,), with -inf for weights that are NaN or +inf, and which samples these are, (n,).
+
+    Raises:
+        NonFiniteError: more than 1% of the samples have such a weight, or all weights are 0.
+    """
+    lost = ~(drawn.log_w < math.inf)
+    log_w = torch.where(lost, -math.inf, drawn.log_w)
+    if int(lost.sum()) > MOST_LOST * len(lost) or not bool(log_w.isfinite().any()):
+        check_log_weights(drawn)
+    return log_w, lost
+
+
+def budget(
+    flow: Density,
+    target: Target,
+    w: Tensor,
+    tail: Tail | None,
+    log_z: float,
+    elbo_stderr: float,
+    seed: int,
+    rows: int,
+) -> LogZBudget:
+    """Measures the parts of the error of log Z.
+
+    Args:
+        w: the weights of all samples up to a factor, (n,).
+        rows: the number of base points on which the errors of solver and dtype are measured.
+    """
+    mean = float(w.mean())
+    sampling = float(w.std()) / (mean * math.sqrt(len(w)))
+    beyond = 0.0 if tail is None else tail.missed(mean) / mean
+    exact, in_float64 = copy.deepcopy(flow).double(), target_in_float64(target, flow)
+    fine = weighted_samples(exact, in_float64, rows, seed)
+    solver, precision = (0.0, 0.0), None
+    if flow.solver is not None:
+        try:
+            tight = weighted_samples(exact.with_solvers(tight_solver), in_float64, rows, seed)
+            solver = changes(fine.log_w, tight.log_w)
+        except SolverError:
+            solver = (math.nan, math.nan)
+    if flow.like.dtype != torch.float64:
+        precision = changes(*log_weights_in_both(flow, target, exact, in_float64, rows, seed))
+    errors = [part for part in (solver, precision) if part is not None]
+
+    def total(*of_samples: float, which: int) -> float:
+        each = [*of_samples, *(part[which] for part in errors)]
+        return math.sqrt(sum(part**2 for part in each if math.isfinite(part)))
+
+    of_log_z = total(sampling, beyond, which=0)
+    return LogZBudget(
+        sampling=sampling,
+        tail=beyond,
+        solver=solver[0],
+        precision=None if precision is None else precision[0],
+        rows=rows,
+        total=of_log_z,
+        interval=(log_z - COVERED * of_log_z, log_z + COVERED * of_log_z),
+        elbo_total=total(elbo_stderr, which=1),
+    )
+
+
+def tight_solver(solver: Solver) -> Solver:
+    """Returns an adaptive solver with rtol 1e-7, or a tenth of the tolerance if that is smaller."""
+    rtol = min(ACCURATE, solver.rtol / 10) if solver.adaptive else ACCURATE
+    return ode_solver("dopri5", rtol=rtol, max_nfe=max(MAX_NFE, 10 * solver.max_nfe))
+
+
+def changes(one: Tensor, other: Tensor) -> tuple[float, float]:
+    """Returns the errors of log Z and of the ELBO from log weights (rows,) of the same base points by two computations.
+
+    Each is sqrt(m^2 + s^2), with the difference m and its standard error s. To first order, log Z by `one` minus log Z
+    by `other` is the mean of w_i / mean(w) - v_i / mean(v) over the rows, which gives s.
+    """
+    w, v = ((part - part.logsumexp(0)).exp() * len(part) for part in (one, other))
+    m = float(one.logsumexp(0) - other.logsumexp(0))
+    both = one.isfinite() & other.isfinite()
+    of_elbo = mean_error(one[both] - other[both]) if both.any() else math.nan
+    return math.hypot(m, stderr(w - v)), of_elbo
+
+
+def log_weights_in_both(
+    flow: Density, target: Target, exact: Density, in_float64: Callable[[Tensor], Tensor], rows: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Returns log weights (rows,) in the dtype of the flow and in float64.
+
+    A flow maps the same base points. Members of an ensemble score the same samples.
+
+    Args:
+        exact, in_float64: flow and target in float64.
+    """
+    with seeded(seed, flow.like.device):
+        single = isinstance(flow, Flow)
+        points = flow.base.rsample(rows, like=flow.like) if isinstance(flow, Flow) else flow.sample(rows)
+    found: list[Tensor] = []
+    cases: tuple[Any, ...] = ((flow, target, points), (exact, in_float64, points.double()))
+    for density, of, start in cases:
+        parts = []
+        for part in torch.split(start, rows_at_a_time(flow.event_shape)):
+            x, log_q = density.sample_pass(part)[:2] if single else (part, density.log_prob(part))
+            parts.append((of(x).double() - log_q.double()).cpu())
+        found.append(torch.cat(parts))
+    return found[0], found[1]
+
+
+class InFloat64(Target):
+    """A target for points in float64. If its function cannot compute with them, they are rounded to float32."""
+
+    def __init__(self, target: Target, rounded: bool) -> None:
+        super().__init__(target.dim, target.types, target.columns)
+        self.target, self.rounded = target, rounded
+
+    def log_density(self, x: Tensor) -> Tensor:
+        found: Tensor = self.target(x.float() if self.rounded else x)
+        return found
+
+
+def target_in_float64(target: Target, flow: Density) -> Target:
+    """Returns a copy of the target whose buffers are float64. Constants of a function of the user stay as they are."""
+    found = copy.deepcopy(target).double()
+    x = flow.sample(2).double()
+    try:
+        found(x)
+    except RuntimeError:
+        # the function multiplies x by a matrix in float32
+        return InFloat64(target, rounded=True)
+    return InFloat64(found, rounded=False)
+
+
+@dataclass(frozen=True)
+class ExactSamples:
+    """Exact samples of a target, (m, d), on the CPU, with log p~ and log q, (m,). log q is -inf if it is unknown."""
+
+    x: Tensor
+    log_p: Tensor
+    log_q: Tensor
+
+
+def exact_samples(flow: Density, target: Target, m: int, seed: int, batch_size: int | None) -> ExactSamples | None:
+    """Draws m exact samples of the target, and scores them. None if no method is known."""
+    x = target.sample(m, torch.Generator().manual_seed(seed))
+    if x is None:
+        return None
+    # the samples are rounded before the densities are computed, so that both see the same points
+    x = x.to(flow.like.dtype)
+    log_q = score_rows(flow, x, None, latents=0, unsolved=UNSOLVED, batch_size=batch_size, draws=1, seed=0).log_p
+    log_p = torch.cat([target(part.to(flow.like.device)).double().cpu() for part in torch.split(x, batch_size or 4096)])
+    return ExactSamples(x, log_p, torch.where(log_q.isfinite(), log_q, -math.inf))
+
+
+def divergences_of(
+    target: Target, elbo: float, elbo_stderr: float, parts: LogZBudget, exact: ExactSamples | None
+) -> dict[str, Any]:
+    """Returns the attributes of a `TargetEvaluation` that depend on the true log Z or on exact samples.
+
+    The forward ESS is 1 / (E_p[w] E_p[1/w]) with w = p~ / q. The second factor estimates 1 / Z.
+
+    Source: Nicoli et al. 2023, Detecting and mitigating mode-collapse for flow-based sampling of lattice field
+    theories, section III.
+    """
+    found: dict[str, Any] = dict.fromkeys(
+        ("forward_ess", "kl_reverse", "kl_reverse_stderr", "kl_forward", "kl_forward_stderr")
+    )
+    if target.log_z is not None:
+        found |= {"kl_reverse": target.log_z - elbo, "kl_reverse_stderr": parts.elbo_total}
+    if exact is not None:
+        log_w = exact.log_p - exact.log_q
+        found["forward_ess"] = float((2 * math.log(len(log_w)) - log_w.logsumexp(0) - (-log_w).logsumexp(0)).exp())
+        if target.log_z is not None:
+            # the errors of solver and dtype are measured for the ELBO
+            of_flow = max(0.0, parts.elbo_total**2 - elbo_stderr**2) if math.isfinite(elbo_stderr) else 0.0
+            error = math.sqrt(stderr(log_w) ** 2 + of_flow)
+            found |= {"kl_forward": float(log_w.mean()) - target.log_z, "kl_forward_stderr": error}
+    return found
+
+
+@dataclass(frozen=True)
+class Modes:
+    """The modes of a target, (k,) each.
+
+    Attributes:
+        shares: the share of samples of the flow whose nearest mode it is.
+        expected: the same share of the mass of the target.
+        found: whether the mode has samples, and its share is at least a quarter of its mass.
+    """
+
+    shares: Tensor
+    expected: Tensor
+
+    @property
+    def found(self) -> Tensor:
+        return (self.shares > 0) & (self.shares >= FOUND * self.expected)
+
+    def check(self) -> Check:
+        """Checks that all modes are found."""
+        missed = (~self.found).nonzero().flatten().tolist()
+        which = ", ".join(map(str, missed[:5])) + (" and others" if len(missed) > 5 else "")
+        mass = float(self.expected[missed].sum())
+        part = f", which have {mass:.2g} of the mass" if mass else ""
+        return check_limit(
+            "modes",
+            float(len(missed)),
+            0.0,
+            f"the flow has few samples at {counted(len(missed), 'mode')} of {len(self.shares)} (from 0: {which})"
+            f"{part}. log Z can be too small by more than its error, which ESS and k do not show. Train with "
+            "objective=weighted_forward_kl, or with a wider start distribution (target.scale)",
+        )
+
+
+def modes_of(target: Target, x: Tensor, w: Tensor, exact: Tensor | None) -> Modes | None:
+    """Returns the share of samples at each mode. None if the modes are unknown, or if there are more than 1,000.
+
+    The share of the mass is the share of exact samples; without them, the share of the weights w of samples x of the
+    flow, which is 0 for a mode without samples.
+
+    Args:
+        x: samples of the flow, (n, d).
+        w: their weights up to a factor, (n,).
+        exact: exact samples, (m, d), or None.
+    """
+    if target.modes is None or len(target.modes) > MOST_MODES:
+        return None
+    modes = target.modes.detach().cpu().double()
+    nearest = nearest_modes(x, modes)
+    shares = torch.bincount(nearest, minlength=len(modes)) / len(x)
+    if exact is None:
+        expected = torch.zeros(len(modes), dtype=w.dtype).index_add_(0, nearest, w) / w.sum()
+    else:
+        expected = torch.bincount(nearest_modes(exact, modes), minlength=len(modes)) / len(exact)
+    return Modes(shares, expected)
+
+
+def nearest_modes(x: Tensor, modes: Tensor) -> Tensor:
+    """Returns the number of the nearest of k modes (k, d) for each point x (n, d), (n,)."""
+    parts = torch.split(x.double(), max(1, DISTANCES // len(modes)))
+    return torch.cat([torch.cdist(part, modes).argmin(1) for part in parts])
+
+
+def members_of(
+    flow: Density, target: Target, n: int, seed: int, batch_size: int | None
+) -> tuple[TargetMember, ...] | None:
+    """Returns the members of an ensemble with their negative ELBO by n samples; None for a flow."""
+    if not isinstance(flow, Ensemble):
+        return None
+    found = []
+    for member, weight, name in zip(flow.members, flow.weights, flow.names, strict=True):
+        try:
+            assert isinstance(member, Flow)
+            log_w = weighted_samples(member, target, n, seed, batch_size=batch_size).log_w
+            found.append(TargetMember(name, weight, -float(log_w.mean()), stderr(log_w)))
+        except SolverError:
+            found.append(TargetMember(name, weight, math.nan, math.nan))
+    return tuple(found)
+
+
+def check_finite_weights(drawn: WeightedSamples, lost: Tensor) -> Check:
+    """Checks that all weights are positive and finite. A weight of 0 does not affect log Z, but the ELBO."""
+    zero = drawn.log_w == -math.inf
+    count, wrong = int(zero.sum()), int(lost.sum())
+    words = []
+    if count:
+        words.append(
+            f"the density is 0 at {counted(count, 'sample')} of the flow, so the ELBO is -inf, but log Z is valid. "
+            "Give the range of the density by target.types"
+        )
+    if wrong:
+        first = int(lost.nonzero()[0])
+        words.append(
+            f"{counted(wrong, 'sample')} with a weight that is NaN or infinite count as weight 0; the first is sample "
+            f"{first}, with log p~ = {drawn.log_p[first].item():g} and log q = {drawn.log_q[first].item():g}"
+        )
+    return check_limit("finite weights", float(count + wrong), 0.0, ". ".join(words))
+
+
+def check_pareto_k(k: float | None, n: int) -> Check:
+    """Checks that k of the largest weights is at most min(0.7, 1 - 1 / log10(n)), see Vehtari et al. 2024, sec. 3.2."""
+    limit = min(MOST_K, 1 - 1 / math.log10(n)) if n > 10 else MOST_K
+    if k is None:
+        return Check("pareto_k", None, limit, None, f"{n} samples are too few for an estimate of the tail; give 25")
+    return check_limit(
+        "pareto_k",
+        k,
+        limit,
+        f"k = {k:.2f} of the largest weights is above {limit:.2g}: a few samples dominate, so log Z, its error and the "
+        "effective sample size are not reliable. Train for more steps, or with a larger model, or with "
+        "objective=weighted_forward_kl",
+    )
+
+
+def check_solver_share(flow: Density, parts: LogZBudget) -> Check | None:
+    """Checks that the error of the solver is small: training can exploit errors of a coarse solver."""
+    if flow.solver is None:
+        return None
+    words = f"log Z changes by about {parts.solver:.2g} nats with a tight solver"
+    if math.isnan(parts.solver):
+        words = "the ODE cannot be solved with a tight tolerance, so the error of log Z does not include the solver"
+    cause = f"{words}. Evaluate and train with a smaller solver.rtol (or solver.step_size)"
+    return check_limit("solver", parts.solver, largest_bias(flow, parts.sampling), cause)
+
+
+def check_stated(target: Target, log_z: float, parts: LogZBudget) -> Check | None:
+    """Checks that log Z agrees with the value that the target states, within 3 errors or 0.001 nats."""
+    if target.log_z is None:
+        return None
+    apart = abs(log_z - target.log_z)
+    return check_limit(
+        "log_z",
+        apart,
+        max(SIGMAS * parts.total, SMALL),
+        f"the target states log Z = {target.log_z:.6g}, but the estimate is {log_z:.6g} +- {parts.total:.2g}: the "
+        "stated value (target.log_z) is wrong, or the flow misses a part of the density",
+    )
