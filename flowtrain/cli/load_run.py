@@ -26,7 +26,7 @@ from flowtrain.utils.process import choose_threads, keep_freed_memory
 from flowtrain.utils.status import status
 
 # the keys of a saved config that scoring and sampling read
-USED = ("model", "data", "target", "solver", "threads", "plots")
+USED = ("model", "data", "solver", "target", "threads", "plots")
 
 
 class LoadedRun(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowtrain.data.targets.base import Target
+from flowtrain.data.targets.base import FunctionTarget, Target
 from flowtrain.evaluation.checks import check_kl, check_limit, largest_bias, make_checks, map_checks, reference
 from flowtrain.evaluation.error_budget import ACCURATE, COVERED, MAX_NFE, SMALL, Subset, mean_error, rows_of_checks
 from flowtrain.evaluation.evaluate import UNSOLVED, in_evaluation_mode, roundtrip_error
@@ -50,7 +50,7 @@ FEW, FEW_EXACT = 50, 1000
 
 def evaluate_target(
     flow: Density,
-    target: Target,
+    target: Target | Callable[[Tensor], Tensor],
     n: int = 20_000,
     seed: int = 0,
     step: int | None = None,
@@ -79,7 +79,7 @@ def evaluate_target(
 
     Args:
         flow: a flow or an ensemble.
-        target: the target, which is moved to the device of the flow.
+        target: the target, which is moved to the device of the flow, or a function log p~(x), (B, d) -> (B,).
         n: the number of samples.
         seed: the seed of the samples.
         step: the training step in the report. None means the step of `flow.record`, or 0 without a record.
@@ -107,7 +107,10 @@ def evaluate_target(
         raise ConfigError(f"seed={shortened(seed)}: give a whole number, at least 0 and below 2^63")
     if batch_size is not None:
         whole("batch_size", batch_size)
+    if not isinstance(target, Target) and callable(target) and isinstance(flow, Density):
+        target = FunctionTarget(target, math.prod(flow.event_shape), flow.types)
     check_fits_target(flow, target)
+    assert isinstance(target, Target)
     if step is None:
         step = 0 if flow.record is None else flow.record.step
     if dtype is not None and dtype != flow.like.dtype:
