@@ -34,10 +34,11 @@ def with_choices_of_from(arguments: Sequence[str]) -> list[str]:
     has_target = chooses_target(arguments)
     fixed = ("model", "experiment", "recipe", *(() if has_target else ("data",)))
     refuse_changes(arguments, FROM_MESSAGE, fixed)
-    # a command without from=RUN, or with a mistake, does not import torch
+    path = checkpoint_files.find(Path(run.replace("\\${", "${")).expanduser())
+    # imports torch
     from flowtrain.training import checkpoint
 
-    saved = checkpoint.load(checkpoint_files.find(Path(run.replace("\\${", "${")).expanduser()))["config"]
+    saved = checkpoint.load(path)["config"]
     names = {group: saved[group].get("name") for group in ("model", "data")}
     if has_target:
         names = {"model": names["model"], "data": "target"}
