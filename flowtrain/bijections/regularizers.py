@@ -138,7 +138,7 @@ def integrands(
     """
     v, e, je = probe_jvps(field, t, x, probes)
     at = PathPoint(field, t, x, v, je, probes)
-    return v, torch.stack([probes.contract(e * je), *(q(at) for q in paths.values())], -1)
+    return v, torch.stack([probes.divergence(e, je), *(q(at) for q in paths.values())], -1)
 
 
 def acceleration(field: nn.Module, t: Tensor, x: Tensor, v: Tensor, event_dims: int) -> Tensor:

@@ -9,7 +9,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from omegaconf import OmegaConf
 
-from flowtrain.cli import list_runs
 from flowtrain.cli.config_files import (
     CommentedConfig,
     config_dirs,
@@ -20,8 +19,16 @@ from flowtrain.cli.config_files import (
     split_config_dir,
 )
 from flowtrain.cli.error_messages import keys_of_choice
-from flowtrain.cli.overrides import SWEEP, VALUED, quoted, validate_command_line, with_default_choices, with_name
-from flowtrain.cli.start_run import check_known_keys, with_choices_of_from
+from flowtrain.cli.from_run import with_choices_of_from
+from flowtrain.cli.overrides import (
+    SWEEP,
+    VALUED,
+    check_known_keys,
+    quoted,
+    validate_command_line,
+    with_default_choices,
+    with_name,
+)
 from flowtrain.cli.usage import Row, joined, paragraph, table
 from flowtrain.runs.compose import applied_recipes, read_file, values_of
 from flowtrain.utils.arguments import nearest
@@ -33,6 +40,11 @@ from flowtrain.utils.formatting import flattened, shown
 KEY_COLUMN, CHOICE_COLUMN = 36, 30
 # the groups in the order of the help, the most used ones first
 GROUPS = ("model", "data", "target", "objective", "regularizer", "solver", "trainer", "recipe", "experiment")
+# groups whose choices the overview does not list, with the text in their place
+NOT_LISTED = {
+    "recipe": "(applies automatically; see flowtrain --help recipe)",
+    "experiment": "(settings with measured results; see flowtrain --help experiment)",
+}
 # topics of --help that are neither groups, choices nor keys
 ALL, RUNS = "all", "runs"
 
@@ -47,6 +59,7 @@ EXAMPLES: list[Row] = [
     ("flowtrain", "FFJORD on two moons (defaults)"),
     ("flowtrain data=array data.path=a.csv", "your table, several models"),
     ("flowtrain data=array data.path=a.csv model=nsf", "your table, one model"),
+    ("flowtrain target=funnel", "a density known up to a constant"),
     ("flowtrain model=nsf name=first", "run directory: outputs/first"),
     ("flowtrain -m model=nsf,maf seed=0,1", "a sweep of four runs"),
     ("flowtrain resume=outputs/first", "continues a stopped run"),
@@ -56,7 +69,6 @@ EXAMPLES: list[Row] = [
 # the keys of the overview. Each has a value, which is shown if the composed config lacks the key, and a meaning
 KEYS: dict[str, Row] = {
     "data.path": ("FILE", "your table: .csv, .npy, .parquet"),
-    "data.columns": ("[NAME,NAME]", "columns to keep; null: all"),
     "name": ("NAME", "the run is outputs/NAME; null: date and time"),
     "seed": ("0", "seed of weights, batches and trace noise"),
     "device": ("auto", "auto, cpu, cuda or cuda:1"),
@@ -69,7 +81,6 @@ KEYS: dict[str, Row] = {
 OVERVIEW_FLAGS: list[Row] = [
     ("-m", "a sweep: KEY=A,B makes one run for each value"),
     ("--cfg job", "prints the composed config and runs nothing"),
-    ("--config-dir DIR", "your configs: DIR/model/mine.yaml is model=mine"),
 ]
 MORE: list[Row] = [
     ("flowtrain --help model", "a group: its choices, and keys of the chosen one"),
@@ -142,11 +153,11 @@ def overview(run: Mapping[str, Any], choices: Mapping[str, Any]) -> str:
     groups = []
     for group in GROUPS:
         names = [f"*{name}" if name in _chosen(group, choices) else name for name in options(group)]
-        if group == "recipe":
-            names = [
-                *(name for name in names if name[0] == "*"),
-                "(applies automatically; see flowtrain --help recipe)",
-            ]
+        if len(names) == 1:
+            # there is nothing to choose
+            continue
+        if group in NOT_LISTED:
+            names = [*(name for name in names if name[0] == "*"), NOT_LISTED[group]]
         groups.append((group, " ".join(names)))
     values = flattened(run)
     keys = []
@@ -217,6 +228,8 @@ def _on(
     if topic in others and topic == ALL:
         return full_text(run, hydra)
     if topic in others and topic == RUNS:
+        from flowtrain.cli import list_runs
+
         return list_runs.USAGE.full()
     if topic in GROUPS:
         return joined([group_lines(topic, choices), keys_of_group(topic, str(choices[topic]), run)])

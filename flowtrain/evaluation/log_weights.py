@@ -1,13 +1,15 @@
 """Samples of a flow with their log importance weights for a target that is known up to a constant."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from flowtrain.bases import StandardNormal
 from flowtrain.data.targets.base import Target
 from flowtrain.flow import Density, Flow, rows_at_a_time
-from flowtrain.utils.errors import NonFiniteError
+from flowtrain.utils.errors import NonFiniteError, SolverError
 from flowtrain.utils.process import seeded
 from flowtrain.utils.status import status
 
@@ -46,9 +48,15 @@ def weighted_samples(
         rows: the samples that are computed, of n.
         batch_size: the number of samples that are computed at once. None means a number that depends on d.
     """
-    size = batch_size or rows_at_a_time(flow.event_shape)
     with seeded(seed, flow.like.device):
         points = flow.base.rsample(n, like=flow.like)[rows] if isinstance(flow, Flow) else flow.sample(n)[rows]
+    return weights_of(flow, target, points, batch_size)
+
+
+@torch.no_grad()
+def weights_of(flow: Density, target: Target, points: Tensor, batch_size: int | None = None) -> WeightedSamples:
+    """Computes the samples of base points (n, d) of a flow, with log q and log p~; for an ensemble, of samples."""
+    size = batch_size or rows_at_a_time(flow.event_shape)
     found = []
     with status("scoring", total=len(points), unit="sample") as progress:
         for part in torch.split(points, size):
@@ -58,6 +66,102 @@ def weighted_samples(
     if not found:
         return WeightedSamples(points.cpu(), *(torch.zeros(0, dtype=torch.float64) for _ in range(2)))
     return WeightedSamples(*map(torch.cat, zip(*found, strict=True)))
+
+
+# the number of samples from the wide base, as a share of the number of samples of the flow
+WIDE = 0.25
+# the largest element of a wide base point, and P(|t| < WIDEST) of the Student t distribution with 2 degrees of freedom
+WIDEST = 10.0
+WIDE_MASS = WIDEST / math.sqrt(2 + WIDEST**2)
+
+
+class BalancedWeights:
+    """Weights of samples from a flow and from a flow with a wider base, and the estimate of log Z; `balanced_weights`.
+
+    Args:
+        log_w: log weights (n + m,), first of the n samples of the flow, then of m wide samples. A weight that is NaN or
+            infinite counts as 0.
+        n: the number of samples of the flow.
+        control: values (n + m,) whose expectation over the samples is 0, or None.
+
+    Attributes:
+        terms: the weights minus the control, divided by their mean, (n + m,).
+        log_z: the log of the mean of the weights minus the control, the estimate of log Z in nats.
+        stderr: the standard error of `log_z`, from the variances of both sets of samples.
+    """
+
+    def __init__(self, log_w: Tensor, n: int, control: Tensor | None = None) -> None:
+        log_w = torch.where(log_w < math.inf, log_w, -math.inf)
+        largest = log_w.max()
+        terms = (log_w - largest).exp()
+        if control is not None:
+            centered = control - control.mean()
+            variance = float(centered.square().mean())
+            slope = float((terms * centered).mean()) / variance if variance else 0.0
+            terms = terms - slope * control
+        mean = float(terms.mean())
+        self.terms, self.n = terms / mean, n
+        self.log_z = float(largest) + math.log(mean)
+        parts = [part for part in (self.terms[:n], self.terms[n:]) if len(part) > 1]
+        self.stderr = math.sqrt(sum(len(part) * float(part.var()) for part in parts)) / len(terms)
+
+    def __len__(self) -> int:
+        return len(self.terms)
+
+
+@torch.no_grad()
+def balanced_weights(
+    flow: Flow, target: Target, drawn: WeightedSamples, seed: int, batch_size: int | None = None
+) -> BalancedWeights:
+    """Weights the samples of a flow together with samples in its tails, which the flow itself rarely draws.
+
+    In a wide sample, one element z_j of the base point, chosen at random, has a Student t distribution with 2 degrees
+    of freedom instead of a normal distribution. With q of the flow, the density of wide samples is q rho, with
+
+        rho(z) = 1/d sum_j t(z_j) / N(z_j).
+
+    n samples of q and m wide samples have the weights w = (p~ / q) (n + m) / (n + m rho), the balance heuristic of
+    multiple importance sampling (Veach and Guibas 1995, section 3.3). A weight is at most (n + m) / (m rho) times
+    p~ / q, so tails of p~ that are heavier than those of q do not dominate the mean. q / (mixture) - 1 is a control
+    variate with expectation 0, so the error is about that of the better of both sets of samples (Owen and Zhou 2000,
+    Safe and effective importance sampling, section 3). It is 0 if q = p. The Student t distribution is truncated to
+    [-10, 10]. m is 0 if the base of the flow is not a standard normal distribution, or if the ODE of a
+    wide sample cannot be solved.
+
+    Args:
+        drawn: the result of `weighted_samples`.
+        seed: the seed of `drawn`.
+    """
+    n, d = len(drawn.x), flow.event_shape[0]
+    m = round(WIDE * n) if type(flow.base) is StandardNormal else 0
+    if m == 0:
+        return BalancedWeights(drawn.log_w, n)
+    device = flow.like.device
+    with seeded(seed, device):
+        # the base points of `drawn`, and then further points
+        z = flow.base.rsample(n, like=flow.like)
+        wide = flow.base.rsample(m, like=flow.like)
+        # the inverse of the cumulative distribution, 1/2 + t / (2 sqrt(2 + t^2))
+        s = WIDE_MASS * (2 * torch.rand(m, dtype=torch.float64, device=device) - 1)
+        chosen = torch.randint(d, (m, 1), device=device)
+    t = (s * (2 / (1 - s.square())).sqrt()).to(wide.dtype)
+    wide = wide.scatter(1, chosen, t.unsqueeze(1))
+    try:
+        beyond = weights_of(flow, target, wide, batch_size)
+    except SolverError:
+        return BalancedWeights(drawn.log_w, n)
+    log_rho = torch.cat([_log_wideness(part).cpu() for part in (z, wide)])
+    both = torch.cat([drawn.log_w, beyond.log_w])
+    shared = torch.logaddexp(torch.full_like(log_rho, math.log(n)), math.log(m) + log_rho) - math.log(n + m)
+    return BalancedWeights(both - shared, n, (-shared).expm1())
+
+
+def _log_wideness(z: Tensor) -> Tensor:
+    """Returns log rho(z), (n,), float64, for base points z (n, d), see `balanced_weights`."""
+    z = z.double()
+    log_t = torch.where(z.abs() <= WIDEST, -1.5 * (2 + z.square()).log() - math.log(WIDE_MASS), -math.inf)
+    log_normal = -0.5 * (z.square() + math.log(2 * math.pi))
+    return (log_t - log_normal).logsumexp(1) - math.log(z.shape[1])
 
 
 def check_log_weights(drawn: WeightedSamples, start: int = 0) -> None:

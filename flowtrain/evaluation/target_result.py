@@ -20,7 +20,7 @@ class LogZBudget:
     """The parts of the error of log Z, in nats; see `flowtrain.evaluation.targets`.
 
     Attributes:
-        sampling: the standard error over the samples, sd(w) / (mean(w) sqrt(n)).
+        sampling: the standard error of the mean of the weights, divided by Z.
         tail: the share of Z that the samples lack because none has a weight above the largest one, by the generalized
             Pareto distribution that is fitted to the largest weights.
         solver: the difference to a tight solve in float64 from the same base points, on a subset. With the difference
@@ -65,11 +65,13 @@ class TargetEvaluation:
         nll_stderr: its standard error over the samples.
         n: the number of samples.
         step: the training step of the weights of the flow.
-        log_z: the estimate log mean(w) of log Z.
+        log_z: the estimate of log Z, from samples of the flow and samples in its tails.
         log_z_stderr: its error, from sampling, solver and dtype: `budget.total`. `pareto_k` says whether it is valid.
         ess: the effective sample size (sum w)^2 / sum w^2 (Kish 1965) as a share of n, in (0, 1].
         pareto_k: the shape of the tail of the weights (Vehtari et al. 2024). Above 0.7, log Z, its error and the
             effective sample size are not reliable. None for fewer than 25 samples.
+        missed_mass: the share of Z that only samples in the tails of the flow show, see
+            `flowtrain.evaluation.log_weights.balanced_weights`. None without such samples, as for an ensemble.
         elbo_gap: log_z minus the ELBO, an estimate of KL(q || p).
         forward_ess: 1 / (E_p[w] E_p[1/w]) by exact samples of p (Nicoli et al. 2023). It is small if the flow misses
             a mode. None without exact samples.
@@ -98,6 +100,7 @@ class TargetEvaluation:
     ess: float
     pareto_k: float | None
     elbo_gap: float
+    missed_mass: float | None
     forward_ess: float | None
     kl_reverse: float | None
     kl_reverse_stderr: float | None
@@ -168,7 +171,10 @@ class TargetEvaluation:
             rows.append(("", f"the target states {self.log_z_true:.6g}: {brief(apart)} nats apart"))
         gap = f", {brief(self.elbo_gap)} below log Z"
         rows.append(("ELBO", f"{with_error(self.elbo, self.budget.elbo_total)} nats{gap}"))
-        rows.append(("data", f"{counted(self.n, 'sample')} of the flow"))
+        words = f"{counted(self.n, 'sample')} of the flow"
+        if self.missed_mass is not None:
+            words += f"; samples in its tails add {max(0.0, self.missed_mass):.1%} to Z"
+        rows.append(("data", words))
         rows += self._divergence_rows()
         rows += self._mode_rows()
         rows += self._member_rows()

@@ -11,13 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowtrain.data.targets.base import Target
+from flowtrain.data.targets.base import FunctionTarget, Target
 from flowtrain.evaluation.checks import check_kl, check_limit, largest_bias, make_checks, map_checks, reference
 from flowtrain.evaluation.error_budget import ACCURATE, COVERED, MAX_NFE, SMALL, Subset, mean_error, rows_of_checks
 from flowtrain.evaluation.evaluate import UNSOLVED, in_evaluation_mode, roundtrip_error
 from flowtrain.evaluation.log_likelihood import estimates_trace, nfe_of_pass, score_rows
-from flowtrain.evaluation.log_weights import WeightedSamples, check_log_weights, weighted_samples
-from flowtrain.evaluation.pareto import Tail, weight_tail
+from flowtrain.evaluation.log_weights import (
+    BalancedWeights,
+    WeightedSamples,
+    balanced_weights,
+    check_log_weights,
+    weighted_samples,
+)
+from flowtrain.evaluation.pareto import weight_tail
 from flowtrain.evaluation.result import Check
 from flowtrain.evaluation.target_result import LogZBudget, TargetEvaluation, TargetMember
 from flowtrain.flow import Density, Flow, rows_at_a_time
@@ -38,6 +44,8 @@ MOST_K = 0.7
 SIGMAS = 3.0
 # largest share of samples whose weights are NaN or +inf
 MOST_LOST = 0.01
+# smallest mass in the tails, in nats, that fails the check `tails`
+LEAST_MISSED = 0.01
 # a mode is found if its share of the samples is at least this part of its share of the mass
 FOUND = 0.25
 # largest number of modes, and of distances that are computed at once
@@ -50,7 +58,7 @@ FEW, FEW_EXACT = 50, 1000
 
 def evaluate_target(
     flow: Density,
-    target: Target,
+    target: Target | Callable[[Tensor], Tensor],
     n: int = 20_000,
     seed: int = 0,
     step: int | None = None,
@@ -61,10 +69,12 @@ def evaluate_target(
 ) -> TargetEvaluation:
     """Estimates log Z of a target p = p~ / Z by importance sampling from a flow q, with its error and checks.
 
-    With samples x_i ~ q and weights w_i = p~(x_i) / q(x_i), the estimate is log Z = log mean_i w_i. Its error is the
-    root of the sum of the squares of four parts:
+    With samples x_i ~ q and weights w_i = p~(x_i) / q(x_i), log mean_i w_i estimates log Z. A flow can lack a part of
+    the target in its tails. Neither these weights nor their spread would show it. log Z is therefore estimated from the
+    n samples of the flow together with n / 4 samples in its tails (`flowtrain.evaluation.log_weights`). ELBO, ESS and
+    Pareto k belong to the samples of the flow. The error of log Z is the root of the sum of squares of four parts:
 
-    - sampling: sd(w) / (mean(w) sqrt(n)) (delta method)
+    - sampling: the standard error of the mean of the weights, divided by Z (delta method)
     - tail: the share of Z that the samples lack, because none has a weight above the largest one
       (`flowtrain.evaluation.pareto`). Without this part, the error is too small if the weights have a heavy tail
     - solver, for a continuous flow: the change of log Z by a tight solve in float64 from the same base points
@@ -79,7 +89,7 @@ def evaluate_target(
 
     Args:
         flow: a flow or an ensemble.
-        target: the target, which is moved to the device of the flow.
+        target: the target, which is moved to the device of the flow, or a function log p~(x), (B, d) -> (B,).
         n: the number of samples.
         seed: the seed of the samples.
         step: the training step in the report. None means the step of `flow.record`, or 0 without a record.
@@ -107,7 +117,10 @@ def evaluate_target(
         raise ConfigError(f"seed={shortened(seed)}: give a whole number, at least 0 and below 2^63")
     if batch_size is not None:
         whole("batch_size", batch_size)
+    if not isinstance(target, Target) and callable(target) and isinstance(flow, Density):
+        target = FunctionTarget(target, math.prod(flow.event_shape), flow.types)
     check_fits_target(flow, target)
+    assert isinstance(target, Target)
     if step is None:
         step = 0 if flow.record is None else flow.record.step
     if dtype is not None and dtype != flow.like.dtype:
@@ -155,14 +168,15 @@ def _evaluate(
     elbo, elbo_stderr = float(kept.mean()), stderr(kept)
     # NaN if a weight is 0
     elbo_stderr = elbo_stderr if math.isfinite(elbo) else math.nan
-    largest = log_w.max()
-    w = (log_w - largest).exp()
-    log_z = float(largest + w.mean().log())
+    w = (log_w - log_w.max()).exp()
     tail = weight_tail(w)
+    with phase("drawing samples in the tails of the flow"):
+        balanced = own = BalancedWeights(log_w, n)
+        if isinstance(flow, Flow):
+            balanced = balanced_weights(flow, target, drawn, seed, batch_size)
+    log_z = balanced.log_z
     with phase("estimating the error of log Z"):
-        parts = budget(
-            flow, target, w, tail, log_z, elbo_stderr, seed, rows_of_checks((target.dim,)) if thorough else FEW
-        )
+        parts = budget(flow, target, balanced, elbo_stderr, seed, rows_of_checks((target.dim,)) if thorough else FEW)
     with phase("exact samples"):
         exact = exact_samples(flow, target, min(n, EXACT if thorough else FEW_EXACT), seed, batch_size)
     divergences = divergences_of(target, elbo, elbo_stderr, parts, exact)
@@ -170,6 +184,7 @@ def _evaluate(
     found = [
         check_finite_weights(drawn, lost),
         check_pareto_k(None if tail is None else tail.k, n),
+        None if len(balanced) == n else check_tails(log_z - own.log_z, math.hypot(own.stderr, parts.sampling)),
         check_solver_share(flow, parts),
         check_stated(target, log_z, parts),
         check_kl((divergences["kl_forward"], divergences["kl_forward_stderr"])),
@@ -192,6 +207,7 @@ def _evaluate(
         ess=effective_rows(w) / n,
         pareto_k=None if tail is None else tail.k,
         elbo_gap=log_z - elbo,
+        missed_mass=None if len(balanced) == n else -math.expm1(own.log_z - log_z),
         **divergences,
         log_z_true=target.log_z,
         mode_shares=None if modes is None else tuple(modes.shares.tolist()),
@@ -229,9 +245,7 @@ def usable_weights(drawn: WeightedSamples) -> tuple[Tensor, Tensor]:
 def budget(
     flow: Density,
     target: Target,
-    w: Tensor,
-    tail: Tail | None,
-    log_z: float,
+    balanced: BalancedWeights,
     elbo_stderr: float,
     seed: int,
     rows: int,
@@ -239,12 +253,12 @@ def budget(
     """Measures the parts of the error of log Z.
 
     Args:
-        w: the weights of all samples up to a factor, (n,).
+        balanced: the weights whose mean estimates Z.
         rows: the number of base points on which the errors of solver and dtype are measured.
     """
-    mean = float(w.mean())
-    sampling = float(w.std()) / (mean * math.sqrt(len(w)))
-    beyond = 0.0 if tail is None else tail.missed(mean) / mean
+    log_z, sampling = balanced.log_z, balanced.stderr
+    tail = weight_tail(balanced.terms.clamp_min(0))
+    beyond = 0.0 if tail is None else tail.missed(1.0)
     exact, in_float64 = copy.deepcopy(flow).double(), target_in_float64(target, flow)
     fine = weighted_samples(exact, in_float64, rows, seed)
     solver, precision = (0.0, 0.0), None
@@ -499,6 +513,23 @@ def check_pareto_k(k: float | None, n: int) -> Check:
         f"k = {k:.2f} of the largest weights is above {limit:.2g}: a few samples dominate, so log Z, its error and the "
         "effective sample size are not reliable. Train for more steps, or with a larger model, or with "
         "objective=weighted_forward_kl",
+    )
+
+
+def check_tails(missed: float, error: float) -> Check:
+    """Checks that the flow does not lack a part of the density in its tails.
+
+    Args:
+        missed: log Z minus log Z by the samples of the flow alone, in nats.
+        error: the standard error of this difference.
+    """
+    return check_limit(
+        "tails",
+        missed,
+        max(SIGMAS * error, LEAST_MISSED),
+        f"samples in the tails of the flow add {missed:.2g} nats to log Z, so the flow lacks "
+        f"{-math.expm1(-missed):.1%} of the mass of the target. ESS and k do not show this. Train for more steps, with "
+        "objective=weighted_forward_kl, or with a wider start distribution (target.scale)",
     )
 
 

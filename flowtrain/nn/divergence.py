@@ -47,11 +47,13 @@ class Probes:
         tangents: random tangents (k, B, *event), or the basis (d, 1, *event) for events of d elements.
         weight: w, which is 1 for the basis and 1/k for random tangents.
         noisy: whether the tangents are random and the divergence is an estimate.
+        is_basis: whether the tangents are the basis.
     """
 
     tangents: Tensor
     weight: float
     noisy: bool = False
+    is_basis: bool = False
 
     @property
     def event_dims(self) -> int:
@@ -62,6 +64,13 @@ class Probes:
         """Returns w times the sum over the tangents and the elements of an event: (k, ..., *event) -> (...)."""
         return self.weight * products.sum((0, *range(-self.event_dims, 0)))
 
+    def divergence(self, e: Tensor, je: Tensor) -> Tensor:
+        """Returns w sum_j <e_j, J e_j>, (*nodes, B), for e and J e as in `probe_jvps`."""
+        if not self.is_basis or self.event_dims != 1 or torch.is_grad_enabled():
+            return self.contract(e * je)
+        # the other elements of J are multiplied by zeros
+        return je.diagonal(dim1=0, dim2=-1).sum(-1)
+
     def of_rows(self, index: Tensor) -> "Probes":
         """Returns the probes of the rows at the positions `index` (n,)."""
         return replace(self, tangents=self.tangents[:, index]) if self.noisy else self
@@ -70,7 +79,7 @@ class Probes:
     def exact(x: Tensor) -> "Probes":
         """Returns the basis vectors for x (B, *event)."""
         event = x.shape[1:]
-        return Probes(torch.eye(event.numel(), dtype=x.dtype, device=x.device).view(-1, 1, *event), 1.0)
+        return Probes(torch.eye(event.numel(), dtype=x.dtype, device=x.device).view(-1, 1, *event), 1.0, is_basis=True)
 
     @staticmethod
     def hutchinson(x: Tensor, noise: str, samples: int) -> "Probes":
@@ -116,7 +125,7 @@ def divergence(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[
         tensor([2.])
     """
     v, e, je = probe_jvps(field, t, x, probes)
-    return v, probes.contract(e * je)
+    return v, probes.divergence(e, je)
 
 
 def probe_jvps(field: nn.Module, t: Tensor, x: Tensor, probes: Probes) -> tuple[Tensor, Tensor, Tensor]:

@@ -409,9 +409,10 @@ class MLPField(LayeredField[TimedLinear]):
         return v.view(shape), je.view(len(tangents), *shape)
 
     def jvp_rows(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        exact_shapes = x.dim() == 2 and t.dim() == 1 and tangents.dim() == 3 and x.numel() > 0
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms_active() or not exact_shapes:
+        of_rows = t.dim() == 1 and x.dim() == 2 and tangents.dim() == 3 and x.numel() > 0
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms_active() or not of_rows:
             return super().jvp_rows(t, x, tangents, shift)
+        # blocks that fit into the cache, see `BLOCK`
         size = len(x)
         if x.device.type == "cpu":
             size = max(1, BLOCK // ((1 + len(tangents)) * max(layer.linear.out_features for layer in self.layers)))

@@ -9,7 +9,8 @@ are those without the noise of the probes. The second table compares separate st
 tolerances: NFE, seconds, and the largest difference from the accurate solve.
 
 With `--scoring FILES`, all rows of the files are scored as by floweval, with the solver of the run. Separate and shared
-steps alternate in some rounds. The table shows the medians of the seconds and of their ratio.
+steps alternate in some rounds. The table shows the medians of the CPU seconds and of their ratio. CPU seconds do not
+include the time in which other jobs use the core.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from common import interleave, keep_freed_memory, machine, table
+from common import keep_freed_memory, machine, progress, table
 from torch import Tensor
 
 import flowtrain
@@ -39,7 +40,7 @@ from flowtrain.utils.row_noise import rows_from
 ACCURATE = 1e-10
 TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6)
 COVERAGE = ("run", "rtol", "covered", "median error", "median stated", "worst error", "worst stated")
-SCORING = ("run", "rows", "rtol", "seconds", "shared", "shared / separate", "least to most")
+SCORING = ("run", "rows", "rtol", "CPU seconds", "shared", "shared / separate", "least to most")
 COST = ("run", "rtol", "NFE", "shared", "seconds", "shared", "worst error", "shared")
 
 
@@ -49,8 +50,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--accurate", type=float, default=ACCURATE, help="rtol of the accurate solve")
     parser.add_argument("--tolerances", type=float, nargs="+", default=TOLERANCES)
+    parser.add_argument("--n-test", type=int, help="replaces data.n_test of the runs, for images")
     parser.add_argument("--coverage-only", action="store_true")
-    parser.add_argument("--scoring", nargs="+", metavar="CSV", help="instead: seconds of scoring the rows of files")
+    parser.add_argument("--scoring", nargs="+", metavar="CSV", help="instead: the time of scoring the rows of files")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of --scoring")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -88,13 +90,17 @@ def of_scoring(path: str, files: list[str], rounds: int) -> list[str]:
     rows = np.concatenate([np.loadtxt(file, delimiter=",", skiprows=1, dtype=np.float32) for file in files])
     x = torch.from_numpy(rows)
 
-    def shared() -> None:
+    times = []
+    for done in range(rounds):
+        begun = time.process_time()
+        score_rows(flow, x)
+        middle = time.process_time()
         with shared_steps():
             score_rows(flow, x)
-
-    times = interleave({"separate": lambda: score_rows(flow, x), "shared": shared}, rounds)
-    ratios = [b / a for a, b in zip(times["separate"], times["shared"], strict=True)]
-    seconds = [f"{statistics.median(times[name]) / 1e3:.1f}" for name in ("separate", "shared")]
+        times.append((middle - begun, time.process_time() - middle))
+        progress(f"round {done + 1} of {rounds}")
+    ratios = [b / a for a, b in times]
+    seconds = [f"{statistics.median(one):.1f}" for one in zip(*times, strict=True)]
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
     return [path, str(len(x)), f"{flow.solver.rtol:g}", *seconds, f"{statistics.median(ratios):.2f}", spread]
 
@@ -114,7 +120,10 @@ def main() -> None:
         flow = flowtrain.load(path).eval()
         assert isinstance(flow, Flow)
         assert flow.record is not None
-        x, context = held_out(flow, build_data(flow.record.config), "test")
+        config = copy.deepcopy(flow.record.config)
+        if args.n_test:
+            config["data"]["n_test"] = args.n_test
+        x, context = held_out(flow, build_data(config), "test")
         x, context = x[: args.rows], None if context is None else context[: args.rows]
         with seeded(0, x.device):
             x = flow.dequantized(x)

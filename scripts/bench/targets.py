@@ -24,7 +24,10 @@ from common import machine, progress, table, use_threads
 MODELS = ("nsf", "ffjord")
 TARGETS = ("energy1", "energy2", "energy3", "energy4", "double_well", "gaussian_mixture", "funnel", "many_well")
 # settings that differ from the recipes of the commands, for each target and model
-RECIPES: dict[tuple[str, str], dict[str, Any]] = {}
+RECIPES: dict[tuple[str, str], dict[str, Any]] = {
+    ("gaussian_mixture", "nsf"): {"objective": "weighted_forward_kl", "target.scale": 1.0},
+    ("many_well", "nsf"): {"objective": "weighted_forward_kl", "objective.intermediate": 2, "objective.chains": 512},
+}
 
 
 def main() -> None:

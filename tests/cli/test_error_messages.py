@@ -182,7 +182,7 @@ BAD_OTHERS = [
     ("flowsample", ["{run}", "~solver"], "~solver"),
     ("flowsample", ["{run}", "trust=[nope]"], "trust=nope"),
     ("floweval", ["ckpt={run}/flowtrain.log"], "not a flowtrain checkpoint|complete"),
-    ("floweval", ["ckpt={run}", "data=gas"], "data=gas: .*swissroll$"),
+    ("floweval", ["ckpt={run}", "data=gas"], "data=gas: .*target$"),
     ("flowsample", ["ckpt={run}", "n=0"], "n=0"),
     ("flowsample", ["ckpt={run}", "n=many"], "n=many"),
     ("flowsample", ["ckpt={run}", "temperature=-1"], "temperature=-1"),

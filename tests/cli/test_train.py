@@ -139,7 +139,9 @@ def test_resume_continues_a_run(run: Run) -> None:
 
 
 TOYS = sorted(
-    p.stem for p in (config_dir() / "data").glob("*.yaml") if p.stem not in ("array", "mnist", "fashion_mnist")
+    p.stem
+    for p in (config_dir() / "data").glob("*.yaml")
+    if p.stem not in ("array", "target", "mnist", "fashion_mnist")
 )
 
 

@@ -18,6 +18,18 @@ def test_hutchinson_is_unbiased(noise: str) -> None:
     assert ((estimates.mean(0) - exact).abs() < 4 * stderr).all()
 
 
+def test_exact_divergence_without_gradients_equals_the_trace_of_autograd() -> None:
+    field, x, t = random_field(3), torch.randn(5, 3), torch.rand(5)
+    whole = torch.func.vmap(torch.func.jacrev(lambda t, y: field(t, y[None])[0], argnums=1))(t, x)
+    expected = whole.diagonal(dim1=1, dim2=2).sum(1).detach()
+    for times in (t, t[:1]):
+        with torch.no_grad():
+            found = divergence(field, times, x, Probes.exact(x))[1]
+        torch.testing.assert_close(found, divergence(field, times, x, Probes.exact(x))[1].detach())
+        if len(times) == 5:
+            torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize(
     ("d", "training", "exact"), [(8, True, True), (9, True, False), (128, False, True), (129, False, False)]
 )
