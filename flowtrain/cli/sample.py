@@ -165,12 +165,12 @@ USAGE = Usage(
         ("flowsample outputs/cond context=new.csv n=100 out=x.csv", "100 samples for each row of new.csv"),
         ("flowsample outputs/first animate=true", "animation.gif: from the base to the data"),
         ("flowsample outputs/first quality=[1,2,4,8]", "distance to test data by solver steps"),
-        ("flowsample outputs/funnel weights=true out=x.csv", "with log-weights for the target of the run"),
+        ("flowsample outputs/funnel weights=true out=x.csv", "with log weights for the target of the run"),
         ("flowsample outputs/first solver=euler solver.steps=4", "samples by another solver"),
     ],
     options={
         "ckpt": RUN_TEXT,
-        "weights": "true: also log-weights for the target of a run; for an ensemble: weights of members. Log-weights "
+        "weights": "true: also log weights for the target of a run; for an ensemble: weights of members. Log weights "
         "are log(w_i / sum w) in nats, with w = p~(x) / q(x) for the target p~ and the flow q. A .csv or .parquet file "
         f"has them in the column {LOG_WEIGHT}, and FILE.npy beside it in FILE{WEIGHTS}.npy. {WEIGHTS_TEXT}",
         "resample": "true: resamples n samples by their weights for the target of a run. They are drawn with "
@@ -283,7 +283,7 @@ def write_samples(
 
     Args:
         context: the option `context`, see `contexts_of`.
-        log_weights: whether the log-weights log(w_i / sum w) for the target of the run are written, too.
+        log_weights: whether the log weights log(w_i / sum w) for the target of the run are written, too.
         resampled: whether the samples are resampled by their weights for the target.
 
     Raises:
@@ -353,7 +353,7 @@ def write_samples(
 def _write(
     out: Path, found: Tensor, samples: Samples, labels: Tensor | None, context: Tensor | None, log_w: Tensor | None
 ) -> None:
-    """Writes samples (n, *event_shape) with labels, context and log-weights, (n,), if they are given."""
+    """Writes samples (n, *event_shape) with labels, context and log weights, (n,), if they are given."""
     if out.suffix in NAMED:
         columns = named_columns(found, samples, labels, context)
         if log_w is not None:

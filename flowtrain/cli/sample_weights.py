@@ -19,12 +19,12 @@ from flowtrain.utils.weighting import effective_rows, resample
 
 log = logging.getLogger("flowtrain")
 
-# the column of log-weights in tables, and the ending of their file beside .npy
+# the column of log weights in tables, and the ending of their file beside .npy
 LOG_WEIGHT, WEIGHTS = "log_weight", "_log_weights"
 
 
 def weights_path(out: Path) -> Path:
-    """Returns the file of the log-weights of samples in `out`.
+    """Returns the file of the log weights of samples in `out`.
 
     Example:
         >>> weights_path(Path("x.npy")).name, weights_path(Path("x.csv")).name
@@ -61,16 +61,16 @@ def target_of(loaded_run: LoadedRun, log_weights: bool) -> Target:
 
 
 def weighted_by(flow: Density, target: Target, n: int, seed: int, resampled: bool) -> tuple[Tensor, Tensor | None, str]:
-    """Draws n samples (n, d) of a flow with their log-weights log(w_i / sum w) for a target, (n,), in nats.
+    """Draws n samples (n, d) of a flow with their log weights log(w_i / sum w) for a target, (n,), in nats.
 
     The samples are the same as those of `Density.sample` for this seed. A warning names k of the weights if it is high.
 
     Args:
         resampled: whether to draw n samples with replacement from these samples, by their weights. The result then has
-            no log-weights.
+            no log weights.
 
     Returns:
-        The samples, the log-weights in float64, and a text with the effective sample size and Pareto k.
+        The samples, the log weights in float64, and a text with the effective sample size and Pareto k.
 
     Raises:
         NonFiniteError: many weights are NaN or infinite, or all weights are 0.

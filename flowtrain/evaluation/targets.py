@@ -432,7 +432,7 @@ class Modes:
             0.0,
             f"the flow has few samples at {counted(len(missed), 'mode')} of {len(self.shares)} (from 0: {which})"
             f"{part}. log Z can be too small by more than its error, which ESS and k do not show. Train with "
-            "objective=weighted_forward_kl, or with a wider start distribution (target.scale)",
+            "objective=weighted_forward_kl, or with a wider initial distribution (target.scale)",
         )
 
 
@@ -529,7 +529,7 @@ def check_tails(missed: float, error: float) -> Check:
         max(SIGMAS * error, LEAST_MISSED),
         f"samples in the tails of the flow add {missed:.2g} nats to log Z, so the flow lacks "
         f"{-math.expm1(-missed):.1%} of the mass of the target. ESS and k do not show this. Train for more steps, with "
-        "objective=weighted_forward_kl, or with a wider start distribution (target.scale)",
+        "objective=weighted_forward_kl, or with a wider initial distribution (target.scale)",
     )
 
 

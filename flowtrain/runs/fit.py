@@ -305,7 +305,7 @@ def fit_target(
         types: types of columns with bounds, by the names of columns or one for each column, as for the key
             `data.types`: {"x1": "positive"}. The density is zero outside of the bounds.
         columns: the names of the columns. None: x1, x2 and so on.
-        loc, scale: the start distribution on the real line, a number or one for each column. None: 0 and 1.
+        loc, scale: the initial distribution on the real line, a number or one for each column. None: 0 and 1.
         log_z: log Z in nats if it is known. The evaluation compares its estimate with it.
         run_dir: a directory for the files of a run. It needs a name, or a function that can be imported by its name.
 

@@ -1,4 +1,4 @@
-"""`flowsample` for runs on a target: log-weights, resampling, pictures and refusals."""
+"""`flowsample` for runs on a target: log weights, resampling, pictures and refusals."""
 
 import math
 from pathlib import Path
