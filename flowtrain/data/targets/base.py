@@ -222,7 +222,7 @@ class TargetData(Dataset):
             samples: the description of the samples on which the flow was trained.
 
         Raises:
-            ConfigError: the flow is conditional or models whole numbers, or the numbers or supports of the columns differ.
+            ConfigError: the flow is conditional or models whole numbers, or its columns differ in number or support.
         """
         if samples.integer_valued or samples.noisy or samples.classes is not None or samples.context:
             raise ConfigError(
