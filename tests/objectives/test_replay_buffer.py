@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowtrain.objectives.replay_buffer import ReplayBuffer, effective
+from flowtrain.objectives.replay_buffer import ReplayBuffer, effective_share
 from flowtrain.utils.errors import CheckpointError
 
 
@@ -107,5 +107,5 @@ def test_damaged_states_are_refused(damage: Callable[[dict[str, Any]], dict[str,
 
 
 def test_effective_sample_size() -> None:
-    assert effective(torch.full((7,), 900.0)) == pytest.approx(1)
-    assert effective(torch.tensor([0.0, -1e9, 0.0, -1e9])) == pytest.approx(0.5)
+    assert effective_share(torch.full((7,), 900.0)) == pytest.approx(1)
+    assert effective_share(torch.tensor([0.0, -1e9, 0.0, -1e9])) == pytest.approx(0.5)

@@ -96,7 +96,7 @@ def test_gradient_is_that_of_the_divergence(alpha: float, transition: str) -> No
     mean, variance = alpha * MEAN / SD**2 / precision, 1 / precision
     expected = torch.tensor([-mean, -mean, 1 - variance - mean**2, 1 - variance - mean**2])
     # standard errors over 2000 rows, and over the samples with their effective sample size
-    n = 1 / (1 / 2000 + 1 / (20_000 * objective.effective.item()))
+    n = 1 / (1 / 2000 + 1 / (20_000 * objective.ais_ess.item()))
     spread = torch.tensor([variance**0.5] * 2 + [(2 * variance**2 + 4 * variance * mean**2) ** 0.5] * 2)
     assert bool(((found - expected).abs() < 5 * spread / math.sqrt(n)).all())
 
