@@ -112,9 +112,9 @@ USAGE = Usage(
         "trust": TRUST_TEXT,
     },
     notes=[
-        "A run on a target is evaluated by log Z and the quality of the importance weights. data.n_test and data.seed "
-        "set the samples, and keys of target can be changed. With data=NAME or data.path=FILE, its flow scores samples "
-        "of data.",
+        "The evaluation of a run on a target gives log Z and the quality of the importance weights. data.n_test and "
+        "data.seed set the samples, and keys of target can be changed. With data=NAME or data.path=FILE, the flow of "
+        "the run scores data instead.",
         "Keys of data and solver can be changed, as in solver.rtol=1e-7, solver=tsit5 or data=circles. The estimate "
         "of the trace can be changed by model.eval_trace=hutchinson, model.noise and model.noise_samples. "
         "--config-dir DIR adds a folder of your own configs of data and solvers. Keys of figures: "
@@ -175,7 +175,7 @@ def _command() -> int:
         raise ConfigError("label: only used with grid=FILE.npz; leave this option out")
     out, anomalies = Path(str(own["out"])).expanduser() if own["out"] else None, anomaly_options(own)
     loaded_run = load_run(own, overrides)
-    if loaded_run.is_of_target:
+    if loaded_run.data_is_target:
         return evaluate_target_run(loaded_run, own, OWN, overrides, dtype, batch_size, out)
     split = str(own["split"] or default_split(overrides))
     options = loaded_run.plot_options
@@ -392,7 +392,7 @@ def training_data(loaded_run: LoadedRun, sets: Collection[str], advice: str = ""
         DataError: the data are missing, have changed, or do not fit the flow.
     """
     if loaded_run.own_target is not None and uses_target({"data": loaded_run.own_data}):
-        raise DataError("the run was trained on a density (data=target), which has no rows to compare with")
+        raise DataError("the run was trained on a target (data=target), which has no rows to compare with")
     data = loaded_run.build(loaded_run.own_data)
     check_fits(loaded_run.flow, data)
     if change := changes(loaded_run.samples.record, data.record, sets):

@@ -13,7 +13,7 @@ from flowtrain.cli.arguments import split_own
 from flowtrain.cli.error_messages import run_command
 from flowtrain.cli.load_run import LoadedRun, load_run, set_name
 from flowtrain.cli.output_files import check_outputs, paths_of, written_as
-from flowtrain.cli.sample_weights import LOG_WEIGHT, WEIGHTS, has_target, target_of, weighted_by, weights_path
+from flowtrain.cli.sample_weights import LOG_WEIGHT, WEIGHTS, draw_weighted, has_target, target_of, weights_path
 from flowtrain.cli.usage import DEVICE_TEXT, RUN_TEXT, TRUST_TEXT, WEIGHTS_TEXT, Usage
 from flowtrain.data.base import Dataset, Samples, changes
 from flowtrain.data.context import context_text, context_values, example_of
@@ -60,8 +60,8 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
     loaded_run = load_run(own, overrides)
     if has_target(loaded_run):
         raise ConfigError(
-            "quality compares samples with test data, but this run has a target instead of data; floweval gives the "
-            "effective sample size, also with other solvers, as in solver=euler solver.steps=4"
+            "quality compares samples with test data, but this run has a target instead of data; use floweval, which "
+            "gives the effective sample size, also with other solvers, such as solver=euler solver.steps=4"
         )
     flow, config = loaded_run.single_flow("quality", "flowsample {} quality=[1,2,4,8]"), loaded_run.config
     name = set_name(loaded_run, "test", overrides)
@@ -165,17 +165,17 @@ USAGE = Usage(
         ("flowsample outputs/cond context=new.csv n=100 out=x.csv", "100 samples for each row of new.csv"),
         ("flowsample outputs/first animate=true", "animation.gif: from the base to the data"),
         ("flowsample outputs/first quality=[1,2,4,8]", "distance to test data by solver steps"),
-        ("flowsample outputs/funnel weights=true out=x.csv", "with log weights for the target of the run"),
+        ("flowsample outputs/funnel weights=true out=x.csv", "samples with log weights for the target of the run"),
         ("flowsample outputs/first solver=euler solver.steps=4", "samples by another solver"),
     ],
     options={
         "ckpt": RUN_TEXT,
-        "weights": "true: also log weights for the target of a run; for an ensemble: weights of members. Log weights "
-        "are log(w_i / sum w) in nats, with w = p~(x) / q(x) for the target p~ and the flow q. A .csv or .parquet file "
-        f"has them in the column {LOG_WEIGHT}, and FILE.npy beside it in FILE{WEIGHTS}.npy. {WEIGHTS_TEXT}",
-        "resample": "true: resamples n samples by their weights for the target of a run. They are drawn with "
-        "replacement. Both options print the effective sample size and Pareto k of the weights. Above k = 0.7, a few "
-        "samples dominate",
+        "weights": "true: also writes log weights, for a run on a target. They are log(w_i / sum w) in nats, with "
+        "w = p~(x) / q(x) for the target p~ and the flow q. A .csv or .parquet file has them in the column "
+        f"{LOG_WEIGHT}. For FILE.npy, they are in FILE{WEIGHTS}.npy. Other values are for ensembles. {WEIGHTS_TEXT}",
+        "resample": "true: resamples the samples by weight, for a run on a target. Samples are drawn with replacement. "
+        "weights and resample print the effective sample size and Pareto k of the "
+        "weights. Above k = 0.7, a few samples dominate",
         "n": "Number of samples (default: 10000, or 100 for images). With context=FILE: the number for each row of the "
         "file (default: 1). With animate: 2000 (at most 100000), or 60 for images (at most 200)",
         "seed": "Seed of the base noise (default: 0)",
@@ -241,14 +241,15 @@ def _command() -> int:
         own = {**own, "weights": None}
     if log_weights and resampled:
         raise ConfigError(
-            "weights=true and resample=true exclude each other, because resampled rows have equal weights"
+            "weights=true and resample=true exclude each other, because resampled samples have equal weights; give one "
+            "of them"
         )
     if log_weights or resampled:
         what = "weights=true" if log_weights else "resample=true"
         if animate or own["quality"] is not None:
-            raise ConfigError(f"{what}: only for files of samples, without animate and quality; leave this option out")
+            raise ConfigError(f"{what} is not possible with animate or quality; leave this option out")
         if temperature != 1:
-            raise ConfigError(f"{what}: weights are for samples of the density, and need temperature=1")
+            raise ConfigError(f"{what} needs temperature=1, because the weights use the density of the flow")
     if animate and own["quality"] is not None:
         raise ConfigError("animate=true and quality exclude each other; give one of them")
     if log_scale and (animate or own["quality"] is not None):
@@ -283,8 +284,8 @@ def write_samples(
 
     Args:
         context: the option `context`, see `contexts_of`.
-        log_weights: whether the log weights log(w_i / sum w) for the target of the run are written, too.
-        resampled: whether the samples are resampled by their weights for the target.
+        log_weights: whether the log weights log(w_i / sum w) for the target of the run are also written.
+        resampled: whether the samples are resampled by their weights for the target of the run.
 
     Raises:
         ConfigError: a path that cannot be written to, a context that is missing or not expected, or weights for a run
@@ -327,7 +328,7 @@ def write_samples(
     samples, log_w, words_of_weights = (
         (flow.sample(n, temperature, context=drawn).cpu(), None, "")
         if target is None
-        else weighted_by(flow, target, n, seed, resampled)
+        else draw_weighted(flow, target, n, seed, resampled)
     )
     check_samples(samples)
     _write(out, flow.quantized(samples), loaded_run.samples, labels, drawn if flow.context else None, log_w)
@@ -353,7 +354,7 @@ def write_samples(
 def _write(
     out: Path, found: Tensor, samples: Samples, labels: Tensor | None, context: Tensor | None, log_w: Tensor | None
 ) -> None:
-    """Writes samples (n, *event_shape) with labels, context and log weights, (n,), if they are given."""
+    """Writes samples (n, *event_shape) with their labels, contexts and log weights, (n,), if these are given."""
     if out.suffix in NAMED:
         columns = named_columns(found, samples, labels, context)
         if log_w is not None:

@@ -220,7 +220,7 @@ def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[st
             "further from Python"
         )
     if chooses_target(given):
-        # the flow was trained on samples, or on another target
+        # the new target replaces the data of the first run
         return {**config, "from": str(path), "model": saved["model"]}
     keys = keys_of(given)
     target = {key: value for key, value in saved.items() if key == "target"}
@@ -230,7 +230,7 @@ def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[st
 
 
 def chooses_target(arguments: Sequence[str]) -> bool:
-    """Returns whether a command line names a target."""
+    """Returns whether a command line chooses a target or changes one."""
     return any(a.lstrip("+").startswith(("target=", "target.")) for a in arguments)
 
 

@@ -35,7 +35,7 @@ def title_of(config: Mapping[str, Any]) -> str:
 
 
 def data_name(config: Mapping[str, Any]) -> str:
-    """Returns the name of a data set; for a user's data, the name of the file; for a target, its name."""
+    """Returns the name of a data set; for a user's data, the name of the file; for a target, the name of the target."""
     if config.get("target") and config["data"].get("name") == "target":
         name = name_of(config["target"])
         return str(config["target"]["_target_"]) if name == "custom" else name
@@ -205,7 +205,7 @@ def describe_samples(data: Dataset) -> str:
     if isinstance(data, TargetData):
         known = "" if data.target.log_z is None else f", log Z {data.target.log_z:.4f} nats"
         draws = f"{len(data.val):,} samples for a validation, {len(data.test):,} for the evaluation"
-        return f"a density of {kind} up to a constant{known}; {draws}"
+        return f"a density of {kind}, known up to a constant{known}; {draws}"
     known = "" if data.entropy is None else f", entropy {data.entropy:.4f} nats"
     rows = "" if data.n_train is None else f"{data.n_train:,} rows for training, "
     weighted = "" if data.val_weights is None else "; the rows are weighted"

@@ -29,9 +29,9 @@ MEASURED = (
     "val_nll", "val_nll_stderr", "nll", "nll_stderr", "bits_per_dim", "kl", "nfe", "solver_error", "roundtrip_error",
     "steps", "train_seconds",
 )  # fmt: skip
-# keys of result.json of runs on targets
+# further keys of result.json of a run on a target
 OF_TARGET = ("log_z", "log_z_stderr", "ess", "pareto_k", "forward_ess")
-# their headings in tables; log Z is shown with its error
+# headings of some of these keys in tables
 SHOWN_OF_TARGET = (("ess", "ESS"), ("pareto_k", "Pareto k"))
 # the meaning of the mark * in a table
 TIED = "\\* not significantly worse than the best: within 2 standard errors of the difference"

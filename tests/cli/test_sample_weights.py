@@ -12,7 +12,7 @@ from helpers.files import gif_of
 from torch.distributions import Normal
 
 from flowtrain.bijections.linear import Affine
-from flowtrain.cli.sample_weights import weighted_by
+from flowtrain.cli.sample_weights import draw_weighted
 from flowtrain.data.targets.base import FunctionTarget
 from flowtrain.evaluation.log_weights import weighted_samples
 from flowtrain.flow import Flow
@@ -136,7 +136,7 @@ def gaussian(mean: float, width: float) -> FunctionTarget:
 def test_resampling_gives_the_distribution_of_the_target() -> None:
     """The flow is N(0, 1), and the target N(0.5, 0.6^2). The effective sample size of the weights has a closed form."""
     n = 20_000
-    x, log_w, words = weighted_by(Flow((1,), Affine(1)), gaussian(0.5, 0.6), n, 3, resampled=True)
+    x, log_w, words = draw_weighted(Flow((1,), Affine(1)), gaussian(0.5, 0.6), n, 3, resampled=True)
     assert (len(x), log_w) == (n, None)
     assert float(x.mean()) == pytest.approx(0.5, abs=0.03)
     assert float(x.std()) == pytest.approx(0.6, abs=0.03)
@@ -148,13 +148,13 @@ def test_resampling_gives_the_distribution_of_the_target() -> None:
 
 
 def test_heavy_weights_give_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    weighted_by(Flow((1,), Affine(1)), gaussian(0.0, 0.8), 4000, 0, resampled=False)
+    draw_weighted(Flow((1,), Affine(1)), gaussian(0.0, 0.8), 4000, 0, resampled=False)
     assert not caplog.records
-    weighted_by(Flow((1,), Affine(1)), gaussian(0.0, 3.0), 4000, 0, resampled=False)
+    draw_weighted(Flow((1,), Affine(1)), gaussian(0.0, 3.0), 4000, 0, resampled=False)
     assert any("0.7" in record.message for record in caplog.records)
 
 
 def test_samples_without_any_weight_are_refused() -> None:
     zero = FunctionTarget(lambda x: torch.full((len(x),), -math.inf), 1)
     with pytest.raises(NonFiniteError):
-        weighted_by(Flow((1,), Affine(1)), zero, 100, 0, resampled=False)
+        draw_weighted(Flow((1,), Affine(1)), zero, 100, 0, resampled=False)
