@@ -3,7 +3,8 @@
     python scripts/bench/log_z_coverage.py
 
 Weights follow a log-normal or a Pareto distribution with mean 1, so log Z = 0. The table shows how often the
-estimate of log Z is within 1.96 or 3 errors of 0, with and without the part of the tail; see `flowtrain.evaluation.targets`.
+estimate of log Z is within 1.96 or 3 errors of 0, with and without the part of the tail.
+`flowtrain.evaluation.targets` describes the parts.
 """
 
 import argparse

@@ -8,8 +8,8 @@ covers the difference from a solve in float64 at rtol 1e-10 with the same probes
 are those without the noise of the probes. The second table compares separate steps with shared steps at several
 tolerances: NFE, seconds, and the largest difference from the accurate solve.
 
-With `--scoring FILES`, all rows of the files are scored as by floweval, with the solver of the run. Each round scores them
-with separate and with shared steps. The table shows the medians over rounds of the CPU seconds and of their ratio.
+With `--scoring FILES`, all rows of the files are scored as by floweval, with the solver of the run. Each round scores
+them with separate and with shared steps. The table shows the medians over rounds of the CPU seconds and of their ratio.
 CPU seconds do not include the time in which other processes use the core.
 """
 

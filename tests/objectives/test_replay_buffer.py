@@ -30,7 +30,7 @@ def test_rows_are_drawn_by_their_weights() -> None:
     first = torch.bincount(pairs[:, 0], minlength=4) / n
     torch.testing.assert_close(first, torch.tensor([0.1, 0.2, 0.3, 0.4]), rtol=0, atol=4 * 0.5 / n**0.5)
     assert bool((pairs[:, 0] != pairs[:, 1]).all())
-    # without replacement, the second row is drawn by the weights of the others: 0.4 / 0.7 after row 2
+    # without replacement, the second row is drawn by the weights of the other rows, such as 0.4 / 0.7 after row 2
     after = pairs[pairs[:, 0] == 2, 1]
     assert (after == 3).double().mean().item() == pytest.approx(0.4 / 0.7, abs=4 * 0.5 / len(after) ** 0.5)
 
