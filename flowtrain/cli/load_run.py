@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowtrain.cli.output_files import absolute_paths, run_dir_of
-from flowtrain.cli.overrides import check_kept, keys_of, overridden, trusted, with_array
+from flowtrain.cli.overrides import keys_of, trusted
+from flowtrain.cli.saved_config import check_kept, overridden, with_array
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.flow import Density, Flow
 from flowtrain.plotting.options import PlotOptions
@@ -18,7 +19,7 @@ from flowtrain.runs.console import name_of, shortest, title_of, without_warnings
 from flowtrain.runs.ensembles import Run, ensemble_of, runs_of
 from flowtrain.runs.load import check_targets, restore, samples_of
 from flowtrain.runs.search import best_candidate
-from flowtrain.training import checkpoint
+from flowtrain.training import checkpoint, checkpoint_files
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.formatting import option
 from flowtrain.utils.process import choose_threads, keep_freed_memory
@@ -209,7 +210,7 @@ def load_run(own: Mapping[str, Any], overrides: Sequence[str]) -> LoadedRun:
 
 
 def _load_one(path: Path, own: Mapping[str, Any], overrides: Sequence[str], trust: Sequence[str]) -> LoadedRun:
-    path = checkpoint.find(path)
+    path = checkpoint_files.find(path)
     with status("reading the checkpoint"):
         saved = checkpoint.load(path)
     check_targets(saved["config"], trust)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.cli.load_run import LoadedRun
+from flowtrain.cli.sample import WEIGHTS
 from flowtrain.data.tables.output import NAMED
 from flowtrain.data.targets.base import Target, TargetData
 from flowtrain.evaluation import check_fits
@@ -18,9 +19,6 @@ from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.weighting import effective_rows, resample
 
 log = logging.getLogger("flowtrain")
-
-# the column of log weights in tables, and the end of the name of their file beside a .npy file
-LOG_WEIGHT, WEIGHTS = "log_weight", "_log_weights"
 
 
 def weights_path(out: Path) -> Path:

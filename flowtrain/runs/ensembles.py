@@ -18,7 +18,7 @@ from flowtrain.evaluation.log_weights import weighted_samples
 from flowtrain.flow import Density, Flow, Record
 from flowtrain.models.ensemble import Ensemble, difference_in_kind, stacking_weights
 from flowtrain.runs.run_directory import SEARCH_STATE
-from flowtrain.training import checkpoint
+from flowtrain.training import checkpoint_files
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError, FlowtrainError, SolverError
 from flowtrain.utils.process import seeded
 from flowtrain.utils.status import status
@@ -63,7 +63,7 @@ def runs_of(path: str | Path | Sequence[str | Path]) -> list[Path] | None:
 
 
 def _runs_inside(root: Path) -> list[Path] | None:
-    if not root.is_dir() or checkpoint.has_checkpoint(root):
+    if not root.is_dir() or checkpoint_files.has_checkpoint(root):
         return None
     # skips the candidates of a search, which are in a directory inside its run
     begun = {path.parent for path in root.glob("**/checkpoints") if not (path.parents[1] / SEARCH_STATE).is_file()}
@@ -71,7 +71,7 @@ def _runs_inside(root: Path) -> list[Path] | None:
     runs = sorted(begun - {root}, key=lambda run: [(len(part), part) for part in run.parts])
     if not runs:
         return None
-    found = [run for run in runs if checkpoint.has_checkpoint(run)]
+    found = [run for run in runs if checkpoint_files.has_checkpoint(run)]
     if not found:
         raise CheckpointError(f"{root}: none of the {len(runs)} runs in this directory has a checkpoint")
     for run in runs:

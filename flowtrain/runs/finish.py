@@ -18,7 +18,8 @@ from flowtrain.plotting.drawing import warn_if_plotting_fails
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.target_pictures import draw_target_figures
 from flowtrain.runs import load
-from flowtrain.runs.console import data_name, next_commands, title_of
+from flowtrain.runs.banner import next_commands
+from flowtrain.runs.console import data_name, title_of
 from flowtrain.runs.search import Search
 from flowtrain.training import tensorboard
 from flowtrain.training.time_budget import TimeBudget

@@ -13,7 +13,7 @@ from helpers import SMALL, MakeTrainer, ReadRows, Run
 
 from flowtrain.bijections.linear import Affine
 from flowtrain.cli.config_files import compose_defaults
-from flowtrain.cli.overrides import overridden
+from flowtrain.cli.saved_config import overridden
 from flowtrain.data.base import Dataset
 from flowtrain.data.targets.base import FunctionTarget, TargetData
 from flowtrain.flow import Flow
