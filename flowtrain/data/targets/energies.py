@@ -13,7 +13,7 @@ from flowtrain.data.types import ColumnType
 
 # the window of figure 3 of the paper is [-EDGE, EDGE]^2
 EDGE = 4.0
-# initial standard deviations: that of the logit of a uniform distribution on the window, and half of the window
+# initial standard deviations: of the logit of a uniform distribution on the window (x1), and half of the window (x2)
 UNIFORM, WINDOW = 1.8, 2.0
 
 
