@@ -77,9 +77,9 @@ USAGE = Usage(
         "trust": TRUST_TEXT,
     },
     notes=[
-        "A run on a target is evaluated by log Z and the quality of the importance weights. data.n_test and data.seed "
-        "set the samples, and keys of target can be changed. With data=NAME or data.path=FILE, its flow scores samples "
-        "of data.",
+        "The evaluation of a run on a target gives log Z and the quality of the importance weights. data.n_test and "
+        "data.seed set the samples, and keys of target can be changed. With data=NAME or data.path=FILE, the flow of "
+        "the run scores data instead.",
         "Keys of data and solver can be changed, as in solver.rtol=1e-7, solver=tsit5 or data=circles. The estimate "
         "of the trace can be changed by model.eval_trace=hutchinson, model.noise and model.noise_samples. "
         "--config-dir DIR adds a folder of your own configs of data and solvers. Keys of figures: "

@@ -68,7 +68,7 @@ def run(own: dict[str, Any], overrides: Sequence[str]) -> int:
         raise ConfigError("label: only used with grid=FILE.npz; leave this option out")
     out, anomalies = Path(str(own["out"])).expanduser() if own["out"] else None, anomaly_options(own)
     loaded_run = load_run(own, overrides)
-    if loaded_run.is_of_target:
+    if loaded_run.data_is_target:
         return evaluate_target_run(loaded_run, own, OWN, overrides, dtype, batch_size, out)
     split = str(own["split"] or default_split(overrides))
     options = loaded_run.plot_options
@@ -285,7 +285,7 @@ def training_data(loaded_run: LoadedRun, sets: Collection[str], advice: str = ""
         DataError: the data are missing, have changed, or do not fit the flow.
     """
     if loaded_run.own_target is not None and uses_target({"data": loaded_run.own_data}):
-        raise DataError("the run was trained on a density (data=target), which has no rows to compare with")
+        raise DataError("the run was trained on a target (data=target), which has no rows to compare with")
     data = loaded_run.build(loaded_run.own_data)
     check_fits(loaded_run.flow, data)
     if change := changes(loaded_run.samples.record, data.record, sets):

@@ -52,7 +52,7 @@ def with_choices_of_from(arguments: Sequence[str]) -> list[str]:
 
 
 def chooses_target(arguments: Sequence[str]) -> bool:
-    """Returns whether a command line names a target."""
+    """Returns whether a command line chooses a target or changes one."""
     return any(a.lstrip("+").startswith(("target=", "target.")) for a in arguments)
 
 

@@ -40,7 +40,7 @@ from flowtrain.utils.formatting import flattened, shown
 KEY_COLUMN, CHOICE_COLUMN = 36, 30
 # the groups in the order of the help, the most used ones first
 GROUPS = ("model", "data", "target", "objective", "regularizer", "solver", "trainer", "recipe", "experiment")
-# groups whose choices the overview does not list, with the text in their place
+# groups whose choices the overview does not list, and the text that it shows instead
 NOT_LISTED = {
     "recipe": "(applies automatically; see flowtrain --help recipe)",
     "experiment": "(settings with measured results; see flowtrain --help experiment)",

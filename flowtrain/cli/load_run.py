@@ -102,12 +102,12 @@ class LoadedRun(NamedTuple):
         raise ConfigError(f"{what} needs a single flow, and {self.path} is an ensemble; {which}")
 
     @property
-    def is_of_target(self) -> bool:
-        """Whether the data set of the config is a target, not samples."""
+    def data_is_target(self) -> bool:
+        """Whether the data set of the config is a target, and not samples."""
         return "_target_" in self.config["data"] and uses_target(self.config)
 
     def build(self, data: Mapping[str, Any] | None = None) -> Dataset:
-        """Builds the data set of `data`, or of the config of this run. A target is built from the config.
+        """Builds the data set of `data`, or of the config of this run. The target comes from the config.
 
         Warnings about the data that the flow was trained on are suppressed, because training has already given them.
 
@@ -125,7 +125,7 @@ class LoadedRun(NamedTuple):
             )
         config = {**self.config, "data": data}
         if target == self.own_target and not uses_target(config):
-            # the flow of a target scores samples
+            # the flow was trained on a target, and now scores samples
             config["target"] = None
         with without_warnings() if same_data(data, self.own_data) else nullcontext():
             return build_data(config)
@@ -153,7 +153,7 @@ def known_test_nll(path: Path, step: int) -> str:
     try:
         result = json.loads((run_dir_of(path) / "result.json").read_text())
         same = path.name == "best.pt" and result["step"] == step
-        # log Z of a target does not belong to a test set
+        # a run on a target has no test set
         which = "" if "log_z" in result else "test "
         return f"{which}{result['headline'].partition(' (')[0]}" if same else ""
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -257,20 +257,20 @@ def _set_name(loaded_run: LoadedRun, split: str, overrides: Sequence[str]) -> st
         words = changed_words(changed)
     if split != "test" or "path" in changed:
         words.append(split)
-    if loaded_run.is_of_target and loaded_run.config["target"] != loaded_run.own_target:
-        words += target_words(loaded_run.config["target"], loaded_run.own_target or {})
+    if loaded_run.data_is_target and loaded_run.config["target"] != loaded_run.own_target:
+        words += changed_target_words(loaded_run.config["target"], loaded_run.own_target or {})
     return "-".join(words)[:100]
 
 
-def target_words(target: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """Returns the name of a target, or the keys that differ from a target of the same name."""
+def changed_target_words(target: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """Returns parts of a file name for a changed target: its name, or if it has the same name, its changed keys."""
     if target.get("name") != before.get("name"):
         return [name_of(target)]
     return changed_words({key: value for key, value in target.items() if key not in before or before[key] != value})
 
 
 def changed_words(changed: Mapping[str, Any]) -> list[str]:
-    """Returns keys with their values, as parts of a file name."""
+    """Returns changed keys with their values as parts of a file name."""
     return [re.sub(r"[^\w.+]+", "-", f"{key}={value}").strip("-") for key, value in sorted(changed.items())]
 
 

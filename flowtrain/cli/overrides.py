@@ -95,7 +95,7 @@ def warn_of_old_key(old: str, new: str) -> None:
 
 
 def with_default_choices(arguments: Sequence[str]) -> list[str]:
-    """Returns the arguments with the choices of `default_choices`, if they choose data=array or a target.
+    """Returns the arguments, with the choices of `default_choices` if they choose data=array or a target.
 
     Example:
         >>> with_default_choices(["data=array", "data.path=a.csv"])

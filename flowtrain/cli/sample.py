@@ -9,7 +9,7 @@ from flowtrain.cli.late_imports import loading
 from flowtrain.cli.usage import DEVICE_TEXT, RUN_TEXT, TRUST_TEXT, WEIGHTS_TEXT, Usage
 from flowtrain.runs.console import messages
 
-# the name of the column of log-weights, and the end of the name of their file
+# the column of log weights in tables, and the end of the name of their file beside a .npy file
 LOG_WEIGHT, WEIGHTS = "log_weight", "_log_weights"
 
 USAGE = Usage(
@@ -24,17 +24,17 @@ USAGE = Usage(
         ("flowsample outputs/cond context=new.csv n=100 out=x.csv", "100 samples for each row of new.csv"),
         ("flowsample outputs/first animate=true", "animation.gif: from the base to the data"),
         ("flowsample outputs/first quality=[1,2,4,8]", "distance to test data by solver steps"),
-        ("flowsample outputs/funnel weights=true out=x.csv", "with log-weights for the target of the run"),
+        ("flowsample outputs/funnel weights=true out=x.csv", "samples with log weights for the target of the run"),
         ("flowsample outputs/first solver=euler solver.steps=4", "samples by another solver"),
     ],
     options={
         "ckpt": RUN_TEXT,
-        "weights": "true: also log-weights for the target of a run; for an ensemble: weights of members. Log-weights "
-        "are log(w_i / sum w) in nats, with w = p~(x) / q(x) for the target p~ and the flow q. A .csv or .parquet file "
-        f"has them in the column {LOG_WEIGHT}, and FILE.npy beside it in FILE{WEIGHTS}.npy. {WEIGHTS_TEXT}",
-        "resample": "true: resamples n samples by their weights for the target of a run. They are drawn with "
-        "replacement. Both options print the effective sample size and Pareto k of the weights. Above k = 0.7, a few "
-        "samples dominate",
+        "weights": "true: also writes log weights, for a run on a target. They are log(w_i / sum w) in nats, with "
+        "w = p~(x) / q(x) for the target p~ and the flow q. A .csv or .parquet file has them in the column "
+        f"{LOG_WEIGHT}. For FILE.npy, they are in FILE{WEIGHTS}.npy. Other values are for ensembles. {WEIGHTS_TEXT}",
+        "resample": "true: resamples the samples by weight, for a run on a target. Samples are drawn with replacement. "
+        "weights and resample print the effective sample size and Pareto k of the "
+        "weights. Above k = 0.7, a few samples dominate",
         "n": "Number of samples (default: 10000, or 100 for images). With context=FILE: the number for each row of the "
         "file (default: 1). With animate: 2000 (at most 100000), or 60 for images (at most 200)",
         "seed": "Seed of the base noise (default: 0)",

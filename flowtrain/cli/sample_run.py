@@ -12,7 +12,7 @@ from torch import Tensor
 from flowtrain.cli.load_run import LoadedRun, load_run, set_name
 from flowtrain.cli.output_files import check_outputs, paths_of, written_as
 from flowtrain.cli.sample import LOG_WEIGHT
-from flowtrain.cli.sample_weights import has_target, target_of, weighted_by, weights_path
+from flowtrain.cli.sample_weights import draw_weighted, has_target, target_of, weights_path
 from flowtrain.data.base import Dataset, Samples, changes
 from flowtrain.data.context import context_text, context_values, example_of
 from flowtrain.data.tables.context_file import read_context
@@ -57,8 +57,8 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
     loaded_run = load_run(own, overrides)
     if has_target(loaded_run):
         raise ConfigError(
-            "quality compares samples with test data, but this run has a target instead of data; floweval gives the "
-            "effective sample size, also with other solvers, as in solver=euler solver.steps=4"
+            "quality compares samples with test data, but this run has a target instead of data; use floweval, which "
+            "gives the effective sample size, also with other solvers, such as solver=euler solver.steps=4"
         )
     flow, config = loaded_run.single_flow("quality", "flowsample {} quality=[1,2,4,8]"), loaded_run.config
     name = set_name(loaded_run, "test", overrides)
@@ -167,14 +167,15 @@ def run(own: dict[str, Any], overrides: Sequence[str]) -> int:
         own = {**own, "weights": None}
     if log_weights and resampled:
         raise ConfigError(
-            "weights=true and resample=true exclude each other, because resampled rows have equal weights"
+            "weights=true and resample=true exclude each other, because resampled samples have equal weights; give one "
+            "of them"
         )
     if log_weights or resampled:
         what = "weights=true" if log_weights else "resample=true"
         if animate or own["quality"] is not None:
-            raise ConfigError(f"{what}: only for files of samples, without animate and quality; leave this option out")
+            raise ConfigError(f"{what} is not possible with animate or quality; leave this option out")
         if temperature != 1:
-            raise ConfigError(f"{what}: weights are for samples of the density, and need temperature=1")
+            raise ConfigError(f"{what} needs temperature=1, because the weights use the density of the flow")
     if animate and own["quality"] is not None:
         raise ConfigError("animate=true and quality exclude each other; give one of them")
     if log_scale and (animate or own["quality"] is not None):
@@ -209,8 +210,8 @@ def write_samples(
 
     Args:
         context: the option `context`, see `contexts_of`.
-        log_weights: whether the log-weights log(w_i / sum w) for the target of the run are written, too.
-        resampled: whether the samples are resampled by their weights for the target.
+        log_weights: whether the log weights log(w_i / sum w) for the target of the run are also written.
+        resampled: whether the samples are resampled by their weights for the target of the run.
 
     Raises:
         ConfigError: a path that cannot be written to, a context that is missing or not expected, or weights for a run
@@ -253,7 +254,7 @@ def write_samples(
     samples, log_w, words_of_weights = (
         (flow.sample(n, temperature, context=drawn).cpu(), None, "")
         if target is None
-        else weighted_by(flow, target, n, seed, resampled)
+        else draw_weighted(flow, target, n, seed, resampled)
     )
     check_samples(samples)
     _write(out, flow.quantized(samples), loaded_run.samples, labels, drawn if flow.context else None, log_w)
@@ -279,7 +280,7 @@ def write_samples(
 def _write(
     out: Path, found: Tensor, samples: Samples, labels: Tensor | None, context: Tensor | None, log_w: Tensor | None
 ) -> None:
-    """Writes samples (n, *event_shape) with labels, context and log-weights, (n,), if they are given."""
+    """Writes samples (n, *event_shape) with their labels, contexts and log weights, (n,), if these are given."""
     if out.suffix in NAMED:
         columns = named_columns(found, samples, labels, context)
         if log_w is not None:

@@ -174,7 +174,7 @@ def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[st
             "further from Python"
         )
     if chooses_target(given):
-        # the flow was trained on samples, or on another target
+        # the new target replaces the data of the first run
         return {**config, "from": str(path), "model": saved["model"]}
     keys = keys_of(given)
     target = {key: value for key, value in saved.items() if key == "target"}

@@ -79,8 +79,8 @@ def draw_curves(
         entropy: the differential entropy of the data in nats, the lowest NLL that a model can reach; drawn if the NLL
             is in nats.
         kept: the step of the checkpoint that is evaluated, which is marked.
-        name: the name of the quantity in the column nll; for a target, the negative ELBO.
-        lowest: the name of `entropy`.
+        name: the name of the quantity in the column nll, such as "negative ELBO" for a target.
+        lowest: the name of `entropy` in the legend.
     """
     train = _split(rows, "train")
     below = [draw for draw, keys in PANELS if any(nonzero_series(train, key) for key in keys)]

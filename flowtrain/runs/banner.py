@@ -58,7 +58,7 @@ def describe_samples(data: Dataset) -> str:
     if isinstance(data, TargetData):
         known = "" if data.target.log_z is None else f", log Z {data.target.log_z:.4f} nats"
         draws = f"{len(data.val):,} samples for a validation, {len(data.test):,} for the evaluation"
-        return f"a density of {kind} up to a constant{known}; {draws}"
+        return f"a density of {kind}, known up to a constant{known}; {draws}"
     known = "" if data.entropy is None else f", entropy {data.entropy:.4f} nats"
     rows = "" if data.n_train is None else f"{data.n_train:,} rows for training, "
     weighted = "" if data.val_weights is None else "; the rows are weighted"

@@ -23,7 +23,7 @@ def title_of(config: Mapping[str, Any]) -> str:
 
 
 def data_name(config: Mapping[str, Any]) -> str:
-    """Returns the name of a data set; for a user's data, the name of the file; for a target, its name."""
+    """Returns the name of a data set; for a user's data, the name of the file; for a target, the name of the target."""
     if config.get("target") and config["data"].get("name") == "target":
         name = name_of(config["target"])
         return str(config["target"]["_target_"]) if name == "custom" else name

@@ -85,7 +85,7 @@ def ensemble_of(runs: Sequence[Run], weights: Weights, data: Callable[[], Datase
 
     Args:
         weights: the weights of the members, or "equal". None: by EM on the validation rows of `data`, see
-            `stacking_weights`. For a target, by EM on weighted samples of all members.
+            `stacking_weights`; for a target, by EM on weighted samples of all members.
         data: builds the data set on which the runs were trained.
 
     Raises:
@@ -177,10 +177,11 @@ def _weights_by_validation(runs: Sequence[Run], data: Callable[[], Dataset]) -> 
 
 
 def _weights_by_target(flows: Sequence[Density], data: TargetData) -> list[float]:
-    """Returns the weights of M flows that maximise E_p[log sum_m w_m q_m(x)] for a target p, by EM.
+    """Returns the weights w of M flows that maximise E_p[log sum_m w_m q_m(x)] for a target p, by EM.
 
-    The expectation is over samples of all flows, weighted by p~(x) / sum_m q_m(x). EM is then population Monte Carlo
-    with the kernels of the flows (Cappe et al. 2008, Adaptive importance sampling in general mixture classes).
+    The expectation is estimated from samples of all flows with the importance weights p~(x) / sum_m q_m(x).
+
+    Source: Cappe et al. 2008, Adaptive importance sampling in general mixture classes.
     """
     data.to(flows[0].like.device)
     each = max(2, min(len(data.val), ROWS // len(flows)))

@@ -184,7 +184,7 @@ def _for_teacher(data: Dataset, before: Samples, is_new: bool) -> Dataset:
         is_new: whether the run is new, not resumed.
 
     Raises:
-        ConfigError: see `check_same`, or a target that does not fit the flow.
+        ConfigError: see `check_same`, and for a target `TargetData.for_flow`.
     """
     if isinstance(data, TargetData):
         return data.for_flow(before)

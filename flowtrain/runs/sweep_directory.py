@@ -24,7 +24,7 @@ MEASURED = (
     "val_nll", "val_nll_stderr", "nll", "nll_stderr", "bits_per_dim", "kl", "nfe", "solver_error", "roundtrip_error",
     "steps", "train_seconds",
 )  # fmt: skip
-# keys of result.json of runs on targets
+# further keys of result.json of a run on a target
 OF_TARGET = ("log_z", "log_z_stderr", "ess", "pareto_k", "forward_ess")
 
 

@@ -18,7 +18,7 @@ from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.files import write_text
 from flowtrain.utils.formatting import as_table, brief, with_error
 
-# their headings in tables; log Z is shown with its error
+# headings of some of these keys in tables
 SHOWN_OF_TARGET = (("ess", "ESS"), ("pareto_k", "Pareto k"))
 # the meaning of the mark * in a table
 TIED = "\\* not significantly worse than the best: within 2 standard errors of the difference"

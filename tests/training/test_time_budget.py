@@ -267,8 +267,8 @@ def test_reducing_test_rows_is_logged(fake_clock: Clock, caplog: pytest.LogCaptu
     assert "10000" in record.getMessage()
 
 
-def test_samples_of_a_target_are_measured(fake_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    """A sample takes the time of the target, although no row is scored."""
+def test_probe_measures_samples_of_a_target(fake_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """The time of a sample includes the time of the target."""
 
     def slow(x: torch.Tensor) -> torch.Tensor:
         fake_clock.now += 0.01 * len(x)
