@@ -133,13 +133,14 @@ def check_target(flow: Flow, target: Target, regularizer: Regularizer) -> None:
     """Checks that a flow can be trained on a target with a regularizer.
 
     Raises:
-        ConfigError: a conditional flow, another number of columns, an estimated trace, a regularizer for a flow without
-            ODE, or regularizer=steer.
+        ConfigError: a conditional flow, another number of columns, wrong modes, an estimated trace, a regularizer for a
+            flow without ODE, or regularizer=steer.
     """
     if flow.conditional:
         raise ConfigError("a target has no context, but the flow is conditional: set model.conditional=false")
     if flow.event_shape != (target.dim,):
         raise ConfigError(f"the flow has samples of shape {flow.event_shape}, but the target has {target.dim} columns")
+    target.check()
     d = math.prod(flow.event_shape)
     if not all(block.trace.is_exact(d, training=True) for block in flow.ode_blocks):
         raise ConfigError(
