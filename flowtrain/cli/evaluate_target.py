@@ -9,7 +9,6 @@ import torch
 
 from flowtrain.cli.evaluation_files import OutputPaths, curves_of
 from flowtrain.cli.load_run import LoadedRun, set_name
-from flowtrain.cli.output_files import paths_of
 from flowtrain.cli.provenance import provenance
 from flowtrain.data.base import changes
 from flowtrain.data.targets.base import TargetData, check_order
@@ -60,9 +59,7 @@ def evaluate_target_run(
     wants_plots, wants_report = flag("plots", own["plots"]), flag("report", own["report"])
     options = loaded_run.plot_options
     outputs = OutputPaths(loaded_run.run_dir, out, None, set_name(loaded_run, "test", overrides), options)
-    target_config = loaded_run.config.get("target") or {}
-    inputs = [*loaded_run.files, *paths_of(loaded_run.config["data"]), *paths_of(target_config)]
-    outputs.check(False, False, wants_report, isinstance(loaded_run.flow, Ensemble), inputs)
+    outputs.check(False, False, wants_report, isinstance(loaded_run.flow, Ensemble), loaded_run.inputs)
     with status("building the target"):
         data = target_data_of(loaded_run)
     flow = loaded_run.flow.to(dtype)

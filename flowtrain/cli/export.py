@@ -9,7 +9,7 @@ from torch import Tensor
 from flowtrain.cli.arguments import split_own
 from flowtrain.cli.error_messages import run_command
 from flowtrain.cli.load_run import LoadedRun, load_run
-from flowtrain.cli.output_files import check_outputs, paths_of, written_as
+from flowtrain.cli.output_files import check_outputs, written_as
 from flowtrain.cli.usage import TRUST_TEXT, Usage
 from flowtrain.data.base import changes
 from flowtrain.evaluation import check_fits
@@ -80,7 +80,7 @@ def _command() -> int:
     loaded_run = load_run({**own, "device": "cpu"}, overrides)
     flow = loaded_run.single_flow("an export", "flowexport {}")
     out = given or loaded_run.run_dir / "flow.pt2"
-    check_outputs(list(paths_beside(out).values()), [*loaded_run.files, *paths_of(loaded_run.config["data"])])
+    check_outputs(list(paths_beside(out).values()), loaded_run.inputs)
     with status("reading the data"):
         x, context = test_rows(loaded_run)
     exported = export(

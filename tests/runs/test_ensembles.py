@@ -14,9 +14,10 @@ from helpers.files import normal
 import flowtrain
 from flowtrain import Ensemble
 from flowtrain.bijections.linear import Affine
+from flowtrain.data.base import Samples, record_of
 from flowtrain.data.targets.base import FunctionTarget, TargetData
 from flowtrain.models.ensemble import stacking_weights
-from flowtrain.runs.ensembles import Run, ensemble_of, runs_of
+from flowtrain.runs.ensembles import Run, difference_between, ensemble_of, runs_of
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError
 
 pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")

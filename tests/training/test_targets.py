@@ -233,7 +233,12 @@ def test_changed_table_of_a_regression_is_refused(run: Run, tmp_path: Path) -> N
     code, out, err = run("flowtrain", *keys, "trainer.steps=2", "trainer.val_every=1")
     assert code == 0, err
     first = tmp_path / out.splitlines()[-1]
-    before = (first / "result.json").read_bytes()
+    before, kept = (first / "result.json").read_bytes(), table.read_bytes()
+    # no command overwrites the table
+    for command in (["flowsample", f"ckpt={first}", f"out={table}", "n=5"],
+                    ["floweval", f"ckpt={first}", "data=moons", f"scores={table}"]):  # fmt: skip
+        assert run(*command)[0] == 2
+        assert table.read_bytes() == kept
     rows[0] += 1
     write([0, 1])
     for command in (["floweval", f"ckpt={first}"], ["flowtrain", f"resume={first}", "trainer.steps=3"],
