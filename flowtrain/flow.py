@@ -500,7 +500,7 @@ class Density(Recorded, nn.Module):
         return with_whole_noise(x, self.noisy, torch.rand_like(x) if u is None else u)
 
     def takes_noise(self, x: Tensor) -> bool:
-        """Whether `dequantized` adds noise to x."""
+        """Returns whether `dequantized` adds noise to x."""
         return bool(self.types and self.noisy) or (self.integer_valued and not x.is_floating_point())
 
     def quantized(self, x: Tensor) -> Tensor:
@@ -843,7 +843,7 @@ class Flow(Density):
     def sample_pass(self, z: Tensor, context: Context = None, options: SolveOptions = AS_CONFIGURED) -> "SamplePass":
         """Maps base points z (B, *event_shape) to samples x, with log p(x) = log p0(z) - log|det dx/dz|.
 
-        All results have gradients to the parameters and to z.
+        Gradients flow from all results to the parameters and to z.
 
         Raises:
             FlowtrainError: z of another shape, or a context that is missing, not expected or out of range.

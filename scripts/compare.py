@@ -130,11 +130,11 @@ def measure(data: str, method: str, run_dir: Path) -> dict[str, Any]:
     from flowtrain.evaluation.sample_quality import sliced_wasserstein
     from flowtrain.ode import ode_solver, record_solves
     from flowtrain.runs.build import build_data
-    from flowtrain.training import checkpoint
+    from flowtrain.training import checkpoint, checkpoint_files
 
     torch.set_num_threads(1)
     flow = flowtrain.load(run_dir)
-    config = checkpoint.load(checkpoint.find(run_dir))["config"]
+    config = checkpoint.load(checkpoint_files.find(run_dir))["config"]
     torch.manual_seed(0)
     test = flow.dequantized(build_data(config).test)[:SAMPLES]
     result = json.loads((run_dir / "result.json").read_text())

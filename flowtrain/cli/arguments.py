@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -26,7 +25,8 @@ def versions() -> str:
     except PackageNotFoundError:
         # flowtrain is not installed
         ours = "(checkout)"
-    return f"flowtrain {ours}, torch {torch.__version__}, Python {platform.python_version()}"
+    # the metadata of torch are read in less time than torch is imported
+    return f"flowtrain {ours}, torch {version('torch')}, Python {platform.python_version()}"
 
 
 def split_own(

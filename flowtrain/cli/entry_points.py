@@ -1,15 +1,15 @@
-"""The console scripts. They show a status line during the imports, which take seconds, and then run the command.
+"""The console scripts.
 
-At the top, this module imports only modules that load fast.
+The module of a command parses and checks the command line. It does not import torch, so that help and a refused command
+take a fraction of a second. The module that does the work is imported inside `flowtrain.cli.late_imports.loading`.
 """
 
 import gc
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 
-from flowtrain.utils.status import reporting, status
+from flowtrain.cli.late_imports import loading
+from flowtrain.utils.status import reporting
 
 
 def flowtrain() -> None:
@@ -35,7 +35,7 @@ def flowexport() -> None:
 def _run(name: str, module: str) -> None:
     with reporting():
         try:
-            with status("loading flowtrain"), _without_collector():
+            with loading():
                 command = import_module(module)
         except KeyboardInterrupt:
             print(f"{name}: interrupted", file=sys.stderr)
@@ -45,17 +45,3 @@ def _run(name: str, module: str) -> None:
         finally:
             # without freeze, the interpreter would search all modules for cycles at exit, which takes a second
             gc.freeze()
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Turns off the garbage collector during imports, which saves a fifth of their time.
-
-    Collection would be useless, because modules are never freed.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.freeze()

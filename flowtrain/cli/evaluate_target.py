@@ -1,4 +1,4 @@
-"""`floweval` of a run on a target: log Z, its error, and the quality of the importance weights."""
+"""`floweval` for a run on a target: log Z, its error, and the quality of the importance weights."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,8 @@ from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.files import write_json
 from flowtrain.utils.status import status
 
-# options that need samples of data
-OF_SAMPLES = (
+# options that need data
+NEED_DATA = (
     "split", "scores", "grid", "grid_points", "label", "ood", "anomalies", "false_positive_rate",
     "false_discovery_rate", "data.anomaly_label", "baselines", "sbc", "sbc_samples", "dequantization_samples", "seed",
 )  # fmt: skip
@@ -47,14 +47,14 @@ def evaluate_target_run(
         overrides: the other keys of the command line.
 
     Raises:
-        ConfigError: an option that needs samples of data.
+        ConfigError: an option needs data, or an output path is not valid.
     """
-    given = [key for key in OF_SAMPLES if own[key] != defaults[key]]
+    given = [key for key in NEED_DATA if own[key] != defaults[key]]
     if given:
         raise ConfigError(
             f"{', '.join(f'{key}={own[key]}' for key in given)}: not possible for a run on a target, which has no "
-            "samples. Leave it out, or give samples by data=NAME or data.path=FILE. The samples of the evaluation are "
-            "set by data.n_test and data.seed"
+            "data. Leave it out, or give data with data=NAME or data.path=FILE. data.n_test and data.seed set the "
+            "samples of the evaluation"
         )
     wants_plots, wants_report = flag("plots", own["plots"]), flag("report", own["report"])
     options = loaded_run.plot_options

@@ -12,13 +12,16 @@ from flowtrain.runs.search import metrics_of, validations_of
 
 
 class OutputPaths:
-    """The paths of the files to write: in the run directory, or beside `out` with its name.
+    """The paths of the files that an evaluation writes: in the run directory, or beside `out` with the name of `out`.
 
     Args:
+        run_dir: the run directory.
+        out: the JSON file, or None for a file in the run directory.
+        scores: the file of log p, or None.
         name: the name of the evaluated set, see `set_name`.
-        options: the options of figures, which give their formats.
-        grid: the file of the grid.
-        anomalies: the file of anomalies.
+        options: the options of figures, such as the file formats.
+        grid: the file of the density grid, or None.
+        anomalies: the file of anomalies, or None.
     """
 
     def __init__(
@@ -34,7 +37,7 @@ class OutputPaths:
         self.run_dir, self.out, self.scores, self.suffix = run_dir, out, scores, name and f"-{name}"
         self.options, self.grid, self.anomalies = options, grid, anomalies
         self.json = out or run_dir / f"eval{self.suffix}.json"
-        # callers replace .json by .md or .html. Without .json, they would replace the part of a name after a dot
+        # callers replace the suffix .json by .md or .html. Without it, they would replace a part of a name with a dot
         self.report = out or run_dir / f"report{self.suffix}.json"
 
     @property
@@ -50,7 +53,7 @@ class OutputPaths:
         return self.scores.with_name(f"{self.scores.stem}_members.npy")
 
     def check(self, ood: bool, sbc: bool, report: bool, ensemble: bool, inputs: list[Any]) -> None:
-        """Checks all paths before any work is done; see `check_outputs`."""
+        """Checks all paths before the evaluation begins; see `check_outputs`."""
         paths = [self.json, *self.options.files(self.figure("calibration"))]
         paths += self.options.files(self.figure("ood")) if ood else []
         paths += self.options.files(self.figure("sbc")) if sbc else []
@@ -66,7 +69,7 @@ class OutputPaths:
         check_outputs(paths, inputs)
 
     def figure(self, name: str) -> Path:
-        """Returns the path of a figure as PNG. Files in other formats have the same path with another suffix."""
+        """Returns the path of the PNG file of a figure. Other formats have the same path with another suffix."""
         if self.out is None:
             return self.run_dir / f"plots/{name}{self.suffix}.png"
         return self.out.with_name(f"{self.out.stem}_{name}.png")
@@ -84,7 +87,7 @@ class OutputPaths:
 def curves_of(loaded_run: LoadedRun) -> list[dict[str, Any]]:
     """Returns the rows of the training curves, or for an ensemble of runs the validations of its members.
 
-    Returns no rows if the data are not the data of the run, because the curves do not show these data.
+    Returns no rows if other data than the data of the run are evaluated, because the curves do not show them.
     """
     if not same_data(loaded_run.config["data"], loaded_run.own_data):
         return []

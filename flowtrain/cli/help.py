@@ -9,7 +9,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from omegaconf import OmegaConf
 
-from flowtrain.cli import list_runs
 from flowtrain.cli.config_files import (
     CommentedConfig,
     config_dirs,
@@ -20,8 +19,16 @@ from flowtrain.cli.config_files import (
     split_config_dir,
 )
 from flowtrain.cli.error_messages import keys_of_choice
-from flowtrain.cli.overrides import SWEEP, VALUED, quoted, validate_command_line, with_default_choices, with_name
-from flowtrain.cli.start_run import check_known_keys, with_choices_of_from
+from flowtrain.cli.from_run import with_choices_of_from
+from flowtrain.cli.overrides import (
+    SWEEP,
+    VALUED,
+    check_known_keys,
+    quoted,
+    validate_command_line,
+    with_default_choices,
+    with_name,
+)
 from flowtrain.cli.usage import Row, joined, paragraph, table
 from flowtrain.runs.compose import applied_recipes, read_file, values_of
 from flowtrain.utils.arguments import nearest
@@ -33,7 +40,7 @@ from flowtrain.utils.formatting import flattened, shown
 KEY_COLUMN, CHOICE_COLUMN = 36, 30
 # the groups in the order of the help, the most used ones first
 GROUPS = ("model", "data", "target", "objective", "regularizer", "solver", "trainer", "recipe", "experiment")
-# groups whose choices the overview does not list, with the text in their place
+# groups whose choices the overview does not list, and the text that it shows instead
 NOT_LISTED = {
     "recipe": "(applies automatically; see flowtrain --help recipe)",
     "experiment": "(settings with measured results; see flowtrain --help experiment)",
@@ -221,6 +228,8 @@ def _on(
     if topic in others and topic == ALL:
         return full_text(run, hydra)
     if topic in others and topic == RUNS:
+        from flowtrain.cli import list_runs
+
         return list_runs.USAGE.full()
     if topic in GROUPS:
         return joined([group_lines(topic, choices), keys_of_group(topic, str(choices[topic]), run)])

@@ -11,8 +11,6 @@ from pathlib import Path
 from flowtrain.cli.output_files import check_outputs, run_dir_of, written_as
 from flowtrain.cli.overrides import OUTPUTS
 from flowtrain.cli.usage import Usage
-from flowtrain.plotting.curves import series_of
-from flowtrain.plotting.runs_figure import MOST_RUNS, draw_runs
 from flowtrain.runs.console import messages, shortest
 from flowtrain.runs.listing import COLUMNS, ListedRun, find_runs, read_rows
 from flowtrain.utils.arguments import choose
@@ -202,6 +200,10 @@ def draw(path: Path, runs: Sequence[ListedRun]) -> None:
     Raises:
         ConfigError: no run has a validation, or there are more than MOST_RUNS curves.
     """
+    # a list without a figure imports neither torch nor matplotlib
+    from flowtrain.plotting.curves import series_of
+    from flowtrain.plotting.runs_figure import MOST_RUNS, draw_runs
+
     rows = {_label(run): [row for row in read_rows(run.path) if row.get("split") == "val"] for run in runs}
     curves = {name: validations for name, validations in rows.items() if series_of(validations, "nll")}
     if left := [name for name in rows if name not in curves]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowtrain.cli.output_files import absolute_paths, paths_of, run_dir_of
-from flowtrain.cli.overrides import check_kept, keys_of, overridden, trusted, with_array
+from flowtrain.cli.overrides import keys_of, trusted
+from flowtrain.cli.saved_config import check_kept, overridden, with_array
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.flow import Density, Flow
 from flowtrain.plotting.options import PlotOptions
@@ -18,7 +19,7 @@ from flowtrain.runs.console import name_of, shortest, title_of, without_warnings
 from flowtrain.runs.ensembles import Run, ensemble_of, runs_of
 from flowtrain.runs.load import check_targets, restore, samples_of
 from flowtrain.runs.search import best_candidate
-from flowtrain.training import checkpoint
+from flowtrain.training import checkpoint, checkpoint_files
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.formatting import option
 from flowtrain.utils.process import choose_threads, keep_freed_memory
@@ -107,12 +108,12 @@ class LoadedRun(NamedTuple):
         raise ConfigError(f"{what} needs a single flow, and {self.path} is an ensemble; {which}")
 
     @property
-    def is_of_target(self) -> bool:
-        """Whether the data set of the config is a target, not samples."""
+    def data_is_target(self) -> bool:
+        """Whether the data set of the config is a target, and not samples."""
         return "_target_" in self.config["data"] and uses_target(self.config)
 
     def build(self, data: Mapping[str, Any] | None = None) -> Dataset:
-        """Builds the data set of `data`, or of the config of this run. A target is built from the config.
+        """Builds the data set of `data`, or of the config of this run. The target comes from the config.
 
         Warnings about the data that the flow was trained on are suppressed, because training has already given them.
 
@@ -130,7 +131,7 @@ class LoadedRun(NamedTuple):
             )
         config = {**self.config, "data": data}
         if target == self.own_target and not uses_target(config):
-            # the flow of a target scores samples
+            # the flow was trained on a target, and now scores samples
             config["target"] = None
         with without_warnings() if same_data(data, self.own_data) else nullcontext():
             return build_data(config)
@@ -158,7 +159,7 @@ def known_test_nll(path: Path, step: int) -> str:
     try:
         result = json.loads((run_dir_of(path) / "result.json").read_text())
         same = path.name == "best.pt" and result["step"] == step
-        # log Z of a target does not belong to a test set
+        # a run on a target has no test set
         which = "" if "log_z" in result else "test "
         return f"{which}{result['headline'].partition(' (')[0]}" if same else ""
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -215,7 +216,7 @@ def load_run(own: Mapping[str, Any], overrides: Sequence[str]) -> LoadedRun:
 
 
 def _load_one(path: Path, own: Mapping[str, Any], overrides: Sequence[str], trust: Sequence[str]) -> LoadedRun:
-    path = checkpoint.find(path)
+    path = checkpoint_files.find(path)
     with status("reading the checkpoint"):
         saved = checkpoint.load(path)
     check_targets(saved["config"], trust)
@@ -262,20 +263,20 @@ def _set_name(loaded_run: LoadedRun, split: str, overrides: Sequence[str]) -> st
         words = changed_words(changed)
     if split != "test" or "path" in changed:
         words.append(split)
-    if loaded_run.is_of_target and loaded_run.config["target"] != loaded_run.own_target:
-        words += target_words(loaded_run.config["target"], loaded_run.own_target or {})
+    if loaded_run.data_is_target and loaded_run.config["target"] != loaded_run.own_target:
+        words += changed_target_words(loaded_run.config["target"], loaded_run.own_target or {})
     return "-".join(words)[:100]
 
 
-def target_words(target: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """Returns the name of a target, or the keys that differ from a target of the same name."""
+def changed_target_words(target: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """Returns parts of a file name for a changed target: its name, or if it has the same name, its changed keys."""
     if target.get("name") != before.get("name"):
         return [name_of(target)]
     return changed_words({key: value for key, value in target.items() if key not in before or before[key] != value})
 
 
 def changed_words(changed: Mapping[str, Any]) -> list[str]:
-    """Returns keys with their values, as parts of a file name."""
+    """Returns changed keys with their values as parts of a file name."""
     return [re.sub(r"[^\w.+]+", "-", f"{key}={value}").strip("-") for key, value in sorted(changed.items())]
 
 

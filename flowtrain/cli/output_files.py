@@ -56,7 +56,7 @@ def run_dir_of(path: Path) -> Path:
 
 
 def absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """Makes the paths of files of data and target absolute, so that a checkpoint finds them from any directory."""
+    """Makes the paths of data files absolute, so that a checkpoint finds them from any working directory."""
     groups = {
         group: {
             k: str(Path(v).expanduser().absolute()) if isinstance(v, str) and is_path(k) else v
@@ -74,7 +74,7 @@ def paths_of(data: Mapping[str, Any]) -> list[Any]:
 
 
 def is_path(key: str) -> bool:
-    """Whether a key of the data or of a target is a path of files."""
+    """Whether a key of data or target is the path of a file or a folder."""
     return key in ("path", "root") or key.endswith("_path")
 
 

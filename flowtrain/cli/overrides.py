@@ -1,4 +1,4 @@
-"""Validates overrides, quotes their paths for Hydra, and applies them to a saved config."""
+"""Validates overrides, and quotes their paths for Hydra. This module does not import torch."""
 
 import logging
 import re
@@ -6,27 +6,23 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
-from flowtrain.cli.config_files import add_working_directory_to_path, compose_defaults, options, plain
+from flowtrain.cli.config_files import add_working_directory_to_path, options, own_searchpath, split_config_dir
 from flowtrain.cli.error_messages import keys_of_choice, unknown_key
 from flowtrain.cli.output_files import GROUPS_WITH_PATHS, exists, is_path
-from flowtrain.data.tables.table_reader import takes_key
-from flowtrain.plotting.options import DEFAULTS as PLOTS
-from flowtrain.runs.build import is_description, with_whole_numbers
 from flowtrain.runs.compose import default_choices
-from flowtrain.training import checkpoint
+from flowtrain.training import checkpoint_files
 from flowtrain.training.old_checkpoints import RENAMED_KEYS, RENAMED_OVERRIDES, key_of, renamed_override
-from flowtrain.training.tensorboard import DEFAULT
 from flowtrain.utils.arguments import choose, hint
 from flowtrain.utils.errors import ConfigError
-from flowtrain.utils.files import config_groups
+from flowtrain.utils.files import config_dir, config_groups
 from flowtrain.utils.formatting import resume_command
 
 log = logging.getLogger("flowtrain")
@@ -99,7 +95,7 @@ def warn_of_old_key(old: str, new: str) -> None:
 
 
 def with_default_choices(arguments: Sequence[str]) -> list[str]:
-    """Returns the arguments with the choices of `default_choices`, if they choose data=array or a target.
+    """Returns the arguments, with the choices of `default_choices` if they choose data=array or a target.
 
     Example:
         >>> with_default_choices(["data=array", "data.path=a.csv"])
@@ -197,9 +193,6 @@ def in_quotes(text: str) -> str:
     """
     return QuotedString(text, Quote.single).with_quotes()
 
-
-# pairs of keys for the same setting. If one is set, the other is reset
-SAME_SETTING = {"solver.steps": "solver.step_size", "solver.step_size": "solver.steps"}
 
 # flags of Hydra. The argument after a flag in VALUED is its value, not an override
 FLAGS = ("-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run", "-m", "--multirun", "-sc",
@@ -325,7 +318,7 @@ def check_flags(arguments: Sequence[str]) -> None:
 
 def _no_override(word: str) -> str:
     """Returns the message for an argument that is not KEY=VALUE, with what may have been meant."""
-    if checkpoint.has_checkpoint(Path(word)):
+    if checkpoint_files.has_checkpoint(Path(word)):
         return f"arguments look like KEY=VALUE; {resume_command(word)} resumes this run"
     groups = [group for group in config_groups() if word in options(group)]
     meant = f"did you mean {' or '.join(f'{group}={word}' for group in groups)}?" if groups else "see --help"
@@ -389,109 +382,36 @@ def _is_package(name: str) -> bool:
         return False
 
 
-def overridden(
-    saved: Mapping[str, Any], overrides: Sequence[str], own: Sequence[str] = (), used: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Applies overrides to a saved config: GROUP=NAME replaces the group by a config file, KEY=VALUE sets a key.
-
-    Args:
-        own: the options of the command, for the message.
-        used: the groups and keys of the config that the command reads; empty: all. Other keys are refused.
-
-    Raises:
-        ConfigError: an unknown or unused key, or another model.
-    """
-    # configs of earlier versions lack these keys
-    solver, logger = saved["solver"], saved.get("logger", list(DEFAULT))
-    plots = {**PLOTS, **saved.get("plots", {})}
-    # the description of a model has no keys to override, and OmegaConf does not accept its tensors
-    described = {"model": {"name": saved["model"].get("name")}} if is_description(saved["model"]) else {}
-    config = OmegaConf.create(
-        {
-            "time_budget": None,
-            **saved,
-            **described,
-            "solver": {**solver, "steps": solver.get("steps")},
-            "logger": logger,
-            "plots": plots,
-        }
-    )
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    for override in parsed:
-        group = override.key_or_group
-        top = group.partition(".")[0]
-        if override.is_delete():
-            raise ConfigError(f"{override.input_line}: a key of a saved config cannot be removed; give it a value")
-        if override.package is not None:
-            raise ConfigError(f"{override.input_line}: the groups of a saved config cannot be moved; leave out @")
-        if override.is_sweep_override():
-            raise ConfigError(f"{group}: several values make a sweep, which only flowtrain -m can run; give one")
-        if used and top in config and top not in used:
-            raise ConfigError(f"{group}: not used by this command; give {', '.join(own)}, or keys of {', '.join(used)}")
-        if group in config_groups():
-            if group in ("model", "experiment", "recipe"):
-                raise ConfigError(
-                    f"{group}={override.value()}: the checkpoint already contains the model; leave this option out"
-                )
-            check_option(override)
-            config[group] = compose_defaults([f"{group}={override.value()}"])[group]
-    for override in parsed:
-        key = override.key_or_group
-        if key in config_groups():
-            continue
-        # a key with + may be new, but its group must exist
-        needed = key if not override.is_add() or "." not in key else key.partition(".")[0]
-        if not _has_key(config, needed):
-            raise ConfigError(unknown_key(key, {**dict.fromkeys(own), **plain(config)}))
-        OmegaConf.update(config, key, override.value(), force_add=override.is_add())
-        if key in SAME_SETTING and SAME_SETTING[key] not in [other.key_or_group for other in parsed]:
-            OmegaConf.update(config, SAME_SETTING[key], None)
-    found = plain(config) | ({"model": saved["model"]} if described else {})
-    keys = [override.key_or_group for override in parsed]
-    if "data.path" in keys and "data.key" not in keys:
-        found["data"] = without_unused_key(found["data"])
-    groups = {key.partition(".")[0] for key in keys}
-    return with_whole_numbers(found, groups & {*config_groups()})
-
-
-def _has_key(config: DictConfig, key: str) -> bool:
-    try:
-        return OmegaConf.select(config, key, default=_has_key) is not _has_key
-    except OmegaConfBaseException:
-        # a part of the key names an entry of a list
-        return False
-
-
-def without_unused_key(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the data config, with `key` set to null if `path` names a file with a single table."""
-    unused = data.get("key") is not None and not takes_key(Path(str(data.get("path"))))
-    return {**data, "key": None} if unused else dict(data)
-
-
-# the keys of a saved model that may be changed, and the keys of its data that may not be changed
-MODEL_KEYS = ("eval_trace", "noise", "noise_samples")
-TRAINED_KEYS = ("data.alpha", "data.standardize", "data.gaussian_start")
-
-
-def check_kept(overrides: Sequence[str]) -> None:
-    """Refuses overrides of keys that the weights depend on. Another value of such a key would change the density."""
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key = override.key_or_group
-        if key.startswith("model.") and key.removeprefix("model.") not in MODEL_KEYS:
-            free = ", ".join(f"model.{name}" for name in MODEL_KEYS)
-            raise ConfigError(f"{key}: the model of a checkpoint is fixed; only {free} can be changed")
-        if key in TRAINED_KEYS:
-            raise ConfigError(f"{key}: a checkpoint keeps the value that it was trained with; leave this option out")
-
-
 def keys_of(overrides: Sequence[str]) -> set[str]:
     """Returns the keys that KEY=VALUE overrides set."""
     return {a.lstrip("+").partition("=")[0] for a in overrides}
 
 
-def with_array(saved: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Adds data=array if only data.path is given and the flow was trained on data without a path."""
-    keys = keys_of(overrides)
-    if "data.path" in keys and "data" not in keys and "path" not in saved["data"]:
-        return ["data=array", *overrides]
-    return list(overrides)
+def check_composition(arguments: Sequence[str]) -> None:
+    """Composes the config of a single run, so that a mistake is refused before the imports, which take seconds.
+
+    A sweep and a command with a flag that only prints are left to Hydra.
+
+    Raises:
+        ConfigError: an unknown key at the top level of the config.
+        HydraException, OmegaConfBaseException: the config cannot be composed.
+    """
+    overrides, flags = separated(split_config_dir(arguments)[1])
+    if flags:
+        return
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = compose("config", [*own_searchpath(), *overrides])
+    check_known_keys({str(key): value for key, value in cast(dict[Any, Any], OmegaConf.to_container(config)).items()})
+
+
+def check_known_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the config. Refuses unknown and missing keys at its top level."""
+    keys = ("seed", "device", "threads", "time_budget", "logger", "plots", "name", "resume", "from", "trust")
+    names = [*config_groups(), *keys]
+    missing = [key for key in names if key not in config and key not in ("experiment", "recipe", "target")]
+    if missing:
+        raise ConfigError(f"{missing[0]}: the config lacks this key, which a run needs; do not remove it")
+    extra = [key for key in config if key not in names]
+    if extra:
+        raise ConfigError(unknown_key(extra[0], {key: value for key, value in config.items() if key in names}))
+    return config

@@ -9,8 +9,8 @@ from pathlib import Path
 from flowtrain.cli.arguments import versions
 from flowtrain.cli.load_run import LoadedRun
 from flowtrain.cli.output_files import run_dir_of
-from flowtrain.runs.console import describe_device
-from flowtrain.runs.sweep_summary import overrides_of
+from flowtrain.runs.banner import describe_device
+from flowtrain.runs.sweep_directory import overrides_of
 
 # the start of a message in flowtrain.log
 STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d):\d\d,\d{3} ", re.M)

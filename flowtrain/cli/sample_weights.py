@@ -1,4 +1,4 @@
-"""Importance weights of samples for the target of a run: the options `weights` and `resample` of `flowsample`."""
+"""The options `weights` and `resample` of `flowsample`: importance weights of samples for the target of a run."""
 
 import logging
 from pathlib import Path
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flowtrain.cli.evaluate_target import target_data_of
 from flowtrain.cli.load_run import LoadedRun
+from flowtrain.cli.sample import WEIGHTS
 from flowtrain.data.tables.output import NAMED
 from flowtrain.data.targets.base import Target
 from flowtrain.evaluation import check_fits
@@ -20,12 +21,9 @@ from flowtrain.utils.weighting import effective_rows, resample
 
 log = logging.getLogger("flowtrain")
 
-# the column of log-weights in tables, and the ending of their file beside .npy
-LOG_WEIGHT, WEIGHTS = "log_weight", "_log_weights"
-
 
 def weights_path(out: Path) -> Path:
-    """Returns the file of the log-weights of samples in `out`.
+    """Returns the file that contains the log weights of the samples in `out`.
 
     Example:
         >>> weights_path(Path("x.npy")).name, weights_path(Path("x.csv")).name
@@ -35,7 +33,7 @@ def weights_path(out: Path) -> Path:
 
 
 def has_target(loaded_run: LoadedRun) -> bool:
-    """Returns whether a run was trained on a target that its config names."""
+    """Returns whether the config of a run names a target. The config cannot name a function from Python."""
     return bool(loaded_run.config.get("target"))
 
 
@@ -43,16 +41,16 @@ def target_of(loaded_run: LoadedRun, log_weights: bool) -> Target:
     """Returns the target of a run, on the device of its flow.
 
     Args:
-        log_weights: whether the option is weights=true, for the message. False: resample=true.
+        log_weights: whether the message names weights=true. False: resample=true.
 
     Raises:
-        ConfigError: the run has no target, or its target is a function in Python.
+        ConfigError: the run was trained on data, or on a function from Python.
         DataError: the file of the target has changed, see `target_data_of`.
     """
     if not has_target(loaded_run):
         what = "weights=true" if log_weights else "resample=true"
         raise ConfigError(
-            f"{what} needs a run on a target, as in target=funnel, but {loaded_run.path} was trained on data, or on a "
+            f"{what} needs a run on a target, such as target=funnel, but {loaded_run.path} was trained on data or on a "
             "function from Python; leave this option out"
         )
     data = target_data_of(loaded_run)
@@ -61,36 +59,39 @@ def target_of(loaded_run: LoadedRun, log_weights: bool) -> Target:
     return data.target
 
 
-def weighted_by(flow: Density, target: Target, n: int, seed: int, resampled: bool) -> tuple[Tensor, Tensor | None, str]:
-    """Draws n samples (n, d) of a flow with their log-weights log(w_i / sum w) for a target, (n,), in nats.
+def draw_weighted(
+    flow: Density, target: Target, n: int, seed: int, resampled: bool
+) -> tuple[Tensor, Tensor | None, str]:
+    """Draws n samples of a flow with normalized log weights log(w_i / sum w) for a target, in nats.
 
-    The samples are the same as those of `Density.sample` for this seed. A warning names k of the weights if it is high.
+    `Density.sample` draws the same samples for this seed. If Pareto k is too large, a warning is logged.
 
     Args:
-        resampled: whether to draw n samples with replacement from these samples, by their weights. The result then has
-            no log-weights.
+        resampled: whether to draw n samples with replacement from these samples, with probabilities proportional to
+            their weights.
 
     Returns:
-        The samples, the log-weights in float64, and a text with the effective sample size and Pareto k.
+        The samples (n, d), the log weights (n,) in float64 or None if `resampled`, and a text with the effective sample
+        size and Pareto k.
 
     Raises:
-        NonFiniteError: many weights are NaN or infinite, or all weights are 0.
+        NonFiniteError: more than 1% of the weights are NaN or infinite, or all weights are 0.
     """
     drawn = weighted_samples(flow, target, n, seed)
-    log_w, lost = usable_weights(drawn)
+    log_w, unusable = usable_weights(drawn)
     log_w = log_w - log_w.logsumexp(0)
     w = log_w.exp()
     tail = weight_tail(w)
     check = check_pareto_k(None if tail is None else tail.k, n)
     if check.passed is False:
         log.warning("%s", check.message)
-    if lost.any():
-        log.warning("%d of %d samples have weight 0, because their weights are NaN or infinite", int(lost.sum()), n)
+    if unusable.any():
+        log.warning("the weights of %d of %d samples are NaN or infinite, and count as 0", int(unusable.sum()), n)
     k = "unknown" if tail is None else f"{tail.k:.2f}"
     words = f"weights: effective sample size {effective_rows(w) / n:.1%} of {n}, Pareto k {k}"
     if not resampled:
         return drawn.x, log_w, words
     rows = resample(w, n, seed)
-    # equal rows should not follow each other
+    # shuffled, because equal rows follow each other
     rows = rows[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
     return drawn.x[rows], None, f"{words}, {len(set(rows.tolist()))} different samples"

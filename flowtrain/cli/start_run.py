@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flowtrain.cli.config_files import config_dirs, options, plain
-from flowtrain.cli.error_messages import unknown_key
+from flowtrain.cli.config_files import config_dirs, plain
+from flowtrain.cli.from_run import chooses_target, refuse_changes
 from flowtrain.cli.output_files import absolute_paths, is_path
-from flowtrain.cli.overrides import keys_of, overridden, rename_old_config_keys, trusted, without_unused_key
+from flowtrain.cli.overrides import check_known_keys, keys_of, rename_old_config_keys, trusted
+from flowtrain.cli.saved_config import overridden, without_unused_key
 from flowtrain.runs.build import is_description, with_whole_numbers
-from flowtrain.runs.compose import TARGET_CHOICES, applied_recipes
+from flowtrain.runs.compose import applied_recipes
 from flowtrain.runs.console import messages
 from flowtrain.runs.load import check_targets
 from flowtrain.runs.run import train
@@ -28,7 +28,7 @@ from flowtrain.runs.run_directory import (
     remove_empty,
 )
 from flowtrain.runs.search import SEARCH, best_candidate, config_of_search
-from flowtrain.training import checkpoint
+from flowtrain.training import checkpoint, checkpoint_files
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import CheckpointError, ConfigError, FlowtrainError
 from flowtrain.utils.files import config_groups
@@ -38,7 +38,6 @@ from flowtrain.utils.status import command_begun, status
 
 # errors after which the files of a run that never began are removed. After any other error they are kept for a report
 REFUSAL_ERRORS = (FlowtrainError, HydraException, OmegaConfBaseException, OSError, KeyboardInterrupt, MemoryError)
-FROM_MESSAGE = "the new run has the model and data of from=RUN_DIR; leave this option out"
 # the directories that Hydra creates for this command, innermost first
 _CREATED: list[Path] = []
 
@@ -121,8 +120,8 @@ def resume_run(
         config_before = config_of_search(run_dir)
         with status("reading the checkpoint"):
             # the directory of a search that has just begun contains only the checkpoints of the candidates
-            has_own = config_before is None or checkpoint.has_checkpoint(run_dir)
-            saved = checkpoint.load(checkpoint.find(run_dir, prefer="last")) if has_own else {}
+            has_own = config_before is None or checkpoint_files.has_checkpoint(run_dir)
+            saved = checkpoint.load(checkpoint_files.find(run_dir, prefer="last")) if has_own else {}
         if config_before is not None or SEARCH in saved:
             saved["config"] = config_before or saved[SEARCH]
         elif "optimizer" not in saved:
@@ -150,51 +149,6 @@ def recipes_of(run_dir: Path) -> dict[str, list[str]] | None:
     return applied_recipes(choices, composed, config_dirs())
 
 
-def check_known_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the config. Refuses unknown and missing keys at its top level."""
-    keys = ("seed", "device", "threads", "time_budget", "logger", "plots", "name", "resume", "from", "trust")
-    names = [*config_groups(), *keys]
-    missing = [key for key in names if key not in config and key not in ("experiment", "recipe", "target")]
-    if missing:
-        raise ConfigError(f"{missing[0]}: the config lacks this key, which a run needs; do not remove it")
-    extra = [key for key in config if key not in names]
-    if extra:
-        raise ConfigError(unknown_key(extra[0], {key: value for key, value in config.items() if key in names}))
-    return config
-
-
-def with_choices_of_from(arguments: Sequence[str]) -> list[str]:
-    """Adds to the arguments the model and data choices of the run that `from` names, with their defaults and recipes.
-
-    Raises:
-        ConfigError: other arguments choose another model or other data.
-        CheckpointError: the run cannot be loaded.
-    """
-    places = [i for i, a in enumerate(arguments) if a.lstrip("+").startswith("from=")]
-    if not places:
-        return list(arguments)
-    override = OverridesParser.create().parse_override(arguments[places[-1]])
-    run = override.value()
-    if run is None:
-        return list(arguments)
-    if not isinstance(run, str) or not run or override.is_sweep_override():
-        raise ConfigError(f"{arguments[places[-1]]}: give one run directory")
-    has_target = chooses_target(arguments)
-    fixed = ("model", "experiment", "recipe", *(() if has_target else ("data",)))
-    refuse_changes(arguments, FROM_MESSAGE, fixed)
-    saved = checkpoint.load(checkpoint.find(Path(run.replace("\\${", "${")).expanduser()))["config"]
-    names = {group: saved[group].get("name") for group in ("model", "data")}
-    if has_target:
-        names = {"model": names["model"], "data": "target"}
-    elif saved.get("target"):
-        names["target"] = saved["target"].get("name")
-    if names["data"] == "target":
-        names |= {k: v for k, v in TARGET_CHOICES.items() if k == "objective" and k not in keys_of(arguments)}
-    ours = [f"{group}={name}" for group, name in names.items() if name in options(group)]
-    # the choices are inserted right before from=, because elsewhere they could separate a flag from its value
-    return [*arguments[: places[-1]], *ours, *arguments[places[-1] :]]
-
-
 def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
     """Returns the config of a run. With `from`, the model and the data are replaced by those in the named run.
 
@@ -206,7 +160,7 @@ def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[st
     """
     if config["from"] is None:
         return config
-    path = checkpoint.find(Path(str(config["from"])).expanduser().absolute())
+    path = checkpoint_files.find(Path(str(config["from"])).expanduser().absolute())
     content = checkpoint.load(path)
     saved = content["config"]
     check_targets(saved, trusted(config["trust"]))
@@ -220,26 +174,13 @@ def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[st
             "further from Python"
         )
     if chooses_target(given):
-        # the flow was trained on samples, or on another target
+        # the new target replaces the data of the first run
         return {**config, "from": str(path), "model": saved["model"]}
     keys = keys_of(given)
     target = {key: value for key, value in saved.items() if key == "target"}
     moved = {key: value for key, value in config["data"].items() if is_path(key) and f"data.{key}" in keys}
     data = without_unused_key({**saved["data"], **moved}) if "path" in moved else saved["data"] | moved
     return {**config, "from": str(path), "model": saved["model"], "data": data, **target}
-
-
-def chooses_target(arguments: Sequence[str]) -> bool:
-    """Returns whether a command line names a target."""
-    return any(a.lstrip("+").startswith(("target=", "target.")) for a in arguments)
-
-
-def refuse_changes(overrides: Sequence[str], why: str, groups: Sequence[str] = ("model", "data")) -> None:
-    """Raises ConfigError for overrides of `groups`, except paths of data files."""
-    for key in (a.lstrip("+~").partition("=")[0] for a in overrides):
-        group, _, name = key.partition("@")[0].partition(".")
-        if group in groups and not is_path(name):
-            raise ConfigError(f"{key}: {why}")
 
 
 def write_hydra(run_dir: Path, config: DictConfig) -> None:

@@ -26,8 +26,9 @@ from flowtrain.cli.error_messages import message_of, report
 from flowtrain.cli.overrides import trusted
 from flowtrain.cli.start_run import is_created_here, resume_run, start_run
 from flowtrain.runs.run_directory import InUseError
-from flowtrain.runs.sweep_summary import ERROR, OVERRIDES, RESULT, jobs_in, overrides_of, result_of, write_summary
-from flowtrain.training import checkpoint
+from flowtrain.runs.sweep_directory import ERROR, OVERRIDES, RESULT, jobs_in, overrides_of, result_of
+from flowtrain.runs.sweep_summary import write_summary
+from flowtrain.training import checkpoint_files
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import ConfigError, FlowtrainError
 from flowtrain.utils.files import write_text
@@ -52,7 +53,7 @@ def job(config: DictConfig, run_dir: Path) -> float:
         if (run_dir / RESULT).is_file():
             print(run_dir)
             return _least(result_of(run_dir).get("val_nll"))
-        if checkpoint.has_checkpoint(run_dir):
+        if checkpoint_files.has_checkpoint(run_dir):
             best, code = resume_run(run_dir, trusted(plain(config)["trust"]))
         else:
             (run_dir / OVERRIDES).parent.mkdir(parents=True, exist_ok=True)

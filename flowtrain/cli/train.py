@@ -10,12 +10,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from flowtrain.cli import help, list_runs, sweep_jobs
+from flowtrain.cli import help
 from flowtrain.cli.arguments import split_own, versions
 from flowtrain.cli.config_files import plain
 from flowtrain.cli.error_messages import report, run_command
+from flowtrain.cli.from_run import with_choices_of_from
+from flowtrain.cli.late_imports import loading
 from flowtrain.cli.overrides import (
     SWEEP,
+    check_composition,
     in_order,
     quoted,
     rename_old_keys,
@@ -25,14 +28,7 @@ from flowtrain.cli.overrides import (
     with_default_choices,
     with_name,
 )
-from flowtrain.cli.start_run import (
-    record_directory,
-    removing_empty_directories,
-    resume_run,
-    start_run,
-    with_choices_of_from,
-)
-from flowtrain.training import checkpoint
+from flowtrain.training import checkpoint_files
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import CheckpointError, ConfigError
 from flowtrain.utils.files import config_dir
@@ -66,7 +62,11 @@ def _command() -> int:
     arguments = arguments_of_first_job(with_default_choices(with_name(arguments)))
     validate_command_line(arguments)
     sys.argv[1:] = in_order(with_choices_of_from(arguments))
-    with tempfile.TemporaryDirectory() as aside, removing_empty_directories(), sweep_jobs.summarized() as summary:
+    check_composition(sys.argv[1:])
+    with loading():
+        from flowtrain.cli import start_run, sweep_jobs
+    directories = start_run.removing_empty_directories()
+    with tempfile.TemporaryDirectory() as aside, directories, sweep_jobs.summarized() as summary:
         if not ranks.is_first():
             # Hydra creates a directory on every rank
             mine = [a for a in sys.argv[1:] if not a.lstrip("+").startswith("hydra.run.dir=")]
@@ -76,6 +76,8 @@ def _command() -> int:
 
 
 def _list_runs(arguments: Sequence[str]) -> int:
+    from flowtrain.cli import list_runs
+
     if not ranks.is_first():
         return 0
     if help.asked(arguments):
@@ -94,6 +96,9 @@ def arguments_of_first_job(arguments: Sequence[str]) -> list[str]:
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
 def _start(config: DictConfig) -> float:
+    # a job of a parallel sweep begins here, in another process
+    from flowtrain.cli import start_run, sweep_jobs
+
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     if multirun and not ranks.launched():
@@ -102,7 +107,10 @@ def _start(config: DictConfig) -> float:
         if multirun:
             raise ConfigError("each job of a sweep runs in one process; leave out torchrun or -m")
         run_dir, again = restarted_run_dir(run_dir)
-        best, code = resume_run(run_dir, trusted(plain(config)["trust"])) if again else start_run(config, run_dir)
+        if again:
+            best, code = start_run.resume_run(run_dir, trusted(plain(config)["trust"]))
+        else:
+            best, code = start_run.start_run(config, run_dir)
     except Exception as e:
         failed = report("flowtrain", e)
         if failed is None:
@@ -118,13 +126,15 @@ def _start(config: DictConfig) -> float:
 
 def restarted_run_dir(run_dir: Path) -> tuple[Path, bool]:
     """Returns the run directory for all ranks, and whether an earlier attempt of torchrun left a checkpoint."""
+    from flowtrain.cli.start_run import record_directory
+
     before = ranks.saved_run_dir()
     if before is not None and ranks.is_first():
         if before != run_dir and not any(run_dir.iterdir()):
             run_dir.rmdir()
         run_dir = before
         record_directory(run_dir)
-    return ranks.broadcast_object((run_dir, before is not None and checkpoint.has_checkpoint(run_dir)))
+    return ranks.broadcast_object((run_dir, before is not None and checkpoint_files.has_checkpoint(run_dir)))
 
 
 def resume(arguments: Sequence[str]) -> int:
@@ -137,6 +147,8 @@ def resume(arguments: Sequence[str]) -> int:
         raise CheckpointError(f"resume={run_dir} is a file; give its run directory")
     if not run_dir.is_dir():
         raise CheckpointError(f"resume={run_dir}: there is no such run directory")
+    with loading():
+        from flowtrain.cli.start_run import resume_run
     code = resume_run(run_dir, trusted(own["trust"]), rest, tuple(own))[1]
     if ranks.is_first():
         print(run_dir)

@@ -235,7 +235,7 @@ def checks(
 def map_checks(
     flow: Density, exact: Density, subset: Subset, dtype: torch.dtype
 ) -> dict[str, Callable[[], Check | None]]:
-    """Returns the checks of the map of a flow and of its density by name, as functions without arguments.
+    """Returns checks of the map and the density of a flow by name, as functions without arguments.
 
     Args:
         exact: the result of `reference`.
@@ -253,7 +253,7 @@ def map_checks(
 
 
 def make_checks(made: Mapping[str, Callable[[], Check | None]]) -> list[Check]:
-    """Makes checks, and leaves out those that do not apply. A failed mass is not counted if the map is right."""
+    """Makes checks, and leaves out checks that do not apply. A failed mass is ignored if the checks of the map pass."""
     found = {name: check for name, make in made.items() if (check := _made(name, make)) is not None}
     if "mass" in found and found["mass"].passed is False and all(found[name].passed for name in IMPLY_MASS):
         why = f"the grid missed mass: the checks {', '.join(IMPLY_MASS)} passed, so the density integrates to 1"

@@ -120,7 +120,7 @@ def score_rows(
         latents: the approximate number of evenly spaced rows whose latents are returned, for the first noise draw. A
             marginal or an ensemble has no latents.
         unsolved: the number of rows whose solve may fail. They get NaN. If more fail, the SolverError is raised.
-        first: the number of the first row of x, if x is a part of a larger set.
+        first: the number of the first row of x in the whole set, if x is a part of a set.
     """
     size = batch_size or rows_at_a_time(flow.event_shape)
     contexts = repeat(None) if context is None else torch.split(context, size)
@@ -140,7 +140,7 @@ def score_rows(
 def dequantized_parts(
     flow: Density, x: Tensor, size: int, draws: int = 1, seed: int = 0, first: int = 0
 ) -> Iterator[list[Tensor]]:
-    """Yields the points that `score_rows` scores: for each `size` rows of x, K tensors x + u_k on the flow's device."""
+    """Yields the points that `score_rows` scores: K tensors x + u_k for each `size` rows, on the device of the flow."""
     like, parts = flow.data_like, torch.split(x, size)
     if not flow.takes_noise(x):
         for part in parts:

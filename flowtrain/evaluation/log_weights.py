@@ -1,4 +1,4 @@
-"""Samples of a flow with their log importance weights for a target that is known up to a constant."""
+"""Samples of a flow with log importance weights for a target, and the estimate of log Z from these weights."""
 
 import math
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from flowtrain.utils.status import status
 
 
 class WeightedSamples(NamedTuple):
-    """The result of `weighted_samples`, on the CPU. Log densities are in nats and float64.
+    """Samples of a flow with log densities of flow and target in nats and float64, on the CPU.
 
     Attributes:
         x: the samples, (n, d), in the dtype of the flow.
@@ -29,7 +29,7 @@ class WeightedSamples(NamedTuple):
 
     @property
     def log_w(self) -> Tensor:
-        """The log weights log p~(x) - log q(x), (n,). Their mean is the ELBO."""
+        """The log weights log p~(x) - log q(x), (n,), in nats. Their mean is the ELBO."""
         return self.log_p - self.log_q
 
 
@@ -39,13 +39,13 @@ def weighted_samples(
 ) -> WeightedSamples:
     """Draws n samples x ~ q of a flow, and computes log q(x) and log p~(x).
 
-    The base points depend only on the seed, the device and n, so two flows can be compared on the same base points.
+    The base points depend only on the seed, the device and n. Two flows with the same seed have the same base points.
 
     Args:
-        flow: a flow, for which x and log q come from one pass from base to data, or an ensemble.
+        flow: a flow or an ensemble. For a flow, one pass from the base to the data computes x and log q.
         target: the target, on the device of the flow.
         seed: the seed of the base points.
-        rows: the samples that are computed, of n.
+        rows: which of the n samples are computed.
         batch_size: the number of samples that are computed at once. None means a number that depends on d.
     """
     with seeded(seed, flow.like.device):
@@ -55,7 +55,11 @@ def weighted_samples(
 
 @torch.no_grad()
 def weights_of(flow: Density, target: Target, points: Tensor, batch_size: int | None = None) -> WeightedSamples:
-    """Computes the samples of base points (n, d) of a flow, with log q and log p~; for an ensemble, of samples."""
+    """Returns samples with log q and log p~.
+
+    Args:
+        points: base points (n, d) of a flow, which are mapped to samples; for an ensemble, the samples.
+    """
     size = batch_size or rows_at_a_time(flow.event_shape)
     found = []
     with status("scoring", total=len(points), unit="sample") as progress:
@@ -68,26 +72,29 @@ def weights_of(flow: Density, target: Target, points: Tensor, batch_size: int | 
     return WeightedSamples(*map(torch.cat, zip(*found, strict=True)))
 
 
-# the number of samples from the wide base, as a share of the number of samples of the flow
+# the number of samples in the tails, as a share of the number of samples of the flow
 WIDE = 0.25
-# the largest element of a wide base point, and P(|t| < WIDEST) of the Student t distribution with 2 degrees of freedom
+# the bound of a Student t element, and P(|t| < WIDEST) of the Student t distribution with 2 degrees of freedom
 WIDEST = 10.0
 WIDE_MASS = WIDEST / math.sqrt(2 + WIDEST**2)
 
 
 class BalancedWeights:
-    """Weights of samples from a flow and from a flow with a wider base, and the estimate of log Z; `balanced_weights`.
+    """An estimate of log Z from samples of a flow and samples in its tails; see `balanced_weights`.
+
+    The estimate of Z is the mean of w_i - b c_i over all samples, with the weights w, a control variate c and its
+    regression coefficient b.
 
     Args:
-        log_w: log weights (n + m,), first of the n samples of the flow, then of m wide samples. A weight that is NaN or
-            infinite counts as 0.
+        log_w: log weights (n + m,), in nats: first of the n samples of the flow, then of m samples in its tails. A
+            weight that is NaN or infinite counts as 0.
         n: the number of samples of the flow.
-        control: values (n + m,) whose expectation over the samples is 0, or None.
+        control: c, (n + m,), with expectation 0 over all samples. None means 0.
 
     Attributes:
-        terms: the weights minus the control, divided by their mean, (n + m,).
-        log_z: the log of the mean of the weights minus the control, the estimate of log Z in nats.
-        stderr: the standard error of `log_z`, from the variances of both sets of samples.
+        terms: (w_i - b c_i) / Z with the estimate of Z, (n + m,). Their mean is 1.
+        log_z: the estimate of log Z in nats.
+        stderr: the standard error of `log_z` in nats, from the variances of both sets of samples.
     """
 
     def __init__(self, log_w: Tensor, n: int, control: Tensor | None = None) -> None:
@@ -113,23 +120,25 @@ class BalancedWeights:
 def balanced_weights(
     flow: Flow, target: Target, drawn: WeightedSamples, seed: int, batch_size: int | None = None
 ) -> BalancedWeights:
-    """Weights the samples of a flow together with samples in its tails, which the flow itself rarely draws.
+    """Draws samples in the tails of a flow, and estimates log Z from them together with samples of the flow.
 
-    In a wide sample, one element z_j of the base point, chosen at random, has a Student t distribution with 2 degrees
-    of freedom instead of a normal distribution. With q of the flow, the density of wide samples is q rho, with
+    A sample in the tails has a base point z in which one random element z_j has a Student t distribution with 2 degrees
+    of freedom, truncated to [-10, 10], instead of a normal distribution. The density of these samples is q rho with
 
         rho(z) = 1/d sum_j t(z_j) / N(z_j).
 
-    n samples of q and m wide samples have the weights w = (p~ / q) (n + m) / (n + m rho), the balance heuristic of
-    multiple importance sampling (Veach and Guibas 1995, section 3.3). A weight is at most (n + m) / (m rho) times
-    p~ / q, so tails of p~ that are heavier than those of q do not dominate the mean. q / (mixture) - 1 is a control
-    variate with expectation 0, so the error is about that of the better of both sets of samples (Owen and Zhou 2000,
-    Safe and effective importance sampling, section 3). It is 0 if q = p. The Student t distribution is truncated to
-    [-10, 10]. m is 0 if the base of the flow is not a standard normal distribution, or if the ODE of a
-    wide sample cannot be solved.
+    n samples of q and m samples of q rho are samples of the mixture q (n + m rho) / (n + m). They have the weights
+    w = (p~ / q) (n + m) / (n + m rho), the balance heuristic of multiple importance sampling (Veach and Guibas 1995,
+    section 3.3). A weight is at most p~ / (q rho) times (n + m) / m. q rho has heavier tails than q, so heavy tails of
+    p~ increase the variance less. The control variate is q divided by the mixture, minus 1, which is
+    (n + m) / (n + m rho) - 1. With the control variate, the error is about the error of the better set of samples (Owen
+    and Zhou 2000, Safe and effective importance sampling, section 3). The error is 0 if q = p.
+
+    m is n / 4. It is 0 if the base of the flow is not a standard normal distribution, or if an ODE solve in the tails
+    fails.
 
     Args:
-        drawn: the result of `weighted_samples`.
+        drawn: samples of the flow, the result of `weighted_samples`.
         seed: the seed of `drawn`.
     """
     n, d = len(drawn.x), flow.event_shape[0]
@@ -138,10 +147,10 @@ def balanced_weights(
         return BalancedWeights(drawn.log_w, n)
     device = flow.like.device
     with seeded(seed, device):
-        # the base points of `drawn`, and then further points
+        # the base points of `drawn` are drawn again, because rho depends on them
         z = flow.base.rsample(n, like=flow.like)
         wide = flow.base.rsample(m, like=flow.like)
-        # the inverse of the cumulative distribution, 1/2 + t / (2 sqrt(2 + t^2))
+        # inverse of the cumulative distribution function 1/2 + s / 2 with s = t / sqrt(2 + t^2)
         s = WIDE_MASS * (2 * torch.rand(m, dtype=torch.float64, device=device) - 1)
         chosen = torch.randint(d, (m, 1), device=device)
     t = (s * (2 / (1 - s.square())).sqrt()).to(wide.dtype)
@@ -157,7 +166,7 @@ def balanced_weights(
 
 
 def _log_wideness(z: Tensor) -> Tensor:
-    """Returns log rho(z), (n,), float64, for base points z (n, d), see `balanced_weights`."""
+    """Returns log rho(z), (n,), float64, for base points z (n, d); see `balanced_weights`."""
     z = z.double()
     log_t = torch.where(z.abs() <= WIDEST, -1.5 * (2 + z.square()).log() - math.log(WIDE_MASS), -math.inf)
     log_normal = -0.5 * (z.square() + math.log(2 * math.pi))
@@ -168,7 +177,7 @@ def check_log_weights(drawn: WeightedSamples, start: int = 0) -> None:
     """Checks that all log weights are finite.
 
     Args:
-        start: the number of the first sample, for the message.
+        start: the index of the first sample, for the message.
 
     Raises:
         NonFiniteError: a log weight is NaN or infinite.
@@ -178,7 +187,7 @@ def check_log_weights(drawn: WeightedSamples, start: int = 0) -> None:
         i = int(bad[0])
         at = ", ".join(f"{v:.4g}" for v in drawn.x[i].flatten()[:5].tolist())
         raise NonFiniteError(
-            f"{len(bad)} of {len(drawn.x)} samples of the flow have no finite weight: sample {start + i}, at ({at}), "
-            f"has log p~ = {drawn.log_p[i].item():g} and log q = {drawn.log_q[i].item():g}. If the density is zero "
-            "outside of a range, give the range by target.types"
+            f"the weights of {len(bad)} of {len(drawn.x)} samples of the flow are 0, NaN or infinite: sample "
+            f"{start + i}, at ({at}), has log p~ = {drawn.log_p[i].item():g} and log q = "
+            f"{drawn.log_q[i].item():g}. If the density is 0 outside of a range, give the range with target.types"
         )

@@ -1,4 +1,4 @@
-"""The tail of importance weights: a generalized Pareto distribution, fitted to the largest weights."""
+"""Fits a generalized Pareto distribution to the largest importance weights: Pareto k, and the mass above them."""
 
 import math
 from typing import NamedTuple
@@ -6,23 +6,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# the smallest number of largest weights to which a tail is fitted
+# the smallest number of weights to which a tail is fitted
 LEAST = 5
-# the tail has at most this share of the weights, and at most this multiple of sqrt(n)
+# the tail has at most this share of n weights, and at most this multiple of sqrt(n) weights
 SHARE, ROOTS = 0.2, 3.0
-# the prior of k: as many observations of k = 1/2
+# the weight of the prior of k: this number of observations of k = 1/2
 PRIOR = 10
-# k above this value counts as this value in `Tail.missed`, which is infinite for k >= 1
+# the largest k in `Tail.missed`. The mean excess is infinite for k >= 1
 MOST_K = 0.9
 
 
 class Tail(NamedTuple):
-    """The tail of n weights: above `cutoff`, they follow a generalized Pareto distribution.
+    """The tail of n weights: a generalized Pareto distribution of the weights above `cutoff`.
 
     Attributes:
-        k: the shape. The weights have moments of order less than 1/k.
-        scale: the scale sigma, in the unit of the weights.
-        cutoff: the largest weight below the tail.
+        k: the shape. For k > 0, the moments of order less than 1/k are finite.
+        scale: the scale sigma, in units of the weights.
+        cutoff: the largest weight that is not in the tail.
         largest: the largest weight.
         size: the number M of weights in the tail.
         n: the number of all weights.
@@ -36,14 +36,14 @@ class Tail(NamedTuple):
     n: int
 
     def missed(self, mean: float) -> float:
-        """Returns E[(w - mean) 1(w > w_max)]: what the mean of n weights lacks, because it has none above w_max.
+        """Returns E[(w - mean) 1(w > w_max)], the error of a sample mean without weights above the largest one, w_max.
 
-        This is P(w > w_max) (w_max + (sigma + k (w_max - u)) / (1 - k) - mean), with the cutoff u and
+        It is P(w > w_max) (w_max + (sigma + k (w_max - u)) / (1 - k) - mean), with the cutoff u and
         P(w > w_max) = (1 + k (w_max - u) / sigma)^(-1/k) M / n. The fraction is the mean excess of a generalized Pareto
         distribution, for which k above 0.9 counts as 0.9.
 
         Args:
-            mean: the mean of the weights.
+            mean: the mean of the n weights.
         """
         if not self.scale > 0:
             return 0.0
@@ -57,9 +57,9 @@ class Tail(NamedTuple):
 
 
 def weight_tail(weights: Tensor) -> Tail | None:
-    """Fits the tail of weights (n,), which are at least 0. None if the tail would have fewer than 5 weights.
+    """Fits the tail of nonnegative weights (n,). Returns None if the tail would have fewer than 5 weights.
 
-    The tail are the M = ceil(min(n / 5, 3 sqrt(n))) largest weights. Equal weights have k = 0 and no tail.
+    The tail consists of the M = ceil(min(n / 5, 3 sqrt(n))) largest weights. Equal weights have k = 0 and scale 0.
 
     Source: Vehtari et al. 2024, Pareto smoothed importance sampling, section 2 and appendix C.
     """
@@ -67,7 +67,7 @@ def weight_tail(weights: Tensor) -> Tail | None:
     size = math.ceil(min(SHARE * n, ROOTS * math.sqrt(n)))
     if size < LEAST:
         return None
-    # one more value: the largest weight below the tail
+    # the smallest of these M + 1 values is the cutoff
     top = weights.double().topk(size + 1).values.flip(0)
     cutoff, excesses = float(top[0]), top[1:] - top[0]
     largest = float(top[-1])

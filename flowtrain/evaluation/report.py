@@ -123,7 +123,11 @@ def tables_of(result: Result) -> list[Table]:
 
 
 def checks_table(trusted: str, checks: Sequence[Check]) -> Table:
-    """Returns the table of checks. `trusted` ends the sentence "whether the flow is a density and whether its ..."."""
+    """Returns the table of checks.
+
+    Args:
+        trusted: the end of the sentence "The checks test whether the flow is a density and whether its ...".
+    """
     return Table(
         "Checks",
         f"The checks test whether the flow is a density and whether its {trusted}.",
@@ -133,12 +137,12 @@ def checks_table(trusted: str, checks: Sequence[Check]) -> Table:
 
 
 def log_z_rows(result: TargetEvaluation) -> list[Row]:
-    """Returns the measured parts of the error of log Z: name, size and method."""
+    """Returns the parts of the error of log Z: name, size and method."""
     b = result.budget
     low, high = b.interval
     parts = [
         ("sampling", b.sampling, "standard error over the samples"),
-        ("tail", b.tail, "share of Z that is missing without weights above the largest one"),
+        ("tail", b.tail, "share of Z from weights above the largest sampled weight"),
         ("solver", b.solver if result.solver else None, "change by a tight solve in float64 from the same base points"),
         ("precision", b.precision, f"change from {result.dtype} to float64"),
         ("total", b.total, f"95% interval {low:.6g} to {high:.6g}"),

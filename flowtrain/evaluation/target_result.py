@@ -1,4 +1,4 @@
-"""The result of the evaluation of a flow on a target, as a table, as JSON and as one line of text."""
+"""The result of the evaluation of a flow on a target, and its text, table and JSON."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -7,30 +7,30 @@ from flowtrain.evaluation.log_weights import WeightedSamples
 from flowtrain.evaluation.result import NAMES, Check
 from flowtrain.utils.formatting import brief, counted, with_error
 
-# attributes for figures that are not in JSON
+# attributes that only figures use, and that JSON does not contain
 PRIVATE = ("drawn",)
-# keys of the JSON of an `Evaluation` that a target does not have
+# keys of the JSON of an `Evaluation` that do not apply to a target
 ABSENT = ("bits_per_dim", "entropy", "noise_samples", "dequantization_samples", "calibration", "ood", "baselines")
-# number of modes whose shares the table names
+# largest number of modes whose shares the table lists
 MOST_MODES = 5
 
 
 @dataclass(frozen=True)
 class LogZBudget:
-    """The parts of the error of log Z, in nats; see `flowtrain.evaluation.targets`.
+    """The parts of the error of log Z, in nats; see `flowtrain.evaluation.targets.evaluate_target`.
 
     Attributes:
         sampling: the standard error of the mean of the weights, divided by Z.
-        tail: the share of Z that the samples lack because none has a weight above the largest one, by the generalized
-            Pareto distribution that is fitted to the largest weights.
-        solver: the difference to a tight solve in float64 from the same base points, on a subset. With the difference
-            m and its standard error s over the subset, this is sqrt(m^2 + s^2). It is 0 for a flow that solves no ODE.
-            It is NaN if the tight solve failed.
-        precision: the difference between the dtype of the flow and float64, measured like `solver`. None for float64.
+        tail: the share of Z from weights above the largest sampled weight, by the generalized Pareto distribution that
+            is fitted to the largest weights.
+        solver: the change of log Z by a tight solve in float64, from the same base points of a subset. With the change
+            m and its standard error s, it is sqrt(m^2 + s^2). It is 0 without an ODE, and NaN if the tight solve
+            failed.
+        precision: the change of log Z from the dtype of the flow to float64, measured like `solver`. None for float64.
         rows: the number of samples of the subset.
-        total: the root of the sum of the squares of these parts. This is `log_z_stderr`.
-        interval: log Z -+ 1.96 total, a 95% confidence interval. It is not valid if the check `pareto_k` fails.
-        elbo_total: the error of the ELBO: its standard error, and the errors of solver and dtype.
+        total: the root of the sum of the squares of these parts, without parts that are NaN. It is `log_z_stderr`.
+        interval: log Z -+ 1.96 total, a 95% confidence interval. It is not reliable if the check `pareto_k` fails.
+        elbo_total: the error of the ELBO, from sampling, solver and precision.
     """
 
     sampling: float
@@ -45,7 +45,7 @@ class LogZBudget:
 
 @dataclass(frozen=True)
 class TargetMember:
-    """A member of an ensemble. `nll` is its negative ELBO in nats; see `flowtrain.evaluation.result.Member`."""
+    """A member of an ensemble. `nll` is the negative ELBO in nats, and `nll_stderr` its standard error."""
 
     path: str
     weight: float
@@ -55,35 +55,39 @@ class TargetMember:
 
 @dataclass(frozen=True, eq=False)
 class TargetEvaluation:
-    """The result of `evaluate_target`, and of `floweval` for a run with a target. Energies and divergences are in nats.
+    """The result of `evaluate_target`, and of `floweval` for a run on a target.
 
-    `print` shows the table of `floweval`, a notebook shows HTML tables, and `repr` is one line. w = p~(x) / q(x) are
-    the importance weights of samples x of the flow q for the target p = p~ / Z.
+    `print` shows the table of `floweval`, a notebook shows HTML tables, and `repr` is one line. A sample x of the flow
+    q has the importance weight w = p~(x) / q(x) for the target p = p~ / Z. log Z, ELBO and divergences are in nats.
 
     Attributes:
         nll: the negative evidence lower bound (ELBO), -mean(log w). It is infinite if p~ is 0 at a sample.
-        nll_stderr: its standard error over the samples.
+        nll_stderr: the standard error of `nll` over the samples.
         n: the number of samples.
         step: the training step of the weights of the flow.
-        log_z: the estimate of log Z, from samples of the flow and samples in its tails.
-        log_z_stderr: its error, from sampling, solver and dtype: `budget.total`. `pareto_k` says whether it is valid.
-        ess: the effective sample size (sum w)^2 / sum w^2 (Kish 1965) as a share of n, in (0, 1].
-        pareto_k: the shape of the tail of the weights (Vehtari et al. 2024). Above 0.7, log Z, its error and the
-            effective sample size are not reliable. None for fewer than 25 samples.
-        missed_mass: the share of Z that only samples in the tails of the flow show, see
+        log_z: the estimate of log Z, from samples of the flow and samples in the tails of the flow.
+        log_z_stderr: the error of `log_z`, equal to `budget.total`.
+        ess: the effective sample size (sum w)^2 / sum w^2 (Kish 1965), as a share of n in (0, 1].
+        pareto_k: the shape of the tail of the weights (Vehtari et al. 2024). Above 0.7, `log_z`, `log_z_stderr` and
+            `ess` are not reliable. None for fewer than 25 samples.
+        missed_mass: the share of Z that samples in the tails of the flow add, see
             `flowtrain.evaluation.log_weights.balanced_weights`. None without such samples, as for an ensemble.
-        elbo_gap: log_z minus the ELBO, an estimate of KL(q || p).
-        forward_ess: 1 / (E_p[w] E_p[1/w]) by exact samples of p (Nicoli et al. 2023). It is small if the flow misses
+        elbo_gap: `log_z` minus the ELBO, an estimate of KL(q || p).
+        forward_ess: 1 / (E_p[w] E_p[1/w]) over exact samples of p (Nicoli et al. 2023). It is small if the flow misses
             a mode. None without exact samples.
-        kl_reverse, kl_reverse_stderr: KL(q || p) = log Z - ELBO, and its error. None if log Z is unknown.
-        kl_forward, kl_forward_stderr: KL(p || q) by exact samples, and its error. None without exact samples, or if
-            log Z is unknown. In JSON, the keys are `kl` and `kl_stderr`.
-        log_z_true: log Z as stated by the target, or None.
-        mode_shares: the share of samples of the flow nearest to each mode of the target. None if modes are unknown.
-        modes_found: the number of modes with enough samples, see `flowtrain.evaluation.targets.modes_of`, or None.
-        solver, nfe: settings of the solver, and evaluations of the velocity field in a pass. None without an ODE.
+        kl_reverse, kl_reverse_stderr: KL(q || p) = log Z - ELBO with the known log Z, and the error of KL(q || p). None
+            if log Z is unknown.
+        kl_forward, kl_forward_stderr: KL(p || q) over exact samples with the known log Z, and the error of KL(p || q).
+            None without exact samples, or if log Z is unknown. In JSON, the keys are `kl` and `kl_stderr`.
+        log_z_true: the known log Z, `Target.log_z`, or None.
+        mode_shares: the share of the samples of the flow at each mode of the target. A sample belongs to the nearest
+            mode. None if the modes are unknown.
+        modes_found: the number of modes whose share of the samples is at least a quarter of their share of the mass.
+            None if the modes are unknown. In JSON, the key is `modes`.
+        solver, nfe: the settings of the solver, and the number of evaluations of the velocity field in a pass. None
+            without an ODE.
         roundtrip_error: max |x - forward(inverse(x))| on the subset, in data units.
-        seconds, total_seconds: the time of drawing and weighting the samples, and of the evaluation.
+        seconds, total_seconds: the time of drawing and weighting the samples of the flow, and of the whole evaluation.
         device, dtype: the device and the dtype of the flow.
         budget: the parts of the error of log Z.
         checks: the checks of the weights and of the density. `failed` lists the checks that did not pass.
@@ -133,12 +137,12 @@ class TargetEvaluation:
 
     @property
     def headline(self) -> str:
-        """log Z with its error, and the quality of the weights: "log Z 1.234 +- 0.005 nats (ESS 0.93, k 0.2)"."""
+        """log Z with its error, ESS and Pareto k: "log Z 1.234 +- 0.005 nats (ESS 0.93, k 0.2)"."""
         return f"log Z {with_error(self.log_z, self.log_z_stderr)} nats ({self._quality})"
 
     @property
     def words(self) -> str:
-        """log Z with its error and the quality of the weights, for titles of figures."""
+        """log Z with its error, ESS and Pareto k, for titles of figures."""
         return f"log Z {with_error(self.log_z, self.log_z_stderr)}, {self._quality}"
 
     @property
@@ -147,9 +151,9 @@ class TargetEvaluation:
         return f"ESS {self.ess:.2g}, k {k}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the content of eval.json. Keys of an `Evaluation` that a target does not have are None.
+        """Returns the content of eval.json. Keys of an `Evaluation` that do not apply to a target are None.
 
-        Only ensembles have the key `members`.
+        Only an ensemble has the key `members`.
         """
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in PRIVATE}
         content["kl"], content["kl_stderr"] = content.pop("kl_forward"), content.pop("kl_forward_stderr")
@@ -168,12 +172,12 @@ class TargetEvaluation:
         rows = [("log Z", self.headline.removeprefix("log Z "))]
         if self.log_z_true is not None:
             apart = abs(self.log_z - self.log_z_true)
-            rows.append(("", f"the target states {self.log_z_true:.6g}: {brief(apart)} nats apart"))
+            rows.append(("", f"known value {self.log_z_true:.6g}, difference {brief(apart)} nats"))
         gap = f", {brief(self.elbo_gap)} below log Z"
         rows.append(("ELBO", f"{with_error(self.elbo, self.budget.elbo_total)} nats{gap}"))
         words = f"{counted(self.n, 'sample')} of the flow"
         if self.missed_mass is not None:
-            words += f"; samples in its tails add {max(0.0, self.missed_mass):.1%} to Z"
+            words += f"; samples in the tails add {max(0.0, self.missed_mass):.1%} to Z"
         rows.append(("data", words))
         rows += self._divergence_rows()
         rows += self._mode_rows()
@@ -199,7 +203,7 @@ class TargetEvaluation:
             if value is not None and error is not None:
                 rows.append((name, f"{with_error(value, error)} nats"))
         if self.forward_ess is not None:
-            rows.append(("forward ESS", f"{self.forward_ess:.2g}, by exact samples"))
+            rows.append(("forward ESS", f"{self.forward_ess:.2g}, over exact samples"))
         return rows
 
     def _mode_rows(self) -> list[tuple[str, str]]:
@@ -250,5 +254,5 @@ class TargetEvaluation:
         return as_fragment(self)
 
     def table(self) -> str:
-        """Returns the result as text, one line for each quantity."""
+        """Returns the table of `rows` as text."""
         return "\n".join(f"{name:>{NAMES}}  {value}" for name, value in self.rows())

@@ -1,4 +1,4 @@
-"""Evaluates a flow on a target that is known up to a constant: log Z, its error, and the quality of the weights."""
+"""Evaluates a flow on a target, a density known up to a constant: log Z, its error, and the quality of the weights."""
 
 import copy
 import logging
@@ -39,21 +39,21 @@ from flowtrain.utils.weighting import effective_rows, stderr
 
 log = logging.getLogger("flowtrain")
 
-# largest k of reliable weights (Vehtari et al. 2024, section 3.2)
+# largest Pareto k of reliable weights (Vehtari et al. 2024, section 3.2)
 MOST_K = 0.7
-# number of standard errors within which log Z must agree with the value that the target states
+# largest distance of log Z from the known value, in errors of log Z
 SIGMAS = 3.0
 # largest share of samples whose weights are NaN or +inf
 MOST_LOST = 0.01
-# smallest mass in the tails, in nats, that fails the check `tails`
+# the check `tails` fails only if samples in the tails add more than this to log Z, in nats
 LEAST_MISSED = 0.01
-# a mode is found if its share of the samples is at least this part of its share of the mass
+# a mode is found if its share of the samples is at least this fraction of its share of the mass
 FOUND = 0.25
-# largest number of modes, and of distances that are computed at once
+# largest number of modes, and largest number of distances that are computed at once
 MOST_MODES, DISTANCES = 1000, 2**22
-# number of samples for figures, of exact samples, and of samples of each member of an ensemble
+# largest number of samples for figures, of exact samples, and of samples of each member of an ensemble
 SHOWN, EXACT, OF_MEMBER = 20_000, 10_000, 2000
-# rows of the error budget, and exact samples, with `thorough=False`
+# with `thorough=False`: samples of the error budget, and largest number of exact samples
 FEW, FEW_EXACT = 50, 1000
 
 
@@ -68,41 +68,47 @@ def evaluate_target(
     *,
     dtype: torch.dtype | None = None,
 ) -> TargetEvaluation:
-    """Estimates log Z of a target p = p~ / Z by importance sampling from a flow q, with its error and checks.
+    """Estimates log Z of a target p = p~ / Z by importance sampling from a flow q, with an error and checks.
 
-    With samples x_i ~ q and weights w_i = p~(x_i) / q(x_i), log mean_i w_i estimates log Z. A flow can lack a part of
-    the target in its tails. Neither these weights nor their spread would show it. log Z is therefore estimated from the
-    n samples of the flow together with n / 4 samples in its tails (`flowtrain.evaluation.log_weights`). ELBO, ESS and
-    Pareto k belong to the samples of the flow. The error of log Z is the root of the sum of squares of four parts:
+    A sample x_i ~ q has the weight w_i = p~(x_i) / q(x_i), and log mean_i w_i estimates log Z. If q has almost no mass
+    in a part of the target, no sample is in this part. Neither the weights nor their variance then show that the part
+    is missing. The estimate of log Z therefore also uses n / 4 samples in the tails of the flow, see
+    `flowtrain.evaluation.log_weights.balanced_weights`. ELBO, effective sample size (ESS) and Pareto k are computed
+    from the n samples of the flow alone.
+
+    The error of log Z is the root of the sum of the squares of four parts:
 
     - sampling: the standard error of the mean of the weights, divided by Z (delta method)
-    - tail: the share of Z that the samples lack, because none has a weight above the largest one
-      (`flowtrain.evaluation.pareto`). Without this part, the error is too small if the weights have a heavy tail
+    - tail: the share of Z from weights above the largest sampled weight, by a fitted Pareto distribution
+      (`flowtrain.evaluation.pareto`). Without this part, the error is too small for weights with a heavy tail
     - solver, for a continuous flow: the change of log Z by a tight solve in float64 from the same base points
-    - precision: the change of log Z in float64
+    - precision: the change of log Z by float64, from the same base points
 
-    The last two are measured on a subset of the base points. If k of the tail is above 0.7, the error is not valid,
-    and the check `pareto_k` fails. No estimate from samples of q can notice a mode that q misses, unless the target
-    states its modes, log Z or exact samples.
+    The last two parts are measured on a subset of the base points. The error is not reliable if k of the weights is
+    above min(0.7, 1 - 1 / log10(n)). The check `pareto_k` then fails. Samples of q cannot show that q misses a distant
+    mode. The known modes, log Z or exact samples of the target can show it.
 
-    The trace of a continuous flow is exact, because the exponential of an estimate is biased. The state of the flow,
-    the settings of torch and its random state do not change. The logger `flowtrain` logs failed checks as warnings.
+    The trace of a continuous flow is computed exactly, because the exponential of an estimate of log q is biased. The
+    state of the flow, the settings of torch and its random state do not change. The logger `flowtrain` logs failed
+    checks as warnings.
 
     Args:
         flow: a flow or an ensemble.
-        target: the target, which is moved to the device of the flow, or a function log p~(x), (B, d) -> (B,).
+        target: the target, which is moved to the device of the flow, or a function log p~(x) in nats, (B, d) -> (B,).
         n: the number of samples.
         seed: the seed of the samples.
         step: the training step in the report. None means the step of `flow.record`, or 0 without a record.
         batch_size: the number of samples that are computed at once. None means a number that depends on d.
-        thorough: if false, the density is not checked, and the errors of solver and dtype are measured on 50 samples.
+        thorough: if False, the checks of the density of the flow are left out, the parts solver and precision are
+            measured on 50 samples, and at most 1,000 exact samples are drawn.
         dtype: evaluates a copy of the flow in this dtype. None means the dtype of the flow.
 
     Raises:
-        ConfigError: a conditional flow, another number of columns, or an argument out of range.
-        DataError: the log density of the target returns another shape.
+        ConfigError: the flow is conditional, the flow and the target differ in the number of columns, or an argument is
+            out of range.
+        DataError: the log density of the target does not have the shape (B,).
         NonFiniteError: more than 1% of the weights are NaN or infinite, or all weights are 0.
-        SolverError: an ODE cannot be solved.
+        SolverError: an ODE solve of a sample fails.
 
     Example:
         >>> from flowtrain.bijections.linear import Affine
@@ -141,11 +147,11 @@ def evaluate_target(
 
 
 def check_fits_target(flow: Any, target: Any) -> None:
-    """Checks that a flow has samples of the shape of a target.
+    """Checks that a flow can be evaluated on a target.
 
     Raises:
-        ConfigError: not a flow or a target, a conditional flow or a flow of whole numbers, another number of columns,
-            or a column in which the flow has no samples in a part of the support of the target.
+        ConfigError: not a flow and a target, a conditional flow or a flow of whole numbers, different numbers of
+            columns, or a column in which the flow has no samples in a part of the support of the target.
     """
     if not isinstance(flow, Density):
         raise ConfigError(f"flow={shortened(flow)}: give a Flow as the first argument, then the target")
@@ -208,34 +214,35 @@ def _evaluate(
     with phase("drawing samples of the flow"), record_solves() as solves:
         drawn = weighted_samples(flow, target, n, seed, batch_size=batch_size)
     seconds = time.perf_counter() - begun
-    log_w, lost = usable_weights(drawn)
-    kept = log_w[~lost]
+    log_w, unusable = usable_weights(drawn)
+    kept = log_w[~unusable]
     elbo, elbo_stderr = float(kept.mean()), stderr(kept)
     # NaN if a weight is 0
     elbo_stderr = elbo_stderr if math.isfinite(elbo) else math.nan
     w = (log_w - log_w.max()).exp()
     tail = weight_tail(w)
     with phase("drawing samples in the tails of the flow"):
-        balanced = own = BalancedWeights(log_w, n)
+        balanced = flow_only = BalancedWeights(log_w, n)
         if isinstance(flow, Flow):
             balanced = balanced_weights(flow, target, drawn, seed, batch_size)
-    log_z = balanced.log_z
+    log_z, has_tails = balanced.log_z, len(balanced) > n
     with phase("estimating the error of log Z"):
-        parts = budget(flow, target, balanced, elbo_stderr, seed, rows_of_checks((target.dim,)) if thorough else FEW)
-    with phase("exact samples"):
+        measured = rows_of_checks((target.dim,)) if thorough else FEW
+        parts = log_z_budget(flow, target, balanced, elbo_stderr, seed, measured)
+    with phase("scoring exact samples"):
         exact = exact_samples(flow, target, min(n, EXACT if thorough else FEW_EXACT), seed, batch_size)
     divergences = divergences_of(target, elbo, elbo_stderr, parts, exact)
     modes = modes_of(target, drawn.x, w, None if exact is None else exact.x)
     found = [
-        check_finite_weights(drawn, lost),
+        check_finite_weights(drawn, unusable),
         check_pareto_k(None if tail is None else tail.k, n),
-        None if len(balanced) == n else check_tails(log_z - own.log_z, math.hypot(own.stderr, parts.sampling)),
-        check_solver_share(flow, parts),
-        check_stated(target, log_z, parts),
+        check_tails(log_z - flow_only.log_z, math.hypot(flow_only.stderr, parts.sampling)) if has_tails else None,
+        check_log_z_solver(flow, parts),
+        check_known_log_z(target, log_z, parts),
         check_kl((divergences["kl_forward"], divergences["kl_forward_stderr"])),
         None if modes is None else modes.check(),
     ]
-    rows = drawn.x[lost.logical_not()][: rows_of_checks((target.dim,))].to(flow.like.device)
+    rows = drawn.x[unusable.logical_not()][: rows_of_checks((target.dim,))].to(flow.like.device)
     subset = Subset(rows, rows, None)
     if thorough:
         with phase("checking the density"):
@@ -252,7 +259,7 @@ def _evaluate(
         ess=effective_rows(w) / n,
         pareto_k=None if tail is None else tail.k,
         elbo_gap=log_z - elbo,
-        missed_mass=None if len(balanced) == n else -math.expm1(own.log_z - log_z),
+        missed_mass=-math.expm1(flow_only.log_z - log_z) if has_tails else None,
         **divergences,
         log_z_true=target.log_z,
         mode_shares=None if modes is None else tuple(modes.shares.tolist()),
@@ -275,19 +282,19 @@ def _evaluate(
 
 
 def usable_weights(drawn: WeightedSamples) -> tuple[Tensor, Tensor]:
-    """Returns the log weights (n,), with -inf for weights that are NaN or +inf, and which samples these are, (n,).
+    """Returns the log weights (n,) and a mask (n,) of the weights that are NaN or infinite, which are set to 0.
 
     Raises:
-        NonFiniteError: more than 1% of the samples have such a weight, or all weights are 0.
+        NonFiniteError: more than 1% of the weights are NaN or infinite, or all weights are 0.
     """
-    lost = ~(drawn.log_w < math.inf)
-    log_w = torch.where(lost, -math.inf, drawn.log_w)
-    if int(lost.sum()) > MOST_LOST * len(lost) or not bool(log_w.isfinite().any()):
+    unusable = ~(drawn.log_w < math.inf)
+    log_w = torch.where(unusable, -math.inf, drawn.log_w)
+    if int(unusable.sum()) > MOST_LOST * len(unusable) or not bool(log_w.isfinite().any()):
         check_log_weights(drawn)
-    return log_w, lost
+    return log_w, unusable
 
 
-def budget(
+def log_z_budget(
     flow: Density,
     target: Target,
     balanced: BalancedWeights,
@@ -295,11 +302,12 @@ def budget(
     seed: int,
     rows: int,
 ) -> LogZBudget:
-    """Measures the parts of the error of log Z.
+    """Measures the parts of the error of log Z; see `evaluate_target`.
 
     Args:
         balanced: the weights whose mean estimates Z.
-        rows: the number of base points on which the errors of solver and dtype are measured.
+        elbo_stderr: the standard error of the ELBO in nats.
+        rows: the number of base points on which the parts solver and precision are measured.
     """
     log_z, sampling = balanced.log_z, balanced.stderr
     tail = weight_tail(balanced.terms.clamp_min(0))
@@ -310,11 +318,11 @@ def budget(
     if flow.solver is not None:
         try:
             tight = weighted_samples(exact.with_solvers(tight_solver), in_float64, rows, seed)
-            solver = changes(fine.log_w, tight.log_w)
+            solver = errors_between(fine.log_w, tight.log_w)
         except SolverError:
             solver = (math.nan, math.nan)
     if flow.like.dtype != torch.float64:
-        precision = changes(*log_weights_in_both(flow, target, exact, in_float64, rows, seed))
+        precision = errors_between(*log_weights_in_two_dtypes(flow, target, exact, in_float64, rows, seed))
     errors = [part for part in (solver, precision) if part is not None]
 
     def total(*of_samples: float, which: int) -> float:
@@ -335,16 +343,17 @@ def budget(
 
 
 def tight_solver(solver: Solver) -> Solver:
-    """Returns an adaptive solver with rtol 1e-7, or a tenth of the tolerance if that is smaller."""
+    """Returns dopri5 with rtol 1e-7, or with a tenth of the rtol of an adaptive solver if this is smaller."""
     rtol = min(ACCURATE, solver.rtol / 10) if solver.adaptive else ACCURATE
     return ode_solver("dopri5", rtol=rtol, max_nfe=max(MAX_NFE, 10 * solver.max_nfe))
 
 
-def changes(one: Tensor, other: Tensor) -> tuple[float, float]:
-    """Returns the errors of log Z and of the ELBO from log weights (rows,) of the same base points by two computations.
+def errors_between(one: Tensor, other: Tensor) -> tuple[float, float]:
+    """Returns the errors of log Z and of the ELBO from two computations of the same log weights (rows,).
 
-    Each is sqrt(m^2 + s^2), with the difference m and its standard error s. To first order, log Z by `one` minus log Z
-    by `other` is the mean of w_i / mean(w) - v_i / mean(v) over the rows, which gives s.
+    Each error is sqrt(m^2 + s^2), with the difference m of the two estimates and the standard error s of m. To first
+    order, the difference of log Z is the mean of w_i / mean(w) - v_i / mean(v) over the rows, with the weights w of
+    `one` and v of `other`. s is the standard error of this mean.
     """
     w, v = ((part - part.logsumexp(0)).exp() * len(part) for part in (one, other))
     m = float(one.logsumexp(0) - other.logsumexp(0))
@@ -353,15 +362,15 @@ def changes(one: Tensor, other: Tensor) -> tuple[float, float]:
     return math.hypot(m, stderr(w - v)), of_elbo
 
 
-def log_weights_in_both(
+def log_weights_in_two_dtypes(
     flow: Density, target: Target, exact: Density, in_float64: Callable[[Tensor], Tensor], rows: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns log weights (rows,) in the dtype of the flow and in float64.
+    """Returns the log weights (rows,) in the dtype of the flow and in float64, each in nats and float64.
 
-    A flow maps the same base points. Members of an ensemble score the same samples.
+    A flow maps the same base points in both dtypes. An ensemble scores the same samples in both dtypes.
 
     Args:
-        exact, in_float64: flow and target in float64.
+        exact, in_float64: the flow and the target in float64.
     """
     with seeded(seed, flow.like.device):
         single = isinstance(flow, Flow)
@@ -378,7 +387,7 @@ def log_weights_in_both(
 
 
 class InFloat64(Target):
-    """A target for points in float64. If its function cannot compute with them, they are rounded to float32."""
+    """A target for points in float64. With `rounded`, it rounds them to float32 before it calls the wrapped target."""
 
     def __init__(self, target: Target, rounded: bool) -> None:
         super().__init__(target.dim, target.types, target.columns)
@@ -390,20 +399,20 @@ class InFloat64(Target):
 
 
 def target_in_float64(target: Target, flow: Density) -> Target:
-    """Returns a copy of the target whose buffers are float64. Constants of a function of the user stay as they are."""
+    """Returns a copy of a target with buffers in float64. Tensors inside of a user's function keep their dtype."""
     found = copy.deepcopy(target).double()
     x = flow.sample(2).double()
     try:
         found(x)
     except DataError:
-        # the function multiplies x by a matrix in float32
+        # such as a function that multiplies x by a matrix in float32
         return InFloat64(target, rounded=True)
     return InFloat64(found, rounded=False)
 
 
 @dataclass(frozen=True)
 class ExactSamples:
-    """Exact samples of a target, (m, d), on the CPU, with log p~ and log q, (m,). log q is -inf if it is unknown."""
+    """Exact samples of a target, (m, d), with log p~ and log q, (m,), on the CPU. log q is -inf if its solve failed."""
 
     x: Tensor
     log_p: Tensor
@@ -411,7 +420,7 @@ class ExactSamples:
 
 
 def exact_samples(flow: Density, target: Target, m: int, seed: int, batch_size: int | None) -> ExactSamples | None:
-    """Draws m exact samples of the target, and scores them. None if no method is known.
+    """Draws m exact samples of a target and scores them. Returns None if the target has no exact samples.
 
     Raises:
         DataError: the samples have another shape.
@@ -423,7 +432,7 @@ def exact_samples(flow: Density, target: Target, m: int, seed: int, batch_size: 
         raise DataError(
             f"sample of the target returned shape {tuple(x.shape)} for {m} samples; it must return ({m}, {target.dim})"
         )
-    # the samples are rounded before the densities are computed, so that both see the same points
+    # rounded first, so that both densities are computed at the same points
     x = x.to(flow.like.dtype)
     log_q = score_rows(flow, x, None, latents=0, unsolved=UNSOLVED, batch_size=batch_size, draws=1, seed=0).log_p
     log_p = torch.cat([target(part.to(flow.like.device)).double().cpu() for part in torch.split(x, batch_size or 4096)])
@@ -433,9 +442,9 @@ def exact_samples(flow: Density, target: Target, m: int, seed: int, batch_size: 
 def divergences_of(
     target: Target, elbo: float, elbo_stderr: float, parts: LogZBudget, exact: ExactSamples | None
 ) -> dict[str, Any]:
-    """Returns the attributes of a `TargetEvaluation` that depend on the true log Z or on exact samples.
+    """Returns the attributes of a `TargetEvaluation` that depend on the known log Z or on exact samples.
 
-    The forward ESS is 1 / (E_p[w] E_p[1/w]) with w = p~ / q. The second factor estimates 1 / Z.
+    The forward ESS is 1 / (E_p[w] E_p[1/w]) with w = p~ / q. Both expectations are means over exact samples.
 
     Source: Nicoli et al. 2023, Detecting and mitigating mode-collapse for flow-based sampling of lattice field
     theories, section III.
@@ -458,12 +467,14 @@ def divergences_of(
 
 @dataclass(frozen=True)
 class Modes:
-    """The modes of a target, (k,) each.
+    """The shares of the k modes of a target, as tensors (k,).
+
+    A point belongs to the nearest mode.
 
     Attributes:
-        shares: the share of samples of the flow whose nearest mode it is.
-        expected: the same share of the mass of the target.
-        found: whether the mode has samples, and its share is at least a quarter of its mass.
+        shares: the share of the samples of the flow at each mode.
+        expected: the share of the mass of the target at each mode.
+        found: whether `shares` is positive and at least a quarter of `expected`.
     """
 
     shares: Tensor
@@ -483,17 +494,17 @@ class Modes:
             "modes",
             float(len(missed)),
             0.0,
-            f"the flow has few samples at {counted(len(missed), 'mode')} of {len(self.shares)} (from 0: {which})"
-            f"{part}. log Z can be too small by more than its error, which ESS and k do not show. Train with "
-            "objective=weighted_forward_kl, or with a wider start distribution (target.scale)",
+            f"the flow has too few samples at {len(missed)} of {counted(len(self.shares), 'mode')} (indices {which})"
+            f"{part}. log Z can be too small by more than its error, and ESS and k do not show it. Train with "
+            "objective=weighted_forward_kl, or with a wider initial distribution (target.scale)",
         )
 
 
 def modes_of(target: Target, x: Tensor, w: Tensor, exact: Tensor | None) -> Modes | None:
-    """Returns the share of samples at each mode. None if the modes are unknown, or if there are more than 1,000.
+    """Returns the shares of samples and of mass at each mode. None for unknown modes, or for more than 1,000 modes.
 
-    The share of the mass is the share of exact samples; without them, the share of the weights w of samples x of the
-    flow, which is 0 for a mode without samples.
+    The share of the mass is the share of exact samples. Without exact samples, it is estimated by the weights w of
+    samples x of the flow, and is 0 for a mode without samples.
 
     Args:
         x: samples of the flow, (n, d).
@@ -513,7 +524,7 @@ def modes_of(target: Target, x: Tensor, w: Tensor, exact: Tensor | None) -> Mode
 
 
 def nearest_modes(x: Tensor, modes: Tensor) -> Tensor:
-    """Returns the number of the nearest of k modes (k, d) for each point x (n, d), (n,)."""
+    """Returns the index (n,) of the nearest of k modes (k, d) for points x (n, d)."""
     parts = torch.split(x.double(), max(1, DISTANCES // len(modes)))
     return torch.cat([torch.cdist(part, modes).argmin(1) for part in parts])
 
@@ -521,7 +532,7 @@ def nearest_modes(x: Tensor, modes: Tensor) -> Tensor:
 def members_of(
     flow: Density, target: Target, n: int, seed: int, batch_size: int | None
 ) -> tuple[TargetMember, ...] | None:
-    """Returns the members of an ensemble with their negative ELBO by n samples; None for a flow."""
+    """Returns the members of an ensemble, each with the negative ELBO of n samples. Returns None for a flow."""
     if not isinstance(flow, Ensemble):
         return None
     found = []
@@ -535,70 +546,73 @@ def members_of(
     return tuple(found)
 
 
-def check_finite_weights(drawn: WeightedSamples, lost: Tensor) -> Check:
-    """Checks that all weights are positive and finite. A weight of 0 does not affect log Z, but the ELBO."""
+def check_finite_weights(drawn: WeightedSamples, unusable: Tensor) -> Check:
+    """Checks that all weights are positive and finite. A weight of 0 makes the ELBO -inf, but log Z stays valid."""
     zero = drawn.log_w == -math.inf
-    count, wrong = int(zero.sum()), int(lost.sum())
+    count, wrong = int(zero.sum()), int(unusable.sum())
     words = []
     if count:
         words.append(
             f"the density is 0 at {counted(count, 'sample')} of the flow, so the ELBO is -inf, but log Z is valid. "
-            "Give the range of the density by target.types"
+            "Give the range of each column with target.types"
         )
     if wrong:
-        first = int(lost.nonzero()[0])
+        first = int(unusable.nonzero()[0])
         words.append(
-            f"{counted(wrong, 'sample')} with a weight that is NaN or infinite count as weight 0; the first is sample "
+            f"the weights of {counted(wrong, 'sample')} are NaN or infinite, and count as 0; the first is sample "
             f"{first}, with log p~ = {drawn.log_p[first].item():g} and log q = {drawn.log_q[first].item():g}"
         )
     return check_limit("finite weights", float(count + wrong), 0.0, ". ".join(words))
 
 
 def check_pareto_k(k: float | None, n: int) -> Check:
-    """Checks that k of the largest weights is at most min(0.7, 1 - 1 / log10(n)), see Vehtari et al. 2024, sec. 3.2."""
+    """Checks that Pareto k is at most min(0.7, 1 - 1 / log10(n)).
+
+    Source: Vehtari et al. 2024, Pareto smoothed importance sampling, section 3.2.
+    """
     limit = min(MOST_K, 1 - 1 / math.log10(n)) if n > 10 else MOST_K
     if k is None:
-        return Check("pareto_k", None, limit, None, f"{n} samples are too few for an estimate of the tail; give 25")
+        return Check("pareto_k", None, limit, None, f"{n} samples are too few to estimate k; draw at least 25")
     return check_limit(
         "pareto_k",
         k,
         limit,
-        f"k = {k:.2f} of the largest weights is above {limit:.2g}: a few samples dominate, so log Z, its error and the "
-        "effective sample size are not reliable. Train for more steps, or with a larger model, or with "
+        f"Pareto k = {k:.2f} is above {limit:.2g}. A few weights dominate, so log Z, its error and the effective "
+        "sample size are not reliable. Train for more steps, or with a larger model, or with "
         "objective=weighted_forward_kl",
     )
 
 
 def check_tails(missed: float, error: float) -> Check:
-    """Checks that the flow does not lack a part of the density in its tails.
+    """Checks that the flow does not miss a part of the target in its tails.
 
     Args:
-        missed: log Z minus log Z by the samples of the flow alone, in nats.
-        error: the standard error of this difference.
+        missed: log Z with samples in the tails of the flow, minus log Z without them, in nats.
+        error: the standard error of `missed`.
     """
     return check_limit(
         "tails",
         missed,
         max(SIGMAS * error, LEAST_MISSED),
-        f"samples in the tails of the flow add {missed:.2g} nats to log Z, so the flow lacks "
-        f"{-math.expm1(-missed):.1%} of the mass of the target. ESS and k do not show this. Train for more steps, with "
-        "objective=weighted_forward_kl, or with a wider start distribution (target.scale)",
+        f"samples in the tails of the flow add {missed:.2g} nats to log Z, so the flow misses "
+        f"{-math.expm1(-missed):.1%} of the mass of the target. ESS and k do not show it. Train for more steps, with "
+        "objective=weighted_forward_kl, or with a wider initial distribution (target.scale)",
     )
 
 
-def check_solver_share(flow: Density, parts: LogZBudget) -> Check | None:
-    """Checks that the error of the solver is small: training can exploit errors of a coarse solver."""
+def check_log_z_solver(flow: Density, parts: LogZBudget) -> Check | None:
+    """Checks that the error of log Z by the solver is small. Training can exploit the errors of a coarse solver."""
     if flow.solver is None:
         return None
-    words = f"log Z changes by about {parts.solver:.2g} nats with a tight solver"
+    words = f"with a tight solver, log Z changes by about {parts.solver:.2g} nats"
     if math.isnan(parts.solver):
-        words = "the ODE cannot be solved with a tight tolerance, so the error of log Z does not include the solver"
+        words = "the ODE cannot be solved with a tight tolerance, so the error of log Z lacks the part of the solver"
     cause = f"{words}. Evaluate and train with a smaller solver.rtol (or solver.step_size)"
     return check_limit("solver", parts.solver, largest_bias(flow, parts.sampling), cause)
 
 
-def check_stated(target: Target, log_z: float, parts: LogZBudget) -> Check | None:
-    """Checks that log Z agrees with the value that the target states, within 3 errors or 0.001 nats."""
+def check_known_log_z(target: Target, log_z: float, parts: LogZBudget) -> Check | None:
+    """Checks that log Z is within 3 errors, or within 0.001 nats, of the known value."""
     if target.log_z is None:
         return None
     apart = abs(log_z - target.log_z)
@@ -606,6 +620,6 @@ def check_stated(target: Target, log_z: float, parts: LogZBudget) -> Check | Non
         "log_z",
         apart,
         max(SIGMAS * parts.total, SMALL),
-        f"the target states log Z = {target.log_z:.6g}, but the estimate is {log_z:.6g} +- {parts.total:.2g}: the "
-        "stated value (target.log_z) is wrong, or the flow misses a part of the density",
+        f"target.log_z is {target.log_z:.6g}, but the estimate of log Z is {log_z:.6g} +- {parts.total:.2g}. Either "
+        "target.log_z is wrong, or the flow misses a part of the target",
     )

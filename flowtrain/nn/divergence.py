@@ -65,10 +65,10 @@ class Probes:
         return self.weight * products.sum((0, *range(-self.event_dims, 0)))
 
     def divergence(self, e: Tensor, je: Tensor) -> Tensor:
-        """Returns w sum_j <e_j, J e_j>, (*nodes, B), for e and J e as in `probe_jvps`."""
+        """Returns the divergence w sum_j <e_j, J e_j>, (*nodes, B), for e and J e as in `probe_jvps`."""
         if not self.is_basis or self.event_dims != 1 or torch.is_grad_enabled():
             return self.contract(e * je)
-        # the other elements of J are multiplied by zeros
+        # for the basis, the off-diagonal elements of J have a factor of 0
         return je.diagonal(dim1=0, dim2=-1).sum(-1)
 
     def of_rows(self, index: Tensor) -> "Probes":

@@ -393,7 +393,7 @@ class MLPField(LayeredField[TimedLinear]):
         of_rows = t.dim() == 1 and x.dim() == 2 and tangents.dim() == 3 and x.numel() > 0
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms_active() or not of_rows:
             return super().jvp_rows(t, x, tangents, shift)
-        # blocks that fit into the cache, see `BLOCK`
+        # rows in blocks that fit into the cache, see `BLOCK`
         size = len(x)
         if x.device.type == "cpu":
             size = max(1, BLOCK // ((1 + len(tangents)) * max(layer.linear.out_features for layer in self.layers)))
@@ -409,9 +409,10 @@ class MLPField(LayeredField[TimedLinear]):
         return torch.cat(v), torch.cat(je, 1)
 
     def _jvp_of_rows(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns (v, J e) for times (B,) and x (B, d), without a gradient.
+        """Returns (v, J e) for times (B,) and x (B, d), without gradients.
 
-        The gate of a layer and the slope of the activation are multiplied first, because the tangents are larger.
+        The gate of a layer is multiplied with the slope of the activation, and the product with the tangents, because
+        the tangents are the largest tensor.
         """
         gain = self.activation.gain(x.device)
         for layer in self.layers[:-1]:

@@ -25,7 +25,7 @@ class Objective(nn.Module, ABC):
         likelihood_from: the first step that maximizes the likelihood, with an ODE solve for a continuous flow. The
             schedules of learning rate, tolerance and weight averaging restart at this step. None: no such step.
         uses_target: whether the loss is computed from the density of a target, and not from samples.
-        raises_log_prob: whether the loss decreases if log p of `rows_to_check` increases. The solver guard uses it.
+        raises_log_prob: whether a larger log p at `rows_to_check` lowers the loss. The solver guard uses it.
         start_counts: whether the flow before the first step can become the best checkpoint. False for objectives that
             may lower the likelihood for another goal.
         pinned: values that replace config keys of the objective in checkpoints.
@@ -46,7 +46,9 @@ class Objective(nn.Module, ABC):
         return False
 
     def follow_schedule(self, position: float) -> None:
-        """Sets what changes along the schedule of the learning rate, before each step. The default does nothing.
+        """Sets values that follow the schedule of the learning rate. The trainer calls this before each step.
+
+        The default does nothing.
 
         Args:
             position: the position of the schedule in steps. It exceeds the step if the time limit allows fewer steps
@@ -57,22 +59,22 @@ class Objective(nn.Module, ABC):
         """Prepares the loss of a training step. The trainer calls this before each step. The default does nothing."""
 
     def rows_to_check(self, x: Tensor) -> Tensor:
-        """Returns the rows on which the solver guard compares log p with a tight solve, for a batch x of a step."""
+        """Returns the rows at which the solver guard compares log p with a tight solve, for a batch x of a step."""
         return x
 
     def diagnose_failure(self, x: Tensor) -> FlowtrainError | None:
-        """Returns an error that names the cause of a loss that is not finite, for a batch x; None if it is unknown."""
+        """Returns an error that names the cause of a loss that is not finite, for a batch x. None if it is unknown."""
         return None
 
     def state(self) -> dict[str, Any] | None:
-        """Returns the state that a resumed run needs, plain values and tensors; None without state."""
+        """Returns the state for resuming a run, as plain values and tensors. None without state."""
         return None
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restores the result of `state`, which may come from a damaged or a manipulated file.
 
         Raises:
-            CheckpointError: values that no run writes.
+            CheckpointError: the state is not a valid result of `state`.
         """
         raise CheckpointError(f"the checkpoint is damaged: {type(self).__name__} has no state")
 

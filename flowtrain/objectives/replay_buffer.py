@@ -1,4 +1,4 @@
-"""A prioritised replay buffer of weighted samples."""
+"""A prioritised replay buffer: rows are drawn with probabilities proportional to their weights."""
 
 import math
 from collections.abc import Mapping
@@ -13,17 +13,17 @@ KEYS = ("x", "log_w", "log_q")
 
 
 class ReplayBuffer:
-    """The newest weighted samples, from which rows are drawn with probabilities proportional to their weights.
+    """A buffer of the newest weighted samples. `draw` draws rows with probabilities proportional to their weights.
 
     Args:
         size: the largest number of rows. New rows replace the oldest ones.
-        like: a tensor with the device of the rows.
+        like: a tensor on the device of the buffer.
         dim: the number of columns d.
 
     Attributes:
-        x: the samples (n, d), oldest first, float32.
-        log_w: their log weights (n,), float32.
-        log_q: log q(x) (n,) of the flow for which the weights are valid, float32.
+        x: the samples, (n, d), oldest first, float32.
+        log_w: the log weights of the samples, (n,), float32.
+        log_q: log q(x), (n,), float32, of the flow to which the weight of the row belongs.
     """
 
     def __init__(self, size: int, like: Tensor, dim: int) -> None:
@@ -35,18 +35,18 @@ class ReplayBuffer:
         return len(self.x)
 
     def add(self, x: Tensor, log_w: Tensor, log_q: Tensor) -> None:
-        """Adds rows x (m, d) with log weights and log densities (m,)."""
+        """Adds rows x (m, d) with log weights and log q, (m,), and drops the oldest rows beyond `size`."""
         self.x, self.log_w, self.log_q = (
             torch.cat([old, new.to(old)])[-self.size :]
             for old, new in ((self.x, x), (self.log_w, log_w), (self.log_q, log_q))
         )
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draws the positions (n,) of rows with probabilities proportional to their weights.
+        """Draws the indices (n,) of rows without replacement, with probabilities proportional to their weights.
 
-        No row is drawn twice, unless n exceeds the number of rows: the buffer is then repeated. The rows are the n
-        largest of log w plus Gumbel noise, which is sequential sampling without replacement (Kool et al. 2019,
-        Stochastic beams and where to find them, section 2.3).
+        If n exceeds the number of rows, the rows are repeated first. The drawn rows have the n largest values of log w
+        plus Gumbel noise, which is equivalent to sequential sampling without replacement (Kool et al. 2019, Stochastic
+        beams and where to find them, section 2.3).
         """
         repeats = -(-n // len(self))
         log_w = self.log_w.cpu().double().repeat(repeats)
@@ -54,23 +54,29 @@ class ReplayBuffer:
         return ((log_w + gumbel).topk(n).indices % len(self)).to(self.device)
 
     def correct(self, rows: Tensor, log_q: Tensor, power: float) -> None:
-        """Updates the weights of rows (m,), which are p^alpha q^(1 - alpha) / (density of the row), for a new log q.
+        """Updates the weights of rows for a new flow q.
 
-        The new weight is w (q_old / q_new)^power with power = alpha - 1.
+        A weight is p^alpha q^(1 - alpha) / r with the density r of the row. With power = alpha - 1, the new weight is
+        w (q_old / q_new)^power.
+
+        Args:
+            rows: the indices of the rows, (m,).
+            log_q: log q_new of the rows, (m,), in nats.
+            power: alpha - 1.
         """
         log_q = log_q.to(self.log_q)
         self.log_w[rows] += power * (self.log_q[rows] - log_q)
         self.log_q[rows] = log_q
 
     def state(self) -> dict[str, Any]:
-        """Returns the contents. Later changes of the buffer do not change them."""
+        """Returns a copy of the contents."""
         return {key: getattr(self, key).clone() for key in KEYS}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restores the result of `state`. If the buffer is smaller than the saved one, the oldest rows are dropped.
 
         Raises:
-            CheckpointError: values that no run writes.
+            CheckpointError: the state is not a valid result of `state`.
         """
         found = [state.get(key) for key in KEYS]
         n = len(found[0]) if isinstance(found[0], Tensor) and found[0].dim() else -1
@@ -84,8 +90,8 @@ class ReplayBuffer:
         self.x, self.log_w, self.log_q = (v.to(self.device)[-self.size :].clone() for v in found)  # type: ignore[union-attr]
 
 
-def effective(log_w: Tensor) -> float:
-    """Returns the effective sample size of log weights (n,) (Kish), as a share of n; NaN without rows."""
+def effective_share(log_w: Tensor) -> float:
+    """Returns the effective sample size (Kish 1965) of log weights (n,), as a share of n. NaN if n is 0."""
     if not len(log_w):
         return math.nan
     w = torch.softmax(log_w.double(), 0)

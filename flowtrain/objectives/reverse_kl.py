@@ -1,4 +1,4 @@
-"""The reverse KL divergence of a flow to a target that is known up to a constant: variational inference."""
+"""Variational inference: the reverse KL divergence of a flow to a target."""
 
 import math
 
@@ -19,29 +19,28 @@ GRADIENTS = ("path", "total")
 class ReverseKL(Objective):
     """The reverse KL divergence KL(q || p) = E_q[log q(x) - log p~(x)] + log Z of a flow q to a target p = p~ / Z.
 
-    The loss is the negative evidence lower bound (ELBO), E_z[log q(x) - beta log p~(x)] with x = f(z), in nats. z is
-    drawn from the base, f is the flow, and beta is 1 after annealing. The gradient is one of
+    The loss is E_z[log q(x) - beta log p~(x)] in nats, with base points z and samples x = f(z) of the flow f. beta is 1
+    after annealing. The loss then is the negative evidence lower bound (ELBO). There are two estimates of the gradient:
 
-    - the total gradient d/dtheta of the loss, through x and through the parameters of log q
-    - the path gradient (sticking the landing, Roeder et al. 2017, section 3), through x only:
-      E_z[(d/dx log q(x) - beta d/dx log p~(x)) dx/dtheta]. The left-out part E_q[d/dtheta log q(x)], the score, is
-      zero in expectation. The path gradient of every sample is zero if q = p.
+    - total: d/dtheta of the loss, through x and through the parameters of log q
+    - path (sticking the landing, Roeder et al. 2017, section 3): E_z[(d/dx log q(x) - beta d/dx log p~(x)) dx/dtheta],
+      through x only. It leaves out the score term E_q[d/dtheta log q(x)], which is zero. If q = p, the path gradient of
+      every sample is zero.
 
-    The path gradient needs log q of the samples as a function of x, and so an inverse pass in each step.
+    The path gradient needs log q as a function of x, and so an inverse pass in each step.
 
     Args:
         flow: a flow without context.
         regularizer: path regularizers of a continuous flow.
         target: the target.
         steps: the number of steps of the run.
-        gradient: path | total.
-        anneal: the steps of annealing: below 1, a share of the steps; otherwise, their number. During annealing, beta
-            grows linearly from `anneal_from` to 1.
-        anneal_from: the first beta, between 0 and 1.
+        gradient: path | total, the estimate of the gradient.
+        anneal: the length of the annealing, in which beta grows linearly from `anneal_from` to 1: below 1, a share of
+            `steps`; otherwise, a number of steps.
+        anneal_from: the initial beta, between 0 and 1.
 
     Raises:
-        ConfigError: a setting out of range, a conditional flow, a flow whose trace is estimated in training (the
-            exponential of an estimate of log q is biased), or regularizer=steer.
+        ConfigError: a setting is out of range, or see `check_target`.
     """
 
     uses_target = True
@@ -76,7 +75,7 @@ class ReverseKL(Objective):
             return self.flow.sample_pass(self._base_points(len(x))).x
 
     def diagnose_failure(self, x: Tensor) -> FlowtrainError | None:
-        """Returns an error with a sample of the flow at which the target has no finite density; None if all have."""
+        """Returns an error that names a sample of the flow at which log p~ is not finite. None if log p~ is finite."""
         return failure_of_target(self.target, self.rows_to_check(x))
 
     def forward(
@@ -86,12 +85,15 @@ class ReverseKL(Objective):
         options: SolveOptions = AS_CONFIGURED,
         weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss of as many samples as x has rows, and its terms: nll, the negative ELBO, and penalties."""
+        """Returns the loss and its terms: nll, the negative ELBO without annealing, and penalties.
+
+        The loss is computed from B new samples of the flow, with B the number of rows of x.
+        """
         drawn = self.flow.sample_pass(self._base_points(len(x)), options=self.regularizer.options(options))
-        of_target = self.target(drawn.x)
-        nll = (drawn.log_p - of_target).mean()
+        log_target = self.target(drawn.x)
+        nll = (drawn.log_p - log_target).mean()
         if self.gradient == "total":
-            loss = nll + (1 - self.beta) * of_target.mean()
+            loss = nll + (1 - self.beta) * log_target.mean()
         else:
             loss = self._with_path_gradient(drawn.x, options)
         penalties = {
@@ -105,7 +107,7 @@ class ReverseKL(Objective):
         return self.flow.base.rsample(n, like=self.flow.like)
 
     def _with_path_gradient(self, x: Tensor, options: SolveOptions) -> Tensor:
-        """Returns a scalar with the value of the loss and the path gradient, for samples x (B, d) with gradients."""
+        """Returns a scalar that has the value of the loss and the path gradient, for samples x (B, d) with a graph."""
         at = x.detach().requires_grad_()
         loss: Tensor = self.flow.density_pass(at, options=options).log_p - self.beta * self.target(at)
         # only the derivatives with respect to x are computed, so the parameters of log q are constant
@@ -115,7 +117,7 @@ class ReverseKL(Objective):
 
 
 def failure_of_target(target: Target, x: Tensor) -> NonFiniteError | None:
-    """Returns an error with one of the points x (B, d) at which log p~ is not finite; None if there is none."""
+    """Returns an error that names a point of x (B, d) at which log p~ is not finite. None if log p~ is finite."""
     with torch.no_grad():
         log_p = target(x)
     bad = (~log_p.isfinite() & x.isfinite().all(1)).nonzero().flatten()
@@ -123,9 +125,9 @@ def failure_of_target(target: Target, x: Tensor) -> NonFiniteError | None:
         return None
     at = ", ".join(f"{v:.4g}" for v in x[bad[0]].tolist()[:5]) + (", ..." if x.shape[1] > 5 else "")
     return NonFiniteError(
-        f"the log density of the target is {log_p[bad[0]].item()} at x = ({at}). It is not finite at {len(bad)} of "
-        f"{len(x)} samples of the flow. Give the range in which the density is positive by target.types, or start "
-        "closer to it by target.loc and target.scale."
+        f"the log density of the target is not finite at {len(bad)} of {len(x)} samples of the flow: it is "
+        f"{log_p[bad[0]].item()} at x = ({at}). Give the range in which the density is positive with target.types, or "
+        "move the initial distribution closer to it with target.loc and target.scale."
     )
 
 
@@ -133,8 +135,8 @@ def check_target(flow: Flow, target: Target, regularizer: Regularizer) -> None:
     """Checks that a flow can be trained on a target with a regularizer.
 
     Raises:
-        ConfigError: a conditional flow, another number of columns, wrong modes, an estimated trace, a regularizer for a
-            flow without ODE, or regularizer=steer.
+        ConfigError: the flow is conditional, the numbers of columns differ, the modes of the target have another shape,
+            the trace is estimated in training, the flow has no ODE to regularize, or the regularizer is steer.
     """
     if flow.conditional:
         raise ConfigError("a target has no context, but the flow is conditional: set model.conditional=false")
@@ -149,7 +151,7 @@ def check_target(flow: Flow, target: Target, regularizer: Regularizer) -> None:
         )
     if regularizer.active and not flow.ode_blocks:
         raise ConfigError(
-            "regularizer: this flow has no ODE, and so no paths to regularize: use regularizer=none or model=ffjord"
+            "regularizer: this flow has no ODE, so it has no paths to regularize; use regularizer=none or model=ffjord"
         )
     if regularizer.end_time:
         raise ConfigError(

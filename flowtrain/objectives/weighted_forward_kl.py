@@ -1,4 +1,4 @@
-"""Forward divergences of a flow to a target known up to a constant, with annealed importance sampling (FAB)."""
+"""Flow annealed importance sampling bootstrap (FAB): forward divergences of a flow to a target."""
 
 import math
 from collections.abc import Mapping
@@ -13,37 +13,39 @@ from flowtrain.data.targets.base import Target
 from flowtrain.flow import Flow, rows_at_a_time
 from flowtrain.objectives.ais import Annealing, Drawn
 from flowtrain.objectives.base import Objective, weighted_mean
-from flowtrain.objectives.replay_buffer import ReplayBuffer, effective
+from flowtrain.objectives.replay_buffer import ReplayBuffer, effective_share
 from flowtrain.objectives.reverse_kl import check_target, failure_of_target
 from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.utils import ranks
 from flowtrain.utils.arguments import number, whole, within_memory
 from flowtrain.utils.errors import CheckpointError, ConfigError, FlowtrainError, NonFiniteError
 
-# the random stream of the rows that are drawn from the buffer
+# the random stream of draws from the buffer
 _ROWS = 0x66_61_62
-# the least share of usable samples of an annealing run
+# the smallest accepted share of usable samples of an annealing run
 LEAST_USABLE = 0.1
-# the buffer is filled with at most this many times the runs that would fill it if all samples were usable
+# annealing runs stop with an error after this multiple of the number of runs that `buffer_min` needs if all samples are
+# usable
 MOST_RUNS = 4
 
 
 class WeightedForwardKL(Objective):
     """Flow annealed importance sampling bootstrap (FAB; Midgley et al. 2023), with a prioritised replay buffer.
 
-    The objective minimizes the alpha-divergence of a flow q to a target p = p~ / Z, for alpha = 2 the variance of the
-    weights, integral of p^2 / q. Its gradient is -(alpha - 1) E_g[d/dtheta log q(x)] times a constant, with samples of
-    g = p^alpha q^(1 - alpha) / Z_g. alpha = 1 is the forward KL, with samples of p.
+    The objective minimizes the alpha-divergence of a flow q to a target p = p~ / Z. For alpha = 2, this is the integral
+    of p^2 / q, which is 1 plus the variance of the weights p / q. The gradient is proportional to
+    -E_g[d/dtheta log q(x)], with g = p^alpha q^(1 - alpha) / Z_g. alpha = 1 is the forward KL divergence, with g = p.
 
-    Samples of g with weights come from annealed importance sampling (`Annealing`), which begins at q. They are kept in
-    a buffer. A step draws rows with probabilities proportional to their weights w, and its loss is
+    Annealed importance sampling (`Annealing`) starts at q and gives weighted samples of g, which are kept in a replay
+    buffer. A training step draws rows of the buffer with probabilities proportional to their weights. The loss is
 
         -mean_i c_i log q(x_i) with c_i = min((q_old(x_i) / q(x_i))^(alpha - 1), clip),
 
-    in nats. q_old is the flow at the time of the weight. The correction c is constant in the gradient. After the step,
-    the weights of the drawn rows are corrected without a limit, and so belong to the flow of that step (algorithm 2).
+    in nats. q_old is the flow to which the weight of row i belongs. No gradient flows through the correction c. After
+    the step, the weights of the drawn rows are multiplied by their correction without `clip`, so that they belong to
+    the flow of this step (Midgley et al. 2023, algorithm 2).
 
-    All ranks have the same buffer. Each rank draws its share of the new samples, and uses its share of the rows.
+    All ranks have the same buffer. Each rank draws its share of new samples, and uses its share of the rows of a step.
 
     Args:
         flow: a flow without context.
@@ -56,12 +58,11 @@ class WeightedForwardKL(Objective):
         chains: the number of samples of an annealing run, over all ranks.
         updates: the number of steps between annealing runs.
         buffer_size: the largest number of rows of the buffer. A row has 4 (d + 2) bytes in checkpoints.
-        buffer_min: the least number of rows. Before the first step, annealing runs are repeated until it is reached.
-        clip: the largest correction c.
+        buffer_min: the number of rows at which training begins. Annealing runs are repeated until it is reached.
+        clip: the upper limit of the correction c.
 
     Raises:
-        ConfigError: a setting out of range, a conditional flow, a flow whose trace is estimated in training, or
-            regularizer=steer.
+        ConfigError: a setting is out of range, or see `flowtrain.objectives.reverse_kl.check_target`.
     """
 
     uses_target = True
@@ -106,19 +107,19 @@ class WeightedForwardKL(Objective):
         self.clip = number("objective.clip", clip, least=1.0, inclusive=True)
         self.buffer = ReplayBuffer(size, flow.like, target.dim)
         # the effective sample size of the last annealing run, as a share of its samples
-        self.effective = torch.tensor(math.nan)
-        # the positions in the buffer of the rows of the step. This rank's share of the rows, their x and log q, and the
-        # number of rows that are used up
+        self.ais_ess = torch.tensor(math.nan)
+        # the indices of the rows of the step in the buffer, this rank's share of them, and the number of rows of this
+        # share that `forward` has used
         self.rows, self.share, self.used = torch.zeros(0, dtype=torch.long), slice(0, 0), 0
         self.x, self.old_log_q = self.buffer.x, self.buffer.log_q
-        # log q of the rows of the step (2, rows): flags of the rows that this rank has computed, and their log q
+        # (2, batch_size): 1 for rows of the step whose log q this rank has computed, and their new log q
         self.new_log_q: Tensor | None = None
 
     def begin(self, step: int) -> None:
-        """Runs the annealing if a run is due, and draws the rows of a step.
+        """Runs the annealing every `updates` steps, and draws the rows of a step.
 
         Raises:
-            FlowtrainError: the annealing failed on any rank.
+            FlowtrainError: the annealing failed on a rank.
         """
         self.settle()
         if step % self.updates == 0 or len(self.buffer) < self.buffer_min:
@@ -129,7 +130,11 @@ class WeightedForwardKL(Objective):
         self.x, self.old_log_q = self.buffer.x[mine].to(self.flow.like), self.buffer.log_q[mine]
 
     def refresh(self) -> None:
-        """Adds the samples of an annealing run to the buffer, or of several runs until it has `buffer_min` rows."""
+        """Adds the samples of an annealing run to the buffer, and repeats this until it has `buffer_min` rows.
+
+        Raises:
+            NonFiniteError: too few samples are usable.
+        """
         runs = MOST_RUNS * math.ceil(self.buffer_min / self.chains)
         for _ in range(runs):
             self.add_samples()
@@ -144,8 +149,8 @@ class WeightedForwardKL(Objective):
         """Runs the annealing once, and adds the usable samples of all ranks to the buffer."""
         mine, drawn, failure = ranks.share(self.chains), [], None
         training = self.flow.training
-        # in training mode, batch norms would use statistics of the chains, and networks would drop hidden units. An ODE
-        # is solved as in training, because evaluation mode controls the error of every row
+        # In training mode, batch norms would use statistics of the chains, and networks would drop hidden units. A flow
+        # with an ODE is in training mode, because evaluation mode controls the error of every row
         self.flow.train(bool(self.flow.ode_blocks))
         try:
             size = rows_at_a_time(self.flow.event_shape)
@@ -166,11 +171,11 @@ class WeightedForwardKL(Objective):
                 f"only {found} of {self.chains} samples of an annealing run have finite densities. {ADVICE}"
             )
         self.annealing.adapt(acceptance)
-        self.effective = torch.tensor(effective(log_w[usable]))
+        self.ais_ess = torch.tensor(effective_share(log_w[usable]))
         self.buffer.add(x[usable], log_w[usable], log_q[usable])
 
     def _gathered(self, drawn: list[Drawn], mine: slice) -> tuple[Tensor, Tensor, Tensor, list[float]]:
-        """Returns the samples of all ranks and the mean acceptance rates of the intermediate distributions."""
+        """Returns x, log_w and log_q of the samples of all ranks, and the mean acceptance rates, (K,)."""
         rates = [
             float(sum(len(part.x) * part.acceptance[k] for part in drawn))
             for k in range(len(self.annealing.step_sizes))
@@ -181,12 +186,12 @@ class WeightedForwardKL(Objective):
         for part in drawn:
             table[start : start + len(part.x)] = torch.cat([part.x, part.log_w[:, None], part.log_q[:, None]], 1)
             start += len(part.x)
-        # every row is zero on all ranks but one
+        # each row is nonzero on one rank only
         ranks.sum_in_place(table)
         return table[:, :-2], table[:, -2], table[:, -1], rates
 
     def rows_to_check(self, x: Tensor) -> Tensor:
-        """Returns as many rows of the buffer as the batch x has rows: the first rows of the last step."""
+        """Returns the first B rows that the last step drew from the buffer, for a batch x of B rows."""
         return self.x[: len(x)]
 
     def forward(
@@ -196,10 +201,10 @@ class WeightedForwardKL(Objective):
         options: SolveOptions = AS_CONFIGURED,
         weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss of the next rows of the step, as many as x has, and its terms.
+        """Returns the loss of the next B rows of the step, and its terms, for a batch x of B rows.
 
         The terms are cross_entropy, the loss without penalties; ais_ess, the effective sample size of the last
-        annealing run as a share of its samples; and penalties.
+        annealing run, as a share of its samples; and penalties.
         """
         part = slice(self.used, self.used + len(x))
         self.used = part.stop
@@ -213,10 +218,10 @@ class WeightedForwardKL(Objective):
             for i, name in enumerate(self.regularizer.paths)
         }
         loss, penalties = self.regularized(cross_entropy, penalties)
-        return loss, {"cross_entropy": cross_entropy, "ais_ess": self.effective.to(loss), **penalties}
+        return loss, {"cross_entropy": cross_entropy, "ais_ess": self.ais_ess.to(loss), **penalties}
 
     def _remember(self, part: slice, log_q: Tensor) -> None:
-        """Keeps log q of rows of the step until `settle` corrects their weights."""
+        """Stores log q of rows of the step, by which `settle` corrects their weights."""
         if self.new_log_q is None:
             self.new_log_q = self.flow.like.new_zeros(2, self.batch_size)
         finite = log_q.isfinite()
@@ -224,7 +229,7 @@ class WeightedForwardKL(Objective):
         self.new_log_q[1, part] = torch.where(finite, log_q, 0.0)
 
     def settle(self) -> None:
-        """Corrects the weights of the rows of the last step, for log q of that step. All ranks call this method."""
+        """Corrects the weights of the rows of the last step for its log q. All ranks must call this method."""
         if not len(self.rows):
             return
         table = self.flow.like.new_zeros(2, self.batch_size) if self.new_log_q is None else self.new_log_q
@@ -238,7 +243,7 @@ class WeightedForwardKL(Objective):
         return {
             **self.buffer.state(),
             "step_sizes": self.annealing.step_sizes.clone(),
-            "effective": self.effective.item(),
+            "effective": self.ais_ess.item(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -260,7 +265,7 @@ class WeightedForwardKL(Objective):
         if not isinstance(of_run, float) or of_run > 1:
             raise CheckpointError("the checkpoint is damaged: the effective sample size of the objective is not valid")
         self.buffer.load(state)
-        self.annealing.step_sizes, self.effective = steps.clone(), torch.tensor(of_run)
+        self.annealing.step_sizes, self.ais_ess = steps.clone(), torch.tensor(of_run)
         self.rows, self.new_log_q = self.rows[:0], None
 
 

@@ -101,7 +101,7 @@ def draw_corner(
         columns: the names of all columns. If empty, they are c0, c1, ...
         types: the types of all columns; () for real numbers.
         names: the names of data and samples in the legend.
-        cover: points (K, d) between which the axes range. None: the data or the samples, as above.
+        cover: points (K, d) that the axes must contain. None: the limits depend on data and samples, as above.
     """
     real, model = points.as_points(data, samples)
     width = real.values.shape[1]

@@ -81,8 +81,8 @@ def draw_curves(
         entropy: the differential entropy of the data in nats, the lowest NLL that a model can reach; drawn if the NLL
             is in nats.
         kept: the step of the checkpoint that is evaluated, which is marked.
-        name: the name of the quantity in the column nll; for a target, the negative ELBO.
-        lowest: the name of `entropy`.
+        name: the name of the quantity in the column nll, such as "negative ELBO" for a target.
+        lowest: the name of `entropy` in the legend.
     """
     train = _split(rows, "train")
     below = [draw for draw, keys in PANELS if any(nonzero_series(train, key) for key in keys)]
@@ -103,7 +103,7 @@ def draw_curves(
             # the label has the same place in all panels, whatever the width of the tick labels
             across = -0.54 if axes in panels else width + 0.56
             axes.yaxis.set_label_coords(across / width, 0.5)
-            places = axes.yaxis.get_majorticklocs()
+            places = list(axes.yaxis.get_majorticklocs())
             longest = max(map(len, axes.yaxis.get_major_formatter().format_ticks(places)), default=0)
             if longest > MOST_LETTERS:
                 axes.yaxis.set_tick_params(labelsize=TICK_SIZE * MOST_LETTERS / longest)

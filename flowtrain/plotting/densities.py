@@ -86,7 +86,7 @@ def draw_flow_1d(
 
 
 def set_density_axis(axes: Axes, top: float, log_scale: bool, unit: str) -> None:
-    """Sets limits, ticks and label of an axis of densities that ends at `top`, or logarithmic at 2 `top`."""
+    """Sets limits, ticks and label of an axis of densities, which ends at `top`, or at 2 `top` if it is logarithmic."""
     if not log_scale:
         axes.set_ylim(0, top)
         axes.set_ylabel(points.noted("density", " ".join(filter(None, (set_ticks(axes.yaxis), unit)))))

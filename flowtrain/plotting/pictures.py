@@ -129,7 +129,7 @@ def draw(
 ) -> None:
     """Draws data beside samples of a flow: densities of one or two columns, a corner plot of more columns, or images.
 
-    For a target, its density is drawn beside the flow, see `flowtrain.plotting.target_pictures.draw`.
+    For a target, the density of the target replaces the data, see `flowtrain.plotting.target_pictures.draw`.
 
     The random state of torch is unchanged. Samples of a conditional flow that this function draws have the labels or
     the contexts of the data.

@@ -17,7 +17,7 @@ from flowtrain.plotting.points import EVERYWHERE, Array, LogDensity, Points, Ran
 
 # an axis is compressed if the range of the values exceeds this many times half their interquartile range
 LONGEST_TAIL = 20.0
-# at most this share of the values is in the outer half of a tail. With a larger share, it is another mode
+# the largest share of the values in the outer half of a tail. With a larger share, the outer half is another mode
 OUTER_HALF = 0.1
 # the data have a single tail if one side is this many times longer than the other
 ONE_SIDED = 10.0

@@ -1,4 +1,4 @@
-"""Figures of a target and a flow: densities of one or two columns, importance weights, and shares of modes."""
+"""Figures of a target and a flow: densities of one or two columns, importance weights, and samples by mode."""
 
 import math
 from collections.abc import Sequence
@@ -29,11 +29,11 @@ from flowtrain.plotting.points import Array, LogDensity, Range
 from flowtrain.plotting.scales import MINUS, Scale, axis_label, set_ticks
 
 RESOLUTION_2D = 160
-# the colour scale ends at most at this many times the peak of the target
+# the upper limit of the colour scale, as a multiple of the peak of the target
 BRIGHTEST = 2.5
-# the axis of densities ends at most at this many times the largest density of the target
+# the upper limit of the axis of densities, as a multiple of the peak of the target
 HIGHEST = 1.5
-# the largest number of modes that have bars. More modes are drawn as steps
+# the largest number of modes that are drawn as bars. More modes are drawn as steps
 MOST_BARS = 60
 # inches: the height of the figures of weights and modes, and the position of their axes
 HEIGHT, LEFT, BOTTOM, WIDE, TALL = 3.9, 0.78, 0.55, 8.08, 2.68
@@ -57,15 +57,16 @@ def draw_target_1d(
     options: PlotOptions = DEFAULT,
     types: Sequence[ColumnType] = (),
 ) -> None:
-    """Draws the densities of a target and a flow of one column, and a histogram of samples of the flow (M, 1).
+    """Draws the densities of a target and a flow of one column, and a histogram of samples of the flow.
 
     Args:
-        target: points of the target (N, 1), which choose the scale of the axis.
-        cover: points (K, 1) between which the axis ranges.
+        target: points of the target (N, 1), which determine the scale of the axis.
+        samples: samples of the flow (M, 1).
+        cover: points (K, 1) that the axis must contain.
         log_density, target_log_density: the normalized log densities of flow and target, (G, 1) to (G,), in nats.
         column: the name of the column.
         log_scale: whether the axis of densities is logarithmic.
-        types: the type of the column, whose support the axis does not leave; () for real numbers.
+        types: the type of the column, which limits the axis to its support. () for real numbers.
     """
     real, model = points.as_points(target, samples)
     points.require_width(real, 1)
@@ -112,17 +113,18 @@ def draw_target_2d(
     options: PlotOptions = DEFAULT,
     types: Sequence[ColumnType] = (),
 ) -> None:
-    """Draws the density of a target, the density of a flow and its samples (M, 2), in a row of square panels.
+    """Draws the density of a target, the density of a flow and samples of the flow in a row of square panels.
 
-    The panels have the same limits and one colour scale, which ends at the peak of the target.
+    The panels have the same limits and the same colour scale.
 
     Args:
-        target: points of the target (N, 2), which choose the scales of the axes.
-        cover: points (K, 2) between which the axes range.
+        target: points of the target (N, 2), which determine the scales of the axes.
+        samples: samples of the flow (M, 2).
+        cover: points (K, 2) that the axes must contain.
         log_density, target_log_density: the normalized log densities of flow and target, (G, 2) to (G,), in nats.
         columns: the names of the columns.
         log_scale: whether colours show log densities.
-        types: the types of the columns, whose supports the axes do not leave; () for real numbers.
+        types: the types of the columns, which limit the axes to their supports. () for real numbers.
     """
     real, model = points.as_points(target, samples)
     points.require_width(real, 2)
@@ -150,7 +152,7 @@ def draw_target_2d(
 
 
 def limits_of(cover: Tensor, scaled: Sequence[Scale]) -> tuple[Range, Range]:
-    """Returns the limits of x and y on axes with these scales. They contain points (K, 2), and end with a support."""
+    """Returns limits of x and y, on axes with these scales, that contain points (K, 2) and stay in the supports."""
     places = scales.on_axes(scaled, points.Points(points.to_numpy(cover), 0))
     across, up = picture_limits(places.values)
     return scaled[0].within(across), scaled[1].within(up)
@@ -167,18 +169,18 @@ def draw_weights(
     title: str,
     options: PlotOptions = DEFAULT,
 ) -> None:
-    """Draws histograms of log w - log Z of samples of a flow: of the samples, and of the samples weighted by w.
+    """Draws two histograms of log w - log Z of samples of a flow: unweighted, and weighted by w.
 
-    Both are equal, and all values are 0, if the flow is equal to the target. The second histogram shows which weights
-    the estimate of Z consists of. The axis of log weights ranges from the 0.5% quantile to the largest weight. The axis
-    of shares is logarithmic, because few of the samples are in the tail.
+    If the flow equals the target, all values are 0. The weighted histogram shows how much each range of weights
+    contributes to the estimate of Z. The axis of log weights contains 0 and the values from the 0.5% quantile to the
+    largest one. The axis of shares is logarithmic, because few samples are in the Pareto tail.
 
     Args:
-        log_w: log weights (n,) in nats; -inf for samples where the target is zero.
+        log_w: log weights (n,) in nats, -inf for weights of 0.
         log_z: the estimate of log Z in nats.
         ess: the effective sample size as a share of the samples.
-        pareto_k: the shape of the tail of the weights; None if unknown.
-        tail: the smallest log weight of the Pareto tail, whose shape is `pareto_k`, in nats; None if unknown.
+        pareto_k: the shape of the Pareto tail. None if unknown.
+        tail: the log weight at which the Pareto tail begins, in nats. None if unknown.
     """
     every = points.to_numpy(log_w) - log_z
     values = np.sort(every[np.isfinite(every)])
@@ -225,11 +227,11 @@ def draw_weights(
 
 
 def _range_of_weights(values: Array) -> Range:
-    """Returns the limits of the axis of ordered log weights (n,). They contain 0."""
+    """Returns the limits of the axis of log weights for sorted values (n,). The limits contain 0."""
     if len(values) == 0:
         return -1.0, 1.0
     low, high = min(float(np.quantile(values, 0.005)), 0.0), max(float(values[-1]), 0.0)
-    # an exact flow has weights that differ by rounding only
+    # if the flow equals the target, the weights differ only by rounding
     margin = max(0.04 * (high - low), 1e-6)
     return low - margin, high + margin
 
@@ -242,13 +244,13 @@ def draw_modes(
     title: str,
     options: PlotOptions = DEFAULT,
 ) -> None:
-    """Draws the shares of samples of a flow in each of k modes beside the true shares.
+    """Draws the share of the samples of a flow at each of k modes, beside the shares of exact samples.
 
-    The modes are sorted by their shares, the largest share first.
+    The modes are sorted by the share of the samples of the flow, the largest share first.
 
     Args:
-        shares: shares of samples of the flow, (k,).
-        true_shares: shares of exact samples, (k,). None: unknown, and 1 / k is drawn.
+        shares: the shares of the samples of the flow, (k,).
+        true_shares: the shares of the exact samples, (k,). None: unknown. A line at 1 / k is then drawn instead.
     """
     flow = np.asarray(shares, dtype=np.float64)
     count = len(flow)

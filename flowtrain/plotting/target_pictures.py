@@ -1,4 +1,4 @@
-"""Chooses the points and densities for the figures of a flow that was trained on a target."""
+"""Draws the figures of a flow that was trained on a target."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ from flowtrain.plotting.target_figures import draw_modes, draw_target_1d, draw_t
 from flowtrain.plotting.transport_pictures import draw_transport_pictures
 from flowtrain.utils.weighting import resample
 
-# the number of samples that a figure draws if it is given none
+# the number of samples of the flow that a figure draws if none are given
 SAMPLES = 20_000
 # the largest number of rows for which a density is computed at once
 ROWS = 2000
@@ -37,14 +37,14 @@ EXACT, RESAMPLED = "exact samples of the target", "samples weighted by p / q"
 
 
 class Reference(NamedTuple):
-    """Points that show where a target has its mass: points x (N, d), and their name for a legend."""
+    """Points x (N, d) that are distributed like a target, and their name for a legend."""
 
     x: Tensor
     name: str
 
 
 def reference_of(target: Target, drawn: WeightedSamples) -> Reference:
-    """Returns exact samples of a target, or if they are unknown, samples of a flow that are resampled by weight.
+    """Returns exact samples of a target. Without exact samples, it returns samples of a flow, resampled by weight.
 
     Args:
         drawn: samples of the flow with their log weights.
@@ -53,13 +53,13 @@ def reference_of(target: Target, drawn: WeightedSamples) -> Reference:
     if exact is not None:
         return Reference(exact, EXACT)
     log_w = drawn.log_w.nan_to_num(nan=-math.inf, posinf=-math.inf)
-    # without any positive weight, all samples are shown
+    # if all weights are 0, all samples are shown
     weights = torch.ones_like(log_w) if log_w.max() == -math.inf else (log_w - log_w.max()).exp()
     return Reference(drawn.x[resample(weights, seed=1)], RESAMPLED)
 
 
 def as_data(flow: Density, target: Target) -> TargetData:
-    """Returns a data set whose test rows are points of the target, see `reference_of`, for figures of the transport."""
+    """Returns a data set for figures of the transport. Its test rows are points of the target, see `reference_of`."""
     data = TargetData(target, n_val=2, n_test=2)
     target.to(flow.like.device)
     data.test = reference_of(target, weighted_samples(flow, target, SAMPLES, seed=0)).x.float()
@@ -77,28 +77,28 @@ def draw(
     drawn: WeightedSamples | None = None,
     log_z: float | None = None,
 ) -> None:
-    """Draws a target beside a flow: densities of one or two columns, or a corner plot of more columns.
+    """Draws a target beside a flow: the densities of one or two columns, or a corner plot of more columns.
 
-    The axes reach over points of the target, its modes and the samples of the flow.
+    The axes contain the points and the modes of the target, and the samples of the flow.
 
     Args:
         samples: samples of the flow (M, d). None: half of those in `drawn`.
         log_scale: whether densities are shown on a logarithmic scale.
         drawn: samples of the flow with their weights. None: this function draws them.
-        log_z: an estimate of log Z in nats, which normalizes the density of a target that states no log Z. None: the
-            estimate by `drawn`.
+        log_z: an estimate of log Z in nats, which normalizes the density of the target if its log Z is unknown. None:
+            the estimate from `drawn`.
     """
     device, dtype = flow.like.device, flow.like.dtype
     target.to(device)
     with drawing(flow) as flow:
         if drawn is None:
             drawn = weighted_samples(flow, target, SAMPLES, seed=0)
-        # half of the samples show the flow and the other half the target, so that the difference has the noise of both
+        # the flow and the target are shown by different halves of the samples, so that their noise is independent
         halves = [WeightedSamples(*(values[i::2] for values in drawn)) for i in range(2)]
         reference = reference_of(target, halves[1])
         samples = halves[0].x if samples is None else samples.cpu()
         if target.log_z is not None:
-            # an estimate is far too small if the flow misses a mode
+            # the estimate is too small if the flow misses a mode
             log_z = target.log_z
         elif log_z is None:
             log_z = estimate_of(drawn)
@@ -124,18 +124,18 @@ def draw(
 
 
 def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Returns a log density at x (B, d), (B,), computed for ROWS rows at a time."""
+    """Returns the values of a log density at x (B, d), (B,), computed for ROWS rows at a time."""
     return torch.cat([function(part) for part in torch.split(x, ROWS)])
 
 
 def estimate_of(drawn: WeightedSamples) -> float:
-    """Returns log mean(w) in nats, the estimate of log Z; 0 if it is not finite."""
+    """Returns log mean(w), the estimate of log Z, in nats. 0 if it is not finite."""
     found = float(drawn.log_w.logsumexp(0)) - math.log(len(drawn.x))
     return found if math.isfinite(found) else 0.0
 
 
 def _ends(x: Tensor) -> Tensor:
-    """Returns the 0.5% and 99.5% quantiles of the finite rows of x (N, d), (2, d), float64; (0, d) if none."""
+    """Returns the 0.5% and 99.5% quantiles of the finite rows of x (N, d), (2, d), float64. (0, d) without them."""
     kept = torch.from_numpy(finite("samples", x).values)
     return (
         torch.stack([kept.quantile(q, 0) for q in (0.005, 0.995)]) if len(kept) else x.new_empty(0, x.shape[1]).double()
@@ -143,13 +143,13 @@ def _ends(x: Tensor) -> Tensor:
 
 
 def shares_of(x: Tensor, modes: Tensor) -> list[float]:
-    """Returns the share of points x (n, d) whose nearest mode is each of k modes (k, d)."""
+    """Returns the share of points x (n, d) at each of k modes (k, d). A point belongs to the nearest mode."""
     counts = torch.bincount(nearest_modes(x, modes.detach().cpu().double()), minlength=len(modes))
     return (counts.double() / len(x)).tolist()
 
 
 def _tail_of(drawn: WeightedSamples) -> float | None:
-    """Returns the smallest log weight of the Pareto tail in nats; None for too few samples."""
+    """Returns the log weight at which the Pareto tail begins, in nats. None for too few samples."""
     log_w = drawn.log_w.nan_to_num(nan=-math.inf, posinf=-math.inf)
     tail = weight_tail((log_w - log_w.max()).exp())
     return None if tail is None or tail.cutoff <= 0 else math.log(tail.cutoff) + float(log_w.max())
@@ -165,14 +165,14 @@ def draw_target_figures(
     options: PlotOptions = DEFAULT,
     more: bool = True,
 ) -> list[Path]:
-    """Draws all figures of a flow that was trained on a target, and of its evaluation.
+    """Draws all figures of a flow that was trained on a target, and of the evaluation of the flow.
 
-    These are the training curves, the target beside the flow, the importance weights, the shares of samples in modes if
-    the target has modes, and the transport of a flow of two columns. A figure that fails gives a warning, and the other
-    figures are drawn.
+    These are the training curves, the target beside the flow, the importance weights, the samples by mode if the modes
+    are known, and the transport of a flow of two columns. If a figure fails, a warning is logged, and the other figures
+    are drawn.
 
     Args:
-        rows: the rows of metrics.jsonl; empty: the training curves are not drawn.
+        rows: the rows of metrics.jsonl. If empty, the training curves are not drawn.
         title: the model, the target and the result.
         path_of: returns the path of a figure from its name.
         more: whether the transport is drawn.

@@ -1,6 +1,6 @@
 """The transport of a flow from the base to the data: states, densities and velocities in between, in data units."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -154,6 +154,34 @@ class Trajectory:
             found += here
         # the last moment is after all steps
         return torch.stack([self.frame.map_forward(y) for y in (*found, z)])
+
+    def paths(self, z: Tensor, shown: Sequence[Moment], context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the states (K, B, *event) at some `exact` moments, and their log densities (K, B) in nats.
+
+        For continuous flows with an adaptive solver, the log-determinants of the intervals between moments are summed,
+        so each interval is solved once. Otherwise, `log_density` computes every log density.
+
+        Args:
+            z: base points, (B, *event).
+        """
+        if self.is_continuous and all(_adaptive(step.stages[0]) for step in self.steps):
+            found = dict(zip(self.moments, self._solved_path(z, context), strict=True))
+            return torch.stack([found[moment][0] for moment in shown]), torch.stack([found[m][1] for m in shown])
+        states = dict(zip(self.moments, self.states(z, context), strict=True))
+        along = [self.log_density(states[moment], moment, context) for moment in shown]
+        return torch.stack([states[moment] for moment in shown]), torch.stack(along)
+
+    def _solved_path(self, z: Tensor, context: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the state and the log density at each moment."""
+        y, log_det = self.base.forward(z, context)
+        log_p = self.flow.base_log_prob(z, context) - log_det
+        for before, moment in pairwise([self.moments[0], *self.moments]):
+            if moment != before:
+                end = moment.part if moment.step == before.step else 1.0
+                y, log_det = between(self.steps[before.step].stages[0], before.part, end).forward(y, context)
+                log_p = log_p - log_det
+            x, log_det = self.frame.forward(y)
+            yield x, log_p - log_det
 
     def log_density(self, x: Tensor, moment: Moment, context: Tensor | None = None) -> Tensor:
         """Returns log p_t(x) at a moment, (B,) in nats, for x (B, *event) in data units.

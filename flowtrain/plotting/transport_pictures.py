@@ -231,14 +231,13 @@ def _draw_transport(transport: _Transport, path: Path, title: str, options: Plot
 
 def _draw_paths(transport: _Transport, path: Path, title: str, options: PlotOptions, name: str) -> None:
     particles = PARTICLES if transport.trajectory.is_continuous else min(STEP_PARTICLES, PARTICLES)
-    states = transport.states(transport.latents(particles))
-    given = transport.features(states[0])
-    along = [transport.trajectory.log_density(x, m, given) for x, m in zip(states, transport.shown, strict=True)]
+    z = transport.latents(particles).to(transport.flow.like)
+    states, along = transport.trajectory.paths(z, transport.shown, transport.features(z))
     draw_paths(
         path,
         data=transport.data,
         states=states,
-        log_densities=torch.stack(along),
+        log_densities=along,
         at=[sum(moment) for moment in transport.shown],
         axis=transport.trajectory.axis,
         title=title,

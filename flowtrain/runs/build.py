@@ -42,18 +42,18 @@ RESERVED = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 
 
 def build_data(config: Config, **tables: Any) -> Dataset:
-    """Builds the data set, for data=target with its target.
+    """Builds the data set of a config. For data=target, it also builds the target.
 
     Args:
         tables: tables in memory that replace the paths in the config.
 
     Raises:
-        ConfigError: data=target without a target, or a target with other data.
+        ConfigError: data=target is given without a target, or a target with other data.
     """
     needs_target = uses_target(config)
     if needs_target and not config.get("target"):
         raise ConfigError(
-            "data=target needs a density: give its name, as in target=funnel, or your function, as in target=custom "
+            "data=target needs a target: give its name, as in target=funnel, or your function, as in target=custom "
             "target._target_=mypkg.log_density target.dim=2"
         )
     if config.get("target") and not needs_target:
@@ -69,10 +69,10 @@ def uses_target(config: Config) -> bool:
 
 
 def build_target(config: Config) -> Target:
-    """Builds the target from a class of targets, or from a function log p~(x).
+    """Builds the target of a config from a class, or from a function log p~(x).
 
-    For a function, keys that are not arguments of `FunctionTarget` are arguments of the function. A class that is not a
-    target makes the function, and these keys are its arguments.
+    For a function, a key that is not an argument of `FunctionTarget` is passed to the function. A class that is not a
+    target makes the function, and these keys are passed to the class.
 
     Raises:
         ConfigError: an unknown or missing key.
@@ -158,8 +158,8 @@ def build_objective(config: Config, flow: Flow, teacher: Flow | None = None, dat
     }
     if offered["target"] is None and _wanted(config, "objective", {"target": None}):
         raise ConfigError(
-            f"objective={config['objective'].get('name')} needs a density instead of data: give data=target and a "
-            "target, as in target=funnel"
+            f"objective={config['objective'].get('name')} needs a target instead of data: give data=target and "
+            "a target, as in target=funnel"
         )
     given = {"flow": flow, "regularizer": regularizer}
     objective = cast(Objective, _call(config, "objective", **given, **_wanted(config, "objective", offered)))

@@ -18,7 +18,7 @@ from flowtrain.utils.formatting import flattened
 
 # keys of model=auto
 SEARCH_KEYS = {"model.candidates", "model.conditional"}
-# model and objective of a run on a target
+# the default model and objective of a run on a target
 TARGET_CHOICES = {"model": "nsf", "objective": "reverse_kl"}
 # prefixes of the keys of column types
 TYPES = ("data.types.", "target.types.")
@@ -146,12 +146,12 @@ def compose(settings: Mapping[str, Any], folders: Sequence[Path] = ()) -> Compos
 
 
 def default_choices(keys: Set[str], model: str | None = None, data: str = "array") -> dict[str, str]:
-    """Returns the default model and objective of a run on a table or a target. The user's choices are left out.
+    """Returns the default model and objective of a run on a table or a target, without the groups that the user chose.
 
     Args:
         keys: the choices and the dotted keys that are set.
         model: the model that is chosen; None: not chosen.
-        data: array or target.
+        data: the choice of `data`, array or target.
 
     Example:
         >>> default_choices({"trainer.lr"}), default_choices({"model.hidden"}), default_choices(set(), "ffjord")

@@ -18,7 +18,7 @@ from flowtrain.evaluation.log_weights import weighted_samples
 from flowtrain.flow import Density, Flow, Record
 from flowtrain.models.ensemble import Ensemble, difference_in_kind, stacking_weights
 from flowtrain.runs.run_directory import SEARCH_STATE
-from flowtrain.training import checkpoint
+from flowtrain.training import checkpoint_files
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError, FlowtrainError, SolverError
 from flowtrain.utils.process import seeded
 from flowtrain.utils.status import status
@@ -65,7 +65,7 @@ def runs_of(path: str | Path | Sequence[str | Path]) -> list[Path] | None:
 
 
 def _runs_inside(root: Path) -> list[Path] | None:
-    if not root.is_dir() or checkpoint.has_checkpoint(root):
+    if not root.is_dir() or checkpoint_files.has_checkpoint(root):
         return None
     # skips the candidates of a search, which are in a directory inside its run
     begun = {path.parent for path in root.glob("**/checkpoints") if not (path.parents[1] / SEARCH_STATE).is_file()}
@@ -73,7 +73,7 @@ def _runs_inside(root: Path) -> list[Path] | None:
     runs = sorted(begun - {root}, key=lambda run: [(len(part), part) for part in run.parts])
     if not runs:
         return None
-    found = [run for run in runs if checkpoint.has_checkpoint(run)]
+    found = [run for run in runs if checkpoint_files.has_checkpoint(run)]
     if not found:
         raise CheckpointError(f"{root}: none of the {len(runs)} runs in this directory has a checkpoint")
     for run in runs:
@@ -87,7 +87,7 @@ def ensemble_of(runs: Sequence[Run], weights: Weights, data: Callable[[], Datase
 
     Args:
         weights: the weights of the members, or "equal". None: by EM on the validation rows of `data`, see
-            `stacking_weights`. For a target, by EM on weighted samples of all members.
+            `stacking_weights`; for a target, by EM on weighted samples of all members.
         data: builds the data set on which the runs were trained.
 
     Raises:
@@ -187,10 +187,11 @@ def _weights_by_validation(runs: Sequence[Run], data: Callable[[], Dataset]) -> 
 
 
 def _weights_by_target(flows: Sequence[Density], data: TargetData) -> list[float]:
-    """Returns the weights of M flows that maximise E_p[log sum_m w_m q_m(x)] for a target p, by EM.
+    """Returns the weights w of M flows that maximise E_p[log sum_m w_m q_m(x)] for a target p, by EM.
 
-    The expectation is over samples of all flows, weighted by p~(x) / sum_m q_m(x). EM is then population Monte Carlo
-    with the kernels of the flows (Cappe et al. 2008, Adaptive importance sampling in general mixture classes).
+    The expectation is estimated from samples of all flows with the importance weights p~(x) / sum_m q_m(x).
+
+    Source: Cappe et al. 2008, Adaptive importance sampling in general mixture classes.
     """
     data.to(flows[0].like.device)
     each = max(2, min(len(data.val), ROWS // len(flows)))

@@ -18,7 +18,8 @@ from flowtrain.plotting.drawing import warn_if_plotting_fails
 from flowtrain.plotting.options import DEFAULT, PlotOptions
 from flowtrain.plotting.target_pictures import draw_target_figures
 from flowtrain.runs import load
-from flowtrain.runs.console import data_name, next_commands, title_of
+from flowtrain.runs.banner import next_commands
+from flowtrain.runs.console import data_name, title_of
 from flowtrain.runs.search import Search
 from flowtrain.training import tensorboard
 from flowtrain.training.time_budget import TimeBudget
@@ -69,7 +70,7 @@ def finish(
 
 
 def evaluated(trainer: Trainer | Search, flow: Density, step: int) -> Evaluation | TargetEvaluation:
-    """Evaluates a flow on the test set, or on the target, of a run. The time budget limits the evaluation."""
+    """Evaluates a flow on the test set or on the target of a run, within the time budget."""
     data, time_budget = trainer.data, trainer.time_budget
     tested, thorough = (data, True) if time_budget is None else time_budget.affordable_data()
     if isinstance(data, TargetData):
@@ -131,9 +132,9 @@ def draw_figures(
 
 
 def figure_title(config: Mapping[str, Any], result: Evaluation | TargetEvaluation) -> str:
-    """Returns the title of figures: model, data, step, and the NLL of the evaluated rows; images in bits/dim.
+    """Returns the title of figures: model, data, step, and the NLL of the evaluated rows; for images in bits/dim.
 
-    For a target, log Z and the quality of the weights replace the NLL.
+    For a target, it has log Z, ESS and Pareto k instead of the NLL.
     """
     step = "" if result.members else f"step {result.step:,}"
     if isinstance(result, TargetEvaluation):

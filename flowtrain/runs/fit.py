@@ -290,30 +290,32 @@ def fit_target(
 ) -> Flow:
     """Fits a flow q to a density p = p~ / Z that is known up to the constant Z (variational inference).
 
-    This does the same as the command `flowtrain target=NAME`. The objective `reverse_kl` minimizes
+    This function runs the same code as the command `flowtrain target=NAME`. The objective `reverse_kl` minimizes
     KL(q || p) = log Z - ELBO with ELBO = E_q[log p~(x) - log q(x)], in nats. `flowtrain.evaluate_target` estimates log
-    Z and the effective sample size. Arguments that are not listed here are as in `fit`.
+    Z and the effective sample size of the fitted flow. Arguments that are not listed here are as in `fit`.
 
     Args:
         log_density: a function that returns log p~(x) in nats, (B,), for x (B, d), differentiable with torch; a
             `flowtrain.data.targets.base.Target`; or the name of a target, such as "funnel".
-        dim: the number of columns d. A `Target` or a name already determines it.
+        dim: the number of columns d. It is required for a function. A `Target` and most named targets already have it.
         model: the name of a model. None: "nsf".
-        flow: a flow to start from, such as a flow that was fitted to samples of an MCMC run. A copy of it is trained.
-            None: a new flow that begins near a Gaussian with mean `loc` and standard deviation `scale`.
+        flow: a flow to start from, such as a flow that was fitted to samples of an MCMC run. A copy of `flow` is
+            trained. None: a new flow, close to a Gaussian with mean `loc` and standard deviation `scale`.
         objective: "reverse_kl", or "weighted_forward_kl" for densities with several modes.
-        types: types of columns with bounds, by the names of columns or one for each column, as for the key
-            `data.types`: {"x1": "positive"}. The density is zero outside of the bounds.
+        types: the types of columns with bounds, as for the key `data.types`: a mapping from names of columns, such as
+            {"x1": "positive"}, or one type for each column. The density is zero outside of the bounds.
         columns: the names of the columns. None: x1, x2 and so on.
-        loc, scale: the start distribution on the real line, a number or one for each column. None: 0 and 1.
-        log_z: log Z in nats if it is known. The evaluation compares its estimate with it.
-        run_dir: a directory for the files of a run. It needs a name, or a function that can be imported by its name.
+        loc, scale: mean and standard deviation of the initial distribution on the real line, a number or one for each
+            column. None: the defaults of the target, which are 0 and 1 for a function.
+        log_z: log Z in nats. None: unknown. The evaluation compares its estimate with this value.
+        run_dir: a directory for the files of a run. `log_density` must then be the name of a target, or a function that
+            can be imported by its name.
 
     Returns:
         The flow with the largest validation ELBO, in evaluation mode.
 
     Raises:
-        ConfigError: a setting that does not exist or is out of range.
+        ConfigError: a setting does not exist or is out of range, or `log_density` and `flow` differ in their columns.
         DataError: `log_density` does not return a tensor (B,).
         FlowtrainError: a loss, a gradient or an ODE solve failed; see the key `trainer.on_nonfinite`.
 
@@ -373,7 +375,7 @@ def fit_target(
 
 
 class _TargetSettings(NamedTuple):
-    """The settings of a target by its name or its function, or a target that the config cannot describe."""
+    """The config keys of a target, or a target that a config cannot describe."""
 
     settings: dict[str, Any]
     target: Target | None = None
@@ -383,14 +385,15 @@ def _target_settings(log_density: Any, about: Mapping[str, Any]) -> _TargetSetti
     """Returns the settings of a target.
 
     Args:
+        log_density: a function, a `Target`, or the name of a target.
         about: arguments of the target, such as dim.
 
     Raises:
-        ConfigError: no function, or no number of columns.
+        ConfigError: `log_density` is none of these, or the number of columns is missing.
     """
     if isinstance(log_density, Target):
         if about:
-            raise ConfigError(f"{next(iter(about))}: the Target already has it; leave it out")
+            raise ConfigError(f"{next(iter(about))}: the Target already sets this value; leave this argument out")
         return _TargetSettings({}, log_density)
     if isinstance(log_density, str):
         return _TargetSettings({"target": log_density, **{f"target.{key}": value for key, value in about.items()}})
@@ -419,7 +422,7 @@ def _plain_types(types: Mapping[str, Any] | Sequence[Any]) -> Any:
 
 
 def is_importable(function: Any, name: str) -> bool:
-    """Returns whether a function is found by its dotted name."""
+    """Returns whether a dotted name can be imported and is this function."""
     try:
         return resolve_name(name) is function
     except Exception:  # importing by name can raise any exception

@@ -14,7 +14,7 @@ import filelock
 from flowtrain.runs.compose import read_yaml
 from flowtrain.runs.console import data_name, name_of
 from flowtrain.runs.run_directory import NAME as LOCK
-from flowtrain.runs.sweep_summary import ERROR, RESULT, read, result_of, varied_keys
+from flowtrain.runs.sweep_directory import ERROR, RESULT, read, result_of, varied_keys
 from flowtrain.utils.errors import ConfigError, first_line
 
 CONFIG, METRICS = ".hydra/config.yaml", "metrics.jsonl"

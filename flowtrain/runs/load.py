@@ -19,7 +19,7 @@ from flowtrain.runs.build import build_data, build_density, is_description, reso
 from flowtrain.runs.console import without_warnings
 from flowtrain.runs.descriptions import check_description, home_of, under
 from flowtrain.runs.ensembles import Run, ensemble_of, runs_of
-from flowtrain.training import checkpoint
+from flowtrain.training import checkpoint, checkpoint_files
 from flowtrain.training.ema import averages
 from flowtrain.training.resume_validation import is_count
 from flowtrain.utils.arguments import below_half, path_of, shortened
@@ -136,10 +136,10 @@ def load(
         if weights is not None:
             raise ConfigError(f"weights: {path} is a single run: give a sweep directory or a list of runs")
         # the declared type of a single path is Flow, although a file may contain an ensemble
-        return cast(Flow, restore(checkpoint.load(checkpoint.find(paths)), where, trust))
+        return cast(Flow, restore(checkpoint.load(checkpoint_files.find(paths)), where, trust))
     members = []
     for run in runs:
-        saved = checkpoint.load(checkpoint.find(run))
+        saved = checkpoint.load(checkpoint_files.find(run))
         members.append(Run(str(run), restore(saved, where, trust), saved["config"], samples_of(saved), saved["step"]))
 
     def data() -> Dataset:

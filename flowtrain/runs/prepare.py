@@ -22,7 +22,7 @@ from flowtrain.runs import auto_settings, build, load
 from flowtrain.runs.components import resolve_components
 from flowtrain.runs.compose import options, with_choices
 from flowtrain.runs.console import name_of, title_of
-from flowtrain.training import checkpoint, tensorboard
+from flowtrain.training import checkpoint, checkpoint_files, tensorboard
 from flowtrain.training.time_budget import TimeBudget
 from flowtrain.training.trainer import Trainer
 from flowtrain.utils import ranks
@@ -184,7 +184,7 @@ def _for_teacher(data: Dataset, before: Samples, is_new: bool) -> Dataset:
         is_new: whether the run is new, not resumed.
 
     Raises:
-        ConfigError: see `check_same`, or a target that does not fit the flow.
+        ConfigError: see `check_same`, and for a target `TargetData.for_flow`.
     """
     if isinstance(data, TargetData):
         return data.for_flow(before)
@@ -265,7 +265,7 @@ def read_teacher(config: Mapping[str, Any], run_dir: Path | None, resumed: bool)
     """
     if config.get("from") is None or (resumed and not build.takes_teacher(config)):
         return None
-    path = run_dir / TEACHER if resumed and run_dir is not None else checkpoint.find(Path(config["from"]))
+    path = run_dir / TEACHER if resumed and run_dir is not None else checkpoint_files.find(Path(config["from"]))
     if not path.is_file():
         raise CheckpointError(
             f"{path} is missing, and the run cannot be resumed without it: start one with from=RUN_DIR"

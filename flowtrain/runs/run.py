@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from flowtrain.plotting.options import PlotOptions
 from flowtrain.runs import build
-from flowtrain.runs.console import banner
+from flowtrain.runs.banner import banner
 from flowtrain.runs.prepare import NOTHING_GIVEN, Parts, prepare
 from flowtrain.runs.search import Search, is_search
 from flowtrain.training import tensorboard

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import filelock
 
-from flowtrain.training import checkpoint
+from flowtrain.training import checkpoint_files
 from flowtrain.utils import ranks
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.formatting import resume_command
@@ -119,7 +119,7 @@ def holds_run(run_dir: Path) -> bool:
     searched = (
         any(run_dir.glob(f"{SEARCH_FOLDER}/*/checkpoints/*.pt")) and (run_dir / SEARCH_FOLDER / SEARCH_STATE).exists()
     )
-    return measured or searched or (run_dir / "result.json").exists() or checkpoint.has_checkpoint(run_dir)
+    return measured or searched or (run_dir / "result.json").exists() or checkpoint_files.has_checkpoint(run_dir)
 
 
 @contextmanager

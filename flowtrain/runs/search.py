@@ -33,10 +33,11 @@ from flowtrain.models.ensemble import Ensemble, sparse_weights, stacked
 from flowtrain.plotting.options import DEFAULTS, PlotOptions
 from flowtrain.runs import auto_settings, build, load
 from flowtrain.runs.auto_settings import AUTO
+from flowtrain.runs.banner import as_banner, describe_device, describe_samples
 from flowtrain.runs.candidates import CIRCULAR, Candidate, recommended
 from flowtrain.runs.components import resolve_components
 from flowtrain.runs.compose import options, values_of, with_choices
-from flowtrain.runs.console import as_banner, data_name, describe_device, describe_samples, prefixed, shortest
+from flowtrain.runs.console import data_name, prefixed, shortest
 from flowtrain.runs.ensembles import validation_log_probs, validation_rows, validation_weights
 from flowtrain.runs.prepare import (
     NOTHING_GIVEN,
@@ -49,7 +50,7 @@ from flowtrain.runs.prepare import (
 )
 from flowtrain.runs.run_directory import SEARCH_FOLDER, SEARCH_STATE, holds_run
 from flowtrain.runs.save import content_of
-from flowtrain.training import checkpoint, tensorboard
+from flowtrain.training import checkpoint, checkpoint_files, tensorboard
 from flowtrain.training.metrics import Metrics, in_bits
 from flowtrain.training.metrics import read as read_metrics
 from flowtrain.training.time_budget import TimeBudget
@@ -204,8 +205,8 @@ class Search:
             ConfigError, DataError: the data have changed, see `flowtrain.runs.prepare.check_unchanged`.
         """
         assert self.run_dir is not None
-        if checkpoint.has_checkpoint(self.run_dir):
-            self._content = saved = checkpoint.load(checkpoint.find(self.run_dir))
+        if checkpoint_files.has_checkpoint(self.run_dir):
+            self._content = saved = checkpoint.load(checkpoint_files.find(self.run_dir))
         else:
             saved = next((s for name in self.candidates if (s := self._saved(name, "last")) is not None), {})
         if saved:
@@ -436,7 +437,7 @@ class Search:
         folder = self.run_dir / SEARCH_FOLDER / name
         if kind == "last" and not (folder / "checkpoints/last.pt").exists():
             return None
-        return checkpoint.load(checkpoint.find(folder, kind))
+        return checkpoint.load(checkpoint_files.find(folder, kind))
 
     def _config_of(self, candidate: Candidate) -> dict[str, Any]:
         """Returns the initial config of a candidate: its recipe, with the settings of the user for all candidates."""
@@ -713,7 +714,7 @@ def best_candidate(run_dir: Path) -> Path | None:
         name, nll = (candidate.get(key) for key in ("name", "nll")) if isinstance(candidate, dict) else (None, None)
         if isinstance(name, str) and isinstance(nll, int | float):
             found[run_dir / SEARCH_FOLDER / name] = nll
-    found = {path: nll for path, nll in found.items() if checkpoint.has_checkpoint(path)}
+    found = {path: nll for path, nll in found.items() if checkpoint_files.has_checkpoint(path)}
     return min(found, key=lambda path: found[path], default=None)
 
 

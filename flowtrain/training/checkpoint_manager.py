@@ -10,7 +10,7 @@ from typing import Any
 from flowtrain.data.base import Samples
 from flowtrain.flow import Flow
 from flowtrain.ode import StepPlan
-from flowtrain.training import checkpoint
+from flowtrain.training import checkpoint, checkpoint_files
 from flowtrain.training.failure_policy import FailurePolicy
 from flowtrain.training.progress import Progress
 from flowtrain.training.resume_validation import check_progress
@@ -122,7 +122,7 @@ class CheckpointManager:
             CheckpointError: the file is missing or damaged.
         """
         if self.run_dir is not None:
-            return checkpoint.load(checkpoint.find(self.run_dir, prefer))
+            return checkpoint.load(checkpoint_files.find(self.run_dir, prefer))
         return deepcopy(self._in_memory[prefer if prefer in self._in_memory else "last"])
 
     def load(self, saved: Mapping[str, Any]) -> None:

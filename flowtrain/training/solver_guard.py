@@ -33,8 +33,8 @@ def exploited(loose: Tensor, tight: Tensor, d: int) -> bool:
     gap = mean(loose - tight) and noise = std(loose - tight) / sqrt(B) over the rows.
 
     Args:
-        loose, tight: log p in nats, or -log p if the loss increases with log p, (B,), of the same rows, weights and
-            trace probes. Sampling errors cancel.
+        loose, tight: log p in nats, (B,), or -log p if the loss increases with log p. Rows, weights of the flow and
+            trace probes are the same in both, so sampling errors cancel.
         d: the number of elements of a sample.
     """
     # the standard deviation of one row is undefined
@@ -89,7 +89,7 @@ class SolverGuard:
         return self.solver.tolerance_at(self.warmed(step), self.tightenings, self.warmup())
 
     def is_due(self, step: int) -> bool:
-        """Returns whether `check` compares solves after `step` updates."""
+        """Returns whether `check` compares solves after `step` updates. Otherwise, it does nothing."""
         return self.every is not None and step % self.every == 0 and self.warned != self._limits()
 
     def check(self, step: int, x: Tensor, seed: int, context: Tensor | None = None) -> bool:

@@ -113,7 +113,7 @@ class TimeBudget:
             self.probed += 1
 
     def _score(self, rows: int) -> None:
-        """Scores the first validation rows; for a target, draws and weights as many samples."""
+        """Scores the first `rows` validation rows. For a target, it draws and weights `rows` samples of the flow."""
         if isinstance(self.data, TargetData):
             weighted_samples(self.flow, self.data.target, rows, self.data.seed_of("val"))
             return
@@ -171,7 +171,7 @@ class TimeBudget:
     def rows_of_checks(self, thorough: bool) -> int:
         """Returns the number of rows that an evaluation scores in addition to the test rows."""
         rows = ROWS_OF_CHECKS if thorough else ROWS_WITHOUT_CHECKS
-        # exact samples of a target
+        # for a target, exact samples are also scored
         return rows + (EXACT if thorough else FEW_EXACT) * isinstance(self.data, TargetData)
 
     def val_rows(self, size: int | None) -> int | None:

@@ -210,9 +210,9 @@ class Validation:
     def nll(self) -> tuple[float, float]:
         """Returns the NLL of the validation set and its standard error, in nats. Each rank scores its own rows.
 
-        The noise of a row depends on its position in the whole set, and not on the number of ranks. With weights, rows
-        of weight 0 are not scored. For the standard error, see `flowtrain.utils.weighting.stderr`. For a target, the
-        NLL is the negative ELBO, and rows are samples of the flow with fixed base points.
+        The noise of a row depends on the number of the row in the whole set, and not on the number of ranks. With
+        weights, rows of weight 0 are not scored. For the standard error, see `flowtrain.utils.weighting.stderr`. For a
+        target, the NLL is the negative ELBO, and the rows are samples of the flow with fixed base points.
         """
         x, context, weights = self.rows()
         begun = time.perf_counter()

@@ -9,9 +9,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
-import numpy as np
+# numpy is imported inside functions, because this module is imported by every command before it is checked
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @contextmanager
@@ -93,14 +95,18 @@ def write_text(path: Path, text: str) -> None:
         f.write(text.encode())
 
 
-def write_npy(path: Path, array: np.ndarray) -> None:
+def write_npy(path: Path, array: "np.ndarray") -> None:
     """Writes an array as .npy; see `replacing`."""
+    import numpy as np
+
     with replacing(path) as f:
         np.save(f, array)
 
 
-def write_npz(path: Path, arrays: Mapping[str, np.ndarray], durable: bool = False) -> None:
+def write_npz(path: Path, arrays: "Mapping[str, np.ndarray]", durable: bool = False) -> None:
     """Writes named arrays as .npz; see `replacing`."""
+    import numpy as np
+
     with replacing(path, durable) as f:
         # the stub of savez takes the second positional argument for one of the arrays
         np.savez(f, **cast(Any, dict(arrays)))

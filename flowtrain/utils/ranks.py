@@ -4,19 +4,23 @@ Without a launcher, there is one rank, and the functions of this module cost not
 that exchange values, in the same order. These functions raise RankLostError if another rank has ended.
 """
 
+from __future__ import annotations
+
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flowtrain.utils.errors import ConfigError, FlowtrainError, first_line
 from flowtrain.utils.status import status
+
+# torch is imported inside functions, so that a refused command can ask for its rank before torch is loaded
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -36,17 +40,23 @@ def launched() -> bool:
 
 def rank() -> int:
     """Returns the rank of this process, from 0."""
-    return dist.get_rank() if _is_joined() else 0
+    dist = _joined_group()
+    return 0 if dist is None else int(dist.get_rank())
 
 
 def size() -> int:
     """Returns the number of ranks."""
-    return dist.get_world_size() if _is_joined() else 1
+    dist = _joined_group()
+    return 1 if dist is None else int(dist.get_world_size())
 
 
-def _is_joined() -> bool:
-    """Whether this process has joined a process group. Without torch.distributed there is only one rank."""
-    return dist.is_available() and dist.is_initialized()
+def _joined_group() -> Any:
+    """Returns the module torch.distributed, or None if this process has not joined a process group.
+
+    A process whose torch.distributed is not loaded cannot have joined a group.
+    """
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
 
 
 def is_first() -> bool:
@@ -70,8 +80,10 @@ def device(asked: torch.device) -> torch.device:
     Raises:
         ConfigError: this machine has more ranks than GPUs, or all ranks would share one GPU.
     """
-    if not _is_joined() or asked.type != "cuda":
+    if _joined_group() is None or asked.type != "cuda":
         return asked
+    import torch
+
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if asked.index is not None and on_this_machine() > 1:
         raise ConfigError(f"device={asked}: {on_this_machine()} ranks would share this GPU; give device=cuda")
@@ -95,6 +107,9 @@ def joined() -> Iterator[None]:
     if not launched():
         yield
         return
+    import torch
+    import torch.distributed as dist
+
     if not dist.is_available():
         raise ConfigError(
             "RANK and WORLD_SIZE are set, so this is one of several processes, but this torch was built without "
@@ -162,6 +177,8 @@ def _note() -> Path:
 
 @contextmanager
 def _rank_loss_reported() -> Iterator[None]:
+    import torch
+
     try:
         yield
     except RuntimeError as e:
@@ -183,6 +200,9 @@ def largest(values: Sequence[float]) -> list[float]:
 def _reduced(values: Sequence[float], operation: str) -> list[float]:
     if size() == 1:
         return list(values)
+    import torch
+    import torch.distributed as dist
+
     tensor = torch.tensor(values, dtype=torch.float64)
     with _rank_loss_reported():
         dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
@@ -192,6 +212,8 @@ def _reduced(values: Sequence[float], operation: str) -> list[float]:
 def sum_in_place(tensor: Tensor) -> None:
     """Replaces a tensor by the sum of the tensors of all ranks, which have the same shape."""
     if size() > 1:
+        import torch.distributed as dist
+
         with _rank_loss_reported():
             dist.all_reduce(tensor)
 
@@ -200,6 +222,8 @@ def broadcast_object(value: T) -> T:
     """Returns rank 0's value on all ranks. The value must be picklable."""
     if size() == 1:
         return value
+    import torch.distributed as dist
+
     box = [value]
     with _rank_loss_reported():
         dist.broadcast_object_list(box, src=0)
@@ -210,17 +234,21 @@ def all_gather(value: T) -> list[T]:
     """Returns the values of all ranks, in the order of ranks. The values must be picklable."""
     if size() == 1:
         return [value]
+    import torch.distributed as dist
+
     values: list[Any] = [None] * size()
     with _rank_loss_reported():
         dist.all_gather_object(values, value)
     return values
 
 
-@torch.no_grad()
 def broadcast(tensors: Iterable[Tensor]) -> None:
     """Copies the tensors of rank 0 to all ranks, in place."""
     if size() > 1:
-        with _rank_loss_reported():
+        import torch
+        import torch.distributed as dist
+
+        with torch.no_grad(), _rank_loss_reported():
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 # the increment and the multipliers of SplitMix64, as signed numbers
 INCREMENT, FACTOR_1, FACTOR_2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-# the most numbers that `uniform_rows` draws at once for rows that are not needed
+# the largest number of values that `uniform_rows` draws at once for rows that are skipped
 SKIPPED = 1_000_000
 _FIRST: ContextVar[int] = ContextVar("number of the first row", default=0)
 
@@ -49,11 +49,11 @@ def random_bits(key: int, first: int, rows: int, n: int, device: torch.device) -
 def uniform_rows(
     sizes: Iterable[int], shape: Sequence[int], dtype: torch.dtype, seed: int, draws: int = 1, first: int = 0
 ) -> Iterator[list[Tensor]]:
-    """Yields noise in [0, 1) for consecutive parts of a set of rows, on the CPU: K tensors (B, *shape) for a part.
+    """Yields uniform noise in [0, 1) for consecutive parts of a set of rows, on the CPU: K tensors (B, *shape) a part.
 
-    Draw k is the sequence of numbers of a generator with a seed for (seed, k). Row i has the numbers from i d to
-    (i + 1) d of this sequence, with d the number of elements of a row. The noise of a row therefore depends on `dtype`,
-    but not on the sizes of the parts. Draw 0 has the sequence of `torch.manual_seed(seed)`.
+    Each draw k has a generator, whose seed depends on (seed, k). The generator of draw 0 has the seed `seed`. Row i has
+    the numbers i d to (i + 1) d - 1 of this generator, with d the number of elements of a row. The noise of a row
+    depends on `dtype`, but not on the sizes of the parts.
 
     Args:
         sizes: the number of rows of each part.
@@ -61,7 +61,7 @@ def uniform_rows(
         dtype: the dtype of the noise.
         seed: the seed.
         draws: K.
-        first: the number of the first row. The numbers of the rows before it are drawn and not used.
+        first: the number of the first row. The noise of the rows before it is drawn and discarded.
 
     Example:
         >>> [[both]] = uniform_rows([5], (2,), torch.float32, seed=0)

@@ -106,10 +106,10 @@ def problems(args: argparse.Namespace) -> dict[str, "Problem"]:
     from flowtrain import load
     from flowtrain.bijections.continuous import Continuous
     from flowtrain.runs import build
-    from flowtrain.training import checkpoint
+    from flowtrain.training import checkpoint, checkpoint_files
 
     ckpt = args.ckpt or trained_run(args.d, args.train)
-    saved = checkpoint.load(checkpoint.find(ckpt))
+    saved = checkpoint.load(checkpoint_files.find(ckpt))
     data = build.build_data(saved["config"])
     flow = load(ckpt)
     both = torch.cat([data.train_batch(10**6 + i, args.batch, seed=1) for i in range(2)])

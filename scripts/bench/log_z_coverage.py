@@ -1,9 +1,10 @@
-"""Coverage of the stated error of log Z for importance weights with a known mean.
+"""Coverage of the estimated error of log Z, for importance weights with a known mean.
 
     python scripts/bench/log_z_coverage.py
 
-Weights are log-normal or follow a Pareto distribution with mean 1, so that log Z = 0. The table shows how often
-|log Z| is at most 1.96 or 3 errors, without and with the part for the tail; see `flowtrain.evaluation.targets`.
+Weights follow a log-normal or a Pareto distribution with mean 1, so log Z = 0. The table shows how often the
+estimate of log Z is within 1.96 or 3 errors of 0, with and without the part of the tail.
+`flowtrain.evaluation.targets` describes the parts.
 """
 
 import argparse
@@ -27,7 +28,12 @@ def arguments() -> argparse.Namespace:
 
 
 def draws(kind: str, value: float, n: int, generator: torch.Generator) -> Tensor:
-    """Returns n log weights with E[w] = 1: sd of log w, or k of a Pareto distribution."""
+    """Returns n log weights with E[w] = 1.
+
+    Args:
+        kind: log-normal | Pareto.
+        value: the standard deviation of log w, or k of the Pareto distribution.
+    """
     if kind == "log-normal":
         return value * torch.randn(n, dtype=torch.float64, generator=generator) - value**2 / 2
     u = torch.rand(n, dtype=torch.float64, generator=generator)
@@ -35,7 +41,7 @@ def draws(kind: str, value: float, n: int, generator: torch.Generator) -> Tensor
 
 
 def measured(log_w: Tensor) -> tuple[float, float, float, float]:
-    """Returns log Z, the parts of its error by sampling and by the tail, and k."""
+    """Returns the estimate of log Z, the parts sampling and tail of its error, and Pareto k."""
     w = (log_w - log_w.max()).exp()
     mean, tail = float(w.mean()), weight_tail(w)
     assert tail is not None

@@ -8,9 +8,9 @@ covers the difference from a solve in float64 at rtol 1e-10 with the same probes
 are those without the noise of the probes. The second table compares separate steps with shared steps at several
 tolerances: NFE, seconds, and the largest difference from the accurate solve.
 
-With `--scoring FILES`, all rows of the files are scored as by floweval, with the solver of the run. Separate and shared
-steps alternate in some rounds. The table shows the medians of the CPU seconds and of their ratio. CPU seconds do not
-include the time in which other jobs use the core.
+With `--scoring FILES`, all rows of the files are scored as by floweval, with the solver of the run. Each round scores
+them with separate and with shared steps. The table shows the medians over rounds of the CPU seconds and of their ratio.
+CPU seconds do not include the time in which other processes use the core.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def scored(flow: Flow, x: Tensor, context: Tensor | None, rtol: float) -> tuple[
 
 
 def of_scoring(path: str, files: list[str], rounds: int) -> list[str]:
-    """Returns the cells of a run in the table of the seconds of scoring."""
+    """Returns the row of the table SCORING for a run."""
     flow = flowtrain.load(path).eval()
     assert isinstance(flow, Flow)
     assert flow.solver is not None

@@ -1,12 +1,12 @@
-"""log Z, effective sample size and KL of flows fitted to densities that are known up to a constant.
+"""log Z, effective sample size and KL of flows that are fitted to targets, densities known up to a constant.
 
     python scripts/bench/targets.py --out targets.jsonl                     # 8 targets, 2 models, 3 seeds; hours
     python scripts/bench/targets.py --targets funnel --models nsf --seeds 0 --out targets.jsonl
     python scripts/bench/targets.py --report targets.jsonl                  # prints Markdown
 
-Each fit has `--minutes` of training on `--threads` threads, with the settings in RECIPES, and is then evaluated by
-`flowtrain.evaluate_target` with 20,000 samples. log Z of these targets is known. "within" is the number of seeds whose
-log Z is within 3 stated errors of the truth. The results file has a line for each run. Runs in the file are not
+A fit trains for at most `--minutes` on `--threads` threads, with the settings in RECIPES. `flowtrain.evaluate_target`
+then evaluates the flow with 20,000 samples. log Z of these targets is known. "within" is the number of seeds whose log
+Z is within 3 errors of the known value. The results file has a line for each run. Runs in the file are not
 repeated.
 """
 
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def measure(target: str, model: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Fits a flow to a target and returns its evaluation, with the settings, steps and seconds of the training."""
+    """Fits a flow to a target. Returns the evaluation, and the settings, steps and seconds of the training."""
     import flowtrain
     from flowtrain.runs.build import build_target
     from flowtrain.runs.compose import compose
@@ -74,7 +74,7 @@ def measure(target: str, model: str, seed: int, args: argparse.Namespace) -> dic
     flow = flowtrain.fit_target(target, model=model, objective=objective, seed=seed, progress=False, overrides=settings)
     seconds = time.perf_counter() - begun
     assert flow.record is not None
-    # all seeds are evaluated with other samples than those of the validations
+    # the samples of the evaluation differ from the samples of the validations
     keys = {key: value for key, value in settings.items() if key.startswith("target.")}
     density = build_target(compose({"target": target, **keys}).config)
     found = flowtrain.evaluate_target(flow, density, seed=10**6 + seed)
@@ -92,7 +92,7 @@ def measure(target: str, model: str, seed: int, args: argparse.Namespace) -> dic
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns the results as Markdown, with means over seeds, and the range of the effective sample size."""
+    """Returns the results as Markdown: means over seeds, and the range of the effective sample size."""
     cells = []
     for target in TARGETS:
         for model in dict.fromkeys(row["model"] for row in rows):
@@ -124,19 +124,19 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def mean_of(rows: Sequence[dict[str, Any]], key: str, digits: int) -> str:
-    """Returns the mean of a value over runs as text; "-" without values."""
+    """Returns the mean of a value over runs as text, or "-" without values."""
     values = [row[key] for row in rows if row[key] is not None]
     return f"{statistics.mean(values):.{digits}f}" if values else "-"
 
 
 def modes(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns the least number of modes that a run found, of all modes; "-" if the modes are unknown."""
+    """Returns the smallest number of modes found in a run, and the number of modes; "-" if the modes are unknown."""
     found = [row["modes_found"] for row in rows if row["modes_found"] is not None]
     return f"{min(found)} of {rows[0]['modes']}" if found else "-"
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a results file, which may not exist yet."""
+    """Returns the rows of a results file, or no rows if the file does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 

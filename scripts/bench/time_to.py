@@ -51,9 +51,9 @@ def arguments() -> argparse.Namespace:
 def entropy_on_validation(run_dir: Path) -> float:
     """Returns -mean log p_true on the run's validation set. The validation NLL minus this value is the KL."""
     from flowtrain.runs import build
-    from flowtrain.training import checkpoint
+    from flowtrain.training import checkpoint, checkpoint_files
 
-    data = build.build_data(checkpoint.load(checkpoint.find(run_dir))["config"])
+    data = build.build_data(checkpoint.load(checkpoint_files.find(run_dir))["config"])
     log_p = data.log_prob(data.val)
     if log_p is None:
         raise SystemExit("the true density of this data is unknown: choose a toy with --data")

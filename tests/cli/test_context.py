@@ -9,7 +9,7 @@ import pytest
 from helpers import Run
 
 import flowtrain
-from flowtrain.runs.console import next_commands
+from flowtrain.runs.banner import next_commands
 
 MODEL = ["model=realnvp", "model.layers=2", "model.hidden=[16]", "trainer.steps=5"]
 # a Gaussian whose mean is linear in the context, which is the density of the rows

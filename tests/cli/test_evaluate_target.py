@@ -17,7 +17,7 @@ def content(run_dir: str, name: str) -> dict[str, Any]:
     return found
 
 
-def test_run_ends_with_log_z_and_is_evaluated_again(run: Run, trained: Train, evaluated: Evaluate) -> None:
+def test_run_reports_log_z_and_floweval_gives_the_same(run: Run, trained: Train, evaluated: Evaluate) -> None:
     run_dir = trained(*TARGET, f"target.log_z={BANANA_LOG_Z}")
     result = content(run_dir, "result.json")
     assert abs(result["log_z"] - BANANA_LOG_Z) < 3 * result["log_z_stderr"] + 1e-3
@@ -48,7 +48,7 @@ def test_other_target_is_evaluated(trained: Train, evaluated: Evaluate) -> None:
     assert named["kl_reverse"] is None
 
 
-def test_options_of_samples_are_refused_with_their_names(run: Run, trained: Train) -> None:
+def test_options_that_need_data_are_refused(run: Run, trained: Train) -> None:
     run_dir = trained(*TARGET)
     code, _, err = run("floweval", run_dir, "trust=[helpers]", "scores=s.csv", "split=val", "sbc=true")
     assert (code, "Traceback" in err) == (2, False)
@@ -64,12 +64,12 @@ def test_flow_of_a_target_scores_samples(run: Run, tmp_path: Path, trained: Trai
     np.savetxt(tmp_path / "new.csv", rows, delimiter=",", header="x1,x2", comments="")
     found = evaluated(run_dir, "trust=[helpers]", "data.path=new.csv", "scores=s.npy", name="eval-new.json")
     assert found["nll"] == pytest.approx(-np.load("s.npy").mean())
-    # there are no rows that the flow was trained on
+    # a run on a target has no training rows
     code, _, err = run("floweval", run_dir, "trust=[helpers]", "data.path=new.csv", "anomalies=a.csv")
     assert (code, "target" in err, "Traceback" in err) == (2, True, False)
 
 
-def test_sweep_shows_log_z_and_is_an_ensemble(run: Run, evaluated: Evaluate) -> None:
+def test_sweep_reports_log_z_and_forms_an_ensemble(run: Run, evaluated: Evaluate) -> None:
     few = ["model=affine", "trainer.steps=3", "trainer.batch_size=32", "trainer.plot_every=null"]
     code, _, err = run("flowtrain", "-m", *few, *TARGET, "seed=0,1", "name=pair")
     assert code == 0, err

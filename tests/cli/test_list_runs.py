@@ -14,6 +14,7 @@ import torch
 from helpers import SMALL, Run
 
 from flowtrain.cli import list_runs
+from flowtrain.plotting import runs_figure
 
 Write = Callable[..., Path]
 VAL = {"split": "val", "nll_stderr": 0.02}
@@ -181,7 +182,7 @@ def test_no_checkpoint_is_loaded(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_curves_of_several_runs_are_drawn(run: Run, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[str, list[str]]] = []
-    monkeypatch.setattr(list_runs, "draw_runs", lambda path, *, runs, title: drawn.append((str(path), [*runs])))
+    monkeypatch.setattr(runs_figure, "draw_runs", lambda path, *, runs, title: drawn.append((str(path), [*runs])))
     rows = [{**VAL, "step": k, "nll": 3.0, "seconds": 1.0} for k in (1, 2)]
     for name in ("a", "b"):
         write(f"outputs/{name}", RESULT, rows)

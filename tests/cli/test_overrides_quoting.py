@@ -71,7 +71,7 @@ def test_printed_commands_run_again(run: Run, tmp_path: Path, monkeypatch: pytes
     run_dir = Path(out.splitlines()[-1])
     printed = commands_in((run_dir / "flowtrain.log").read_text())
     assert [words[0] for words in printed] == ["floweval", "flowsample"]
-    monkeypatch.setattr("flowtrain.cli.sample.write_animation", lambda *_: 0)
+    monkeypatch.setattr("flowtrain.cli.sample_run.write_animation", lambda *_: 0)
     for command, *words in printed:
         assert run(command, *words)[0] == 0
     # also works from another directory, with the absolute path that is printed last

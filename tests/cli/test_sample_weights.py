@@ -1,4 +1,4 @@
-"""`flowsample` for runs on a target: log-weights, resampling, pictures and refusals."""
+"""`flowsample` for runs on a target: log weights, resampling, pictures and refusals."""
 
 import math
 from pathlib import Path
@@ -12,7 +12,7 @@ from helpers.files import gif_of
 from torch.distributions import Normal
 
 from flowtrain.bijections.linear import Affine
-from flowtrain.cli.sample_weights import weighted_by
+from flowtrain.cli.sample_weights import draw_weighted
 from flowtrain.data.targets.base import FunctionTarget
 from flowtrain.evaluation.log_weights import weighted_samples
 from flowtrain.flow import Flow
@@ -83,7 +83,7 @@ def test_resampled_samples_are_some_of_the_samples(run: Run, trained: Path) -> N
     assert Path("y.png").exists()
 
 
-def test_booleans_are_no_weights_of_an_ensemble(run: Run, trained: Path) -> None:
+def test_booleans_are_not_taken_as_weights_of_an_ensemble(run: Run, trained: Path) -> None:
     sample(run, "n=20", "weights=false", "out=x.npy")
     assert not list(trained.glob("*_log_weights*"))
     code, _, err = run("flowsample", "r", "trust=[mydensity25]", "weights=equal")
@@ -101,7 +101,7 @@ def test_booleans_are_no_weights_of_an_ensemble(run: Run, trained: Path) -> None
         (["quality=[1,2]"], "floweval"),
     ],
 )
-def test_refusals(run: Run, trained: Path, arguments: list[str], names: str) -> None:
+def test_invalid_options_are_refused(run: Run, trained: Path, arguments: list[str], names: str) -> None:
     before = set(trained.rglob("*"))
     code, out, err = run("flowsample", "r", "trust=[mydensity25]", *arguments)
     assert (code, out, len(err.splitlines())) == (2, "", 1), err
@@ -109,7 +109,7 @@ def test_refusals(run: Run, trained: Path, arguments: list[str], names: str) -> 
     assert {path for path in trained.rglob("*") if "__pycache__" not in str(path)} <= before
 
 
-def test_runs_on_data_have_no_weights(run: Run, tmp_path: Path) -> None:
+def test_runs_on_data_refuse_weights_and_resample(run: Run, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patched:
         skip_figures(patched)
         assert run("flowtrain", *SMALL, "model=affine", "hydra.run.dir=r")[0] == 0
@@ -136,7 +136,7 @@ def gaussian(mean: float, width: float) -> FunctionTarget:
 def test_resampling_gives_the_distribution_of_the_target() -> None:
     """The flow is N(0, 1), and the target N(0.5, 0.6^2). The effective sample size of the weights has a closed form."""
     n = 20_000
-    x, log_w, words = weighted_by(Flow((1,), Affine(1)), gaussian(0.5, 0.6), n, 3, resampled=True)
+    x, log_w, words = draw_weighted(Flow((1,), Affine(1)), gaussian(0.5, 0.6), n, 3, resampled=True)
     assert (len(x), log_w) == (n, None)
     assert float(x.mean()) == pytest.approx(0.5, abs=0.03)
     assert float(x.std()) == pytest.approx(0.6, abs=0.03)
@@ -147,14 +147,14 @@ def test_resampling_gives_the_distribution_of_the_target() -> None:
     assert found == pytest.approx(1 / second, abs=0.03)
 
 
-def test_heavy_weights_give_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    weighted_by(Flow((1,), Affine(1)), gaussian(0.0, 0.8), 4000, 0, resampled=False)
+def test_large_pareto_k_gives_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    draw_weighted(Flow((1,), Affine(1)), gaussian(0.0, 0.8), 4000, 0, resampled=False)
     assert not caplog.records
-    weighted_by(Flow((1,), Affine(1)), gaussian(0.0, 3.0), 4000, 0, resampled=False)
+    draw_weighted(Flow((1,), Affine(1)), gaussian(0.0, 3.0), 4000, 0, resampled=False)
     assert any("0.7" in record.message for record in caplog.records)
 
 
-def test_samples_without_any_weight_are_refused() -> None:
+def test_samples_whose_weights_are_all_zero_are_refused() -> None:
     zero = FunctionTarget(lambda x: torch.full((len(x),), -math.inf), 1)
     with pytest.raises(NonFiniteError):
-        weighted_by(Flow((1,), Affine(1)), zero, 100, 0, resampled=False)
+        draw_weighted(Flow((1,), Affine(1)), zero, 100, 0, resampled=False)

@@ -20,7 +20,7 @@ def test_the_table_is_found_from_another_folder(
     assert evaluated(run_dir)["n"] == 100
 
 
-def test_a_mistake_is_one_message(run: Run) -> None:
+def test_missing_label_gives_one_message(run: Run) -> None:
     Path("t.csv").write_text(ROWS)
     code, out, err = run("flowtrain", "model=affine", *FEW, "target.path=t.csv", "target.label=sort")
     assert code != 0

@@ -18,12 +18,12 @@ def draws(k: float, n: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 def test_shape_of_generalized_pareto_draws(k: float) -> None:
     x = draws(k, 4000, scale=2.5)
     found, scale = generalized_pareto(x)
-    # the maximum likelihood estimate has the standard error (1 + k) / sqrt(n)
+    # the standard error of the maximum likelihood estimate is (1 + k) / sqrt(n)
     assert found == pytest.approx(k, abs=4 * (1 + k) / 4000**0.5)
     assert scale == pytest.approx(2.5, rel=0.12)
     likely, _, _ = stats.genpareto.fit(x.numpy(), floc=0)
     assert found == pytest.approx(likely, abs=0.01)
-    # 2^10 times the values: the shape is the same, the scale is not
+    # values times 2^10 have the same shape, and 2^10 times the scale
     again, larger = generalized_pareto(1024 * x)
     assert again == pytest.approx(found, abs=1e-9)
     assert larger == pytest.approx(1024 * scale, rel=1e-9)
@@ -41,8 +41,8 @@ def test_tail_has_the_largest_weights_and_a_prior() -> None:
 
 
 @pytest.mark.parametrize("k", [0.2, 0.5])
-def test_missing_mass_above_the_largest_weight_is_right_on_average(k: float) -> None:
-    """E[(w - mean) 1(w > w_max)] of a Pareto distribution is known; its median over repetitions must agree."""
+def test_missed_mass_above_the_largest_weight_agrees_in_the_median(k: float) -> None:
+    """The median over repetitions agrees with E[(w - mean) 1(w > w_max)], which is known for Pareto weights."""
     n, expected, found = 1000, [], []
     for seed in range(200):
         w = draws(k, n, seed)
@@ -55,12 +55,12 @@ def test_missing_mass_above_the_largest_weight_is_right_on_average(k: float) -> 
     assert np.median(found) == pytest.approx(np.median(expected), rel=0.35)
 
 
-def test_few_weights_have_no_tail_and_equal_weights_have_a_light_one() -> None:
+def test_few_weights_have_no_tail_and_equal_weights_have_k_zero() -> None:
     assert weight_tail(torch.rand(20)) is None
     equal = weight_tail(torch.full((100,), 3.0))
     assert equal is not None
     assert (equal.k, equal.missed(3.0)) == (0.0, 0.0)
-    # a weight of 0 is a weight like others
+    # weights of 0 are allowed
     mixed = weight_tail(torch.cat([torch.zeros(500), draws(0.3, 500)]))
     assert mixed is not None
     assert np.isfinite(mixed.k)

@@ -1,4 +1,4 @@
-"""Evaluation on targets: log Z with an error that covers the truth, ESS, divergences, modes and faulty targets."""
+"""Evaluation on targets: coverage of log Z by its error, ESS, divergences, modes and invalid targets."""
 
 import json
 import logging
@@ -34,8 +34,8 @@ class Gaussians(Target):
 
     centers: Tensor
 
-    def __init__(self, modes: list[list[float]], std: float = 1.0, stated: float | None = LOG_Z) -> None:
-        super().__init__(len(modes[0]), log_z=stated)
+    def __init__(self, modes: list[list[float]], std: float = 1.0, known: float | None = LOG_Z) -> None:
+        super().__init__(len(modes[0]), log_z=known)
         self.modes = torch.tensor(modes)
         self.register_buffer("centers", self.modes)
         self.std = std
@@ -77,8 +77,8 @@ def check(result: TargetEvaluation, name: str) -> Any:
     return {one.name: one for one in result.checks}[name]
 
 
-def test_shifted_gaussian_has_the_closed_forms() -> None:
-    """log w is Gaussian: log w = m x - m^2 / 2 + log Z under N(0, 1)."""
+def test_shifted_gaussian_agrees_with_closed_forms() -> None:
+    """For x ~ N(0, 1), log w = m x - m^2 / 2 + log Z is Gaussian."""
     m, n = 0.7, 20_000
     found = evaluate_target(normal(), Gaussians([[m]]), n)
     error = math.sqrt(math.expm1(m**2) / n)
@@ -108,7 +108,7 @@ def test_shifted_gaussian_has_the_closed_forms() -> None:
 
 @pytest.mark.parametrize(("variance", "warned"), [(1.3, False), (10.0, True)])
 def test_pareto_k_of_a_wider_gaussian(variance: float, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """P(w > t) falls as t^(-1/k) up to a logarithm, k = 1 - 1 / variance."""
+    """P(w > t) decreases like t^(-1/k) with k = 1 - 1 / variance, up to a logarithm."""
     found = evaluate_target(normal(), Gaussians([[0.0]], variance**0.5), 20_000)
     assert found.pareto_k == pytest.approx(1 - 1 / variance, abs=0.2)
     assert check(found, "pareto_k").passed is not warned
@@ -118,26 +118,26 @@ def test_pareto_k_of_a_wider_gaussian(variance: float, warned: bool, caplog: pyt
 
 @pytest.mark.parametrize("variance", [1.1, 1.5, 2.2])
 def test_interval_covers_log_z(variance: float) -> None:
-    """200 repetitions: coverage of a 95% interval, and of 3 errors; k is 0.09, 0.33 and 0.55."""
+    """Coverage of the 95% interval and of 3 errors over 200 repetitions, for k = 0.09, 0.33 and 0.55."""
     flow, target = normal(2).float(), Gaussians([[0.0, 0.0]], variance**0.5)
     inside = {1.96: 0, 3.0: 0}
     for seed in range(200):
         found = evaluate_target(flow, target, 300, seed, thorough=False)
         for width in inside:
             inside[width] += abs(found.log_z - LOG_Z) <= width * found.log_z_stderr
-    # P(B(200, 0.95) < 180) < 0.002, and a total that is too large by a half would cover more than 199
+    # P(Binomial(200, 0.95) < 180) < 0.002. With an error that is 1.5 times too large, more than 199 would be covered
     assert 180 <= inside[1.96] < 200
     assert inside[3.0] >= 196
 
 
-def test_wrong_normaliser_is_caught(caplog: pytest.LogCaptureFixture) -> None:
+def test_wrong_log_z_fails_its_check(caplog: pytest.LogCaptureFixture) -> None:
     right = evaluate_target(normal(), Gaussians([[0.3]]), 20_000)
     assert check(right, "log_z").passed
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-    wrong = evaluate_target(normal(), Gaussians([[0.3]], stated=LOG_Z + 0.02), 20_000)
+    wrong = evaluate_target(normal(), Gaussians([[0.3]], known=LOG_Z + 0.02), 20_000)
     assert [one.name for one in wrong.failed] == ["log_z"]
     assert "target.log_z" in caplog.text
-    unknown = evaluate_target(normal(), Gaussians([[0.3]], stated=None), 100)
+    unknown = evaluate_target(normal(), Gaussians([[0.3]], known=None), 100)
     assert "log_z" not in {one.name for one in unknown.checks}
     assert (unknown.kl_reverse, unknown.kl_forward) == (None, None)
     assert unknown.forward_ess is not None
@@ -192,13 +192,13 @@ def test_float32_reports_its_rounding() -> None:
     assert evaluate_target(flow, product, 1000).log_z == pytest.approx(math.log(2 * math.pi), abs=1e-2)
 
 
-def test_missed_mode_is_found_by_modes_and_exact_samples(caplog: pytest.LogCaptureFixture) -> None:
+def test_modes_and_exact_samples_show_a_missed_mode(caplog: pytest.LogCaptureFixture) -> None:
     target = Gaussians([[0.0], [30.0]])
     missed = evaluate_target(normal(), target, 2000)
     assert (missed.mode_shares, missed.modes_found) == ((1.0, 0.0), 1)
     assert {one.name for one in missed.failed} == {"modes", "log_z"}
     assert "modes" in caplog.text
-    # the weights do not show it
+    # the weights do not show the missed mode
     assert missed.ess > 0.99
     assert missed.log_z == pytest.approx(LOG_Z - math.log(2), abs=1e-2)
     assert missed.forward_ess is not None
@@ -208,8 +208,8 @@ def test_missed_mode_is_found_by_modes_and_exact_samples(caplog: pytest.LogCaptu
     assert both.mode_shares == pytest.approx((0.5, 0.5), abs=0.05)
 
 
-class Compressed(Bijection):
-    """x = asinh(z), whose density has tails that are much lighter than those of a Gaussian."""
+class LightTails(Bijection):
+    """x = asinh(z). The density of x has much lighter tails than a Gaussian."""
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return z.asinh(), -0.5 * (1 + z.square()).log().sum(1)
@@ -219,16 +219,16 @@ class Compressed(Bijection):
 
 
 def test_samples_in_the_tails_show_a_missed_part_of_the_density() -> None:
-    """Of 5,000 samples of the flow, hardly any has |x| > 2. The target has a mass of 0.012 there."""
-    flow, target = Flow((1,), Compressed()), Gaussians([[0.0]], 0.8)
+    """Almost none of 5,000 samples of the flow has |x| > 2, but the target has a mass of 0.012 in this region."""
+    flow, target = Flow((1,), LightTails()), Gaussians([[0.0]], 0.8)
     drawn = [weighted_samples(flow, target, 5000, seed) for seed in range(40)]
     alone = [BalancedWeights(each.log_w, 5000) for each in drawn]
     found = [balanced_weights(flow, target, each, seed) for seed, each in enumerate(drawn)]
     errors = torch.tensor([[one.log_z - LOG_Z for one in each] for each in (alone, found)])
-    stated = torch.tensor([one.stderr for one in found])
+    estimated = torch.tensor([one.stderr for one in found])
     assert float(errors[0].median()) < -0.003
     assert abs(float(errors[1].median())) < 0.002
-    assert bool((errors[1].abs() < 3 * stated).all())
+    assert bool((errors[1].abs() < 3 * estimated).all())
     result = evaluate_target(flow, target, 5000, seed=int(errors[0].argmin()))
     assert result.missed_mass is not None
     assert 0.005 < result.missed_mass < 0.02
@@ -243,13 +243,13 @@ def test_equal_densities_have_no_error_with_samples_in_the_tails() -> None:
 
 @pytest.mark.parametrize("d", [1, 4])
 def test_balanced_weights_have_the_mean_z(d: int) -> None:
-    """The expectation over both sets of samples is Z, for a target that is wider than the flow and shifted."""
+    """For a target that is wider than the flow and shifted, the expectation over both sets of samples is Z."""
     flow, target = normal(d), Gaussians([[0.5] * d], 1.2)
     found = [balanced_weights(flow, target, weighted_samples(flow, target, 500, seed), seed) for seed in range(200)]
     z = torch.tensor([one.log_z for one in found]).exp()
-    stated = torch.tensor([one.stderr for one in found])
+    estimated = torch.tensor([one.stderr for one in found])
     assert abs(float(z.mean()) / math.exp(LOG_Z) - 1) < 4 * float(z.std() / z.mean()) / 200**0.5 + 2e-3
-    assert float(stated.mean()) == pytest.approx(float(z.std() / z.mean()), rel=0.2)
+    assert float(estimated.mean()) == pytest.approx(float(z.std() / z.mean()), rel=0.2)
 
 
 def test_ensemble_that_equals_the_target_has_equal_weights() -> None:
@@ -259,7 +259,7 @@ def test_ensemble_that_equals_the_target_has_equal_weights() -> None:
     assert found.ess == pytest.approx(1)
     assert found.members is not None
     assert [(m.path, m.weight) for m in found.members] == [("a", 0.5), ("b", 0.5)]
-    # a member alone: KL(N(0, 1) || p) = log 2 minus the expected gain by the other mode
+    # for each member, KL(N(0, 1) || p) is log 2 minus a small contribution of the other mode
     assert 0.4 < found.members[0].nll + LOG_Z < math.log(2)
     uneven = evaluate_target(Ensemble([normal(), normal(mean=3.0)], [0.2, 0.8]), target, 5000)
     assert uneven.ess < 0.9
@@ -312,7 +312,7 @@ def test_json_has_the_keys_of_an_evaluation() -> None:
     assert content["headline"].startswith("log Z 1.")
 
 
-def test_samples_depend_on_the_seed_only(tmp_path: Any) -> None:
+def test_samples_depend_only_on_the_seed(tmp_path: Any) -> None:
     state = torch.get_rng_state()
     flow, target = normal(), Gaussians([[0.5]])
     one, two, other, parts = (
@@ -355,7 +355,7 @@ def test_nearest_modes() -> None:
         (normal(), with_modes(torch.zeros(3)), {}),
     ],
 )
-def test_mistakes_are_refused(flow: Any, target: Any, options: dict[str, Any]) -> None:
+def test_invalid_arguments_are_refused(flow: Any, target: Any, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         evaluate_target(flow, target, **options)
 

@@ -4,11 +4,17 @@ Everything else that tests share is a fixture in a conftest.py.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from flowtrain.cli import evaluate, export, sample, train
 from flowtrain.training.trainer import Trainer
+
+# the commands import these modules when they first run. A module that a test with patched functions imports first
+# would keep these functions in all later tests
+for module in ("evaluate_run", "export_run", "list_runs", "sample_run", "sweep_jobs"):
+    import_module(f"flowtrain.cli.{module}")
 
 COMMANDS = {"flowtrain": train.main, "floweval": evaluate.main, "flowsample": sample.main, "flowexport": export.main}
 

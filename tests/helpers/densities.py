@@ -13,7 +13,7 @@ BANANA = ["target=custom", "target._target_=helpers.densities.banana", "target.d
 
 
 def banana(x: Tensor, width: float = 1.0) -> Tensor:
-    """A Gaussian in x1, and in x2 around x1^2."""
+    """x1 is Gaussian, and x2 is Gaussian with mean x1^2."""
     return -0.5 * (x[:, 0].square() + ((x[:, 1] - x[:, 0].square()) / width).square())
 
 

@@ -81,7 +81,7 @@ def test_annealing_reduces_the_variance_of_the_weights() -> None:
 
 @pytest.mark.parametrize(("transition", "step"), [("hmc", 1.0), ("metropolis", 1.0)])
 def test_transitions_leave_the_intermediate_density_invariant(transition: str, step: float) -> None:
-    """With these steps, 40 to 95 % of the proposals are accepted, so a wrong acceptance would change the moments."""
+    """40 to 95% of the proposals are accepted, so an error in the acceptance ratio would change the moments."""
     torch.manual_seed(0)
     chains = annealing(transition=transition, intermediate=3, step_size=step, leapfrog=3)
     mean, sd = gaussian_between(2 * 2 / 4)
@@ -184,7 +184,7 @@ def test_a_diverging_trajectory_is_rejected() -> None:
     assert torch.equal(moved.u, points.u)
 
 
-def test_step_sizes_move_towards_the_acceptance_rate() -> None:
+def test_adapt_changes_step_sizes_by_the_acceptance_rate() -> None:
     chains = annealing(intermediate=3, acceptance=0.6)
     chains.adapt([1.0, 0.6, 0.0])
     assert chains.step_sizes[0] > 0.3
@@ -193,7 +193,7 @@ def test_step_sizes_move_towards_the_acceptance_rate() -> None:
 
 
 @pytest.mark.parametrize("transition", ["hmc", "metropolis"])
-def test_acceptance_rate_reaches_its_target(transition: str) -> None:
+def test_acceptance_rate_reaches_the_chosen_rate(transition: str) -> None:
     torch.manual_seed(0)
     chains = annealing(banana, transition=transition, intermediate=2, step_size=0.02)
     rates = []

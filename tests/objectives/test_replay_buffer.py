@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowtrain.objectives.replay_buffer import ReplayBuffer, effective
+from flowtrain.objectives.replay_buffer import ReplayBuffer, effective_share
 from flowtrain.utils.errors import CheckpointError
 
 
@@ -30,7 +30,7 @@ def test_rows_are_drawn_by_their_weights() -> None:
     first = torch.bincount(pairs[:, 0], minlength=4) / n
     torch.testing.assert_close(first, torch.tensor([0.1, 0.2, 0.3, 0.4]), rtol=0, atol=4 * 0.5 / n**0.5)
     assert bool((pairs[:, 0] != pairs[:, 1]).all())
-    # without replacement, the second row is drawn by the weights of the others: 0.4 / 0.7 after row 2
+    # without replacement, the second row is drawn by the weights of the other rows, such as 0.4 / 0.7 after row 2
     after = pairs[pairs[:, 0] == 2, 1]
     assert (after == 3).double().mean().item() == pytest.approx(0.4 / 0.7, abs=4 * 0.5 / len(after) ** 0.5)
 
@@ -107,5 +107,5 @@ def test_damaged_states_are_refused(damage: Callable[[dict[str, Any]], dict[str,
 
 
 def test_effective_sample_size() -> None:
-    assert effective(torch.full((7,), 900.0)) == pytest.approx(1)
-    assert effective(torch.tensor([0.0, -1e9, 0.0, -1e9])) == pytest.approx(0.5)
+    assert effective_share(torch.full((7,), 900.0)) == pytest.approx(1)
+    assert effective_share(torch.tensor([0.0, -1e9, 0.0, -1e9])) == pytest.approx(0.5)

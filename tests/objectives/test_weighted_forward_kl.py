@@ -47,7 +47,7 @@ def test_gradient_agrees_with_finite_differences(name: str) -> None:
     flow = flow_in_float64(name)
     objective = objective_of(flow, clip=1.5, intermediate=1, leapfrog=1)
     objective.begin(0)
-    # log q of the buffer belongs to another flow, so that corrections are not 1
+    # log q in the buffer belongs to another flow, so the corrections are not 1
     objective.buffer.log_q += 0.5 * torch.randn_like(objective.buffer.log_q)
     objective.begin(1)
     x, old = objective.buffer.x[objective.rows].double(), objective.buffer.log_q[objective.rows].double()
@@ -71,7 +71,7 @@ def test_gradient_agrees_with_finite_differences(name: str) -> None:
 
 @pytest.mark.parametrize("alpha", [1.0, 2.0])
 @pytest.mark.parametrize("transition", ["hmc", "metropolis"])
-def test_gradient_is_that_of_the_divergence(alpha: float, transition: str) -> None:
+def test_gradient_equals_the_gradient_of_the_divergence(alpha: float, transition: str) -> None:
     """For q = N(0, I), g = p^alpha q^(1 - alpha) is Gaussian. The gradient of -E_g[log q] at the mean of q is -E_g[x],
     and at the logarithm of its standard deviation 1 - E_g[x^2]."""
     shift = torch.zeros(4, requires_grad=True)
@@ -96,7 +96,7 @@ def test_gradient_is_that_of_the_divergence(alpha: float, transition: str) -> No
     mean, variance = alpha * MEAN / SD**2 / precision, 1 / precision
     expected = torch.tensor([-mean, -mean, 1 - variance - mean**2, 1 - variance - mean**2])
     # standard errors over 2000 rows, and over the samples with their effective sample size
-    n = 1 / (1 / 2000 + 1 / (20_000 * objective.effective.item()))
+    n = 1 / (1 / 2000 + 1 / (20_000 * objective.ais_ess.item()))
     spread = torch.tensor([variance**0.5] * 2 + [(2 * variance**2 + 4 * variance * mean**2) ** 0.5] * 2)
     assert bool(((found - expected).abs() < 5 * spread / math.sqrt(n)).all())
 

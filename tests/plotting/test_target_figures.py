@@ -80,7 +80,7 @@ def test_axes_cover_the_points_and_not_more_than_the_support(monkeypatch: pytest
 
 
 def test_both_panels_have_one_colour_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flow of half the density is half as bright."""
+    """A flow with half of the density of the target has half of its colour value."""
     figure = figure_2d(monkeypatch, log_density=lambda x: normal(0.0, 1.0)(x) - math.log(2))
     target, flow = (np.asarray(axes.images[0].get_array()) for axes in figure.axes[:2])
     middle = target.shape[0] // 2
@@ -88,7 +88,7 @@ def test_both_panels_have_one_colour_scale(monkeypatch: pytest.MonkeyPatch) -> N
     np.testing.assert_allclose(flow[middle, middle // 2], target[middle, middle // 2] / 2, rtol=1e-5)
 
 
-def test_densities_that_are_not_finite_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_legend_counts_densities_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     log_density = lambda x: torch.where(x[:, 0] > 0, math.nan, 0.0)  # noqa: E731
     figure = figure_2d(monkeypatch, target_log_density=log_density)
     assert any("50.0% not finite" in words for words, _ in words_of(figure))

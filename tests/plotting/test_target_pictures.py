@@ -24,10 +24,8 @@ from flowtrain.plotting.options import PlotOptions
 class Gaussian(FunctionTarget):
     """N(mean, 1) in d columns, times exp(log_z)."""
 
-    def __init__(
-        self, dim: int, mean: float = 1.0, log_z: float = 2.0, exact: bool = True, stated: bool = True
-    ) -> None:
-        super().__init__(lambda x: Normal(mean, 1.0).log_prob(x).sum(1) + log_z, dim, log_z=log_z if stated else None)
+    def __init__(self, dim: int, mean: float = 1.0, log_z: float = 2.0, exact: bool = True, known: bool = True) -> None:
+        super().__init__(lambda x: Normal(mean, 1.0).log_prob(x).sum(1) + log_z, dim, log_z=log_z if known else None)
         self.mean, self.exact = mean, exact
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor | None:
@@ -57,16 +55,16 @@ def test_data_of_a_target_are_drawn_as_a_target(given: dict[str, Any], dim: int,
     torch.testing.assert_close(given["samples"], torch.zeros(5, dim))
 
 
-@pytest.mark.parametrize("stated", [True, False])
-def test_the_density_of_the_target_is_normalized(given: dict[str, Any], stated: bool) -> None:
-    flow, target = flow_of(1), Gaussian(1, stated=stated)
+@pytest.mark.parametrize("known", [True, False])
+def test_the_density_of_the_target_is_normalized(given: dict[str, Any], known: bool) -> None:
+    flow, target = flow_of(1), Gaussian(1, known=known)
     target_pictures.draw(flow, target, Path("a.png"), "t", log_z=2.0)
     x = torch.linspace(-9, 9, 2001)[:, None]
     for name in ("target_log_density", "log_density"):
         assert float(given[name](x).detach().exp().sum() * 18 / 2000) == pytest.approx(1, abs=1e-4)
     target_pictures.draw(flow, target, Path("a.png"), "t")
     mass = float(given["target_log_density"](x).exp().sum() * 18 / 2000)
-    assert mass == pytest.approx(1, abs=1e-4 if stated else 0.15)
+    assert mass == pytest.approx(1, abs=1e-4 if known else 0.15)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -78,13 +76,13 @@ def test_points_of_the_target_have_its_distribution(exact: bool) -> None:
     assert found.name == (target_pictures.EXACT if exact else target_pictures.RESAMPLED)
 
 
-def test_samples_without_any_weight_are_shown_as_they_are() -> None:
+def test_all_samples_are_shown_if_all_weights_are_zero() -> None:
     x = torch.randn(50, 2)
     none = WeightedSamples(x, torch.zeros(50), torch.full((50,), -math.inf))
     assert len(target_pictures.reference_of(Gaussian(2, exact=False), none).x) == 50
 
 
-def test_resampled_points_are_not_the_samples_beside_them(given: dict[str, Any]) -> None:
+def test_resampled_points_and_samples_are_disjoint(given: dict[str, Any]) -> None:
     target_pictures.draw(flow_of(3), Gaussian(3, exact=False), Path("a.png"), "t")
     shown = {tuple(row) for row in given["samples"].tolist()}
     assert len(shown) == 2000
@@ -104,7 +102,7 @@ def test_axes_cover_the_modes_and_the_samples_of_the_flow(given: dict[str, Any])
 
 
 @pytest.mark.parametrize("chosen", [None, ("x3", "x1")])
-def test_corner_plot_covers_both_and_honours_the_columns(monkeypatch: pytest.MonkeyPatch, chosen: Any) -> None:
+def test_corner_plot_contains_both_in_the_chosen_columns(monkeypatch: pytest.MonkeyPatch, chosen: Any) -> None:
     figures = catch_figures(monkeypatch)
     monkeypatch.setattr(target_pictures, "SAMPLES", 4000)
     options = PlotOptions(columns=chosen)

@@ -55,6 +55,19 @@ def test_log_density_matches_the_jacobian(name: str) -> None:
         torch.testing.assert_close(way.log_density(states[k], moment), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", VECTORS)
+def test_paths_have_the_states_and_log_densities_of_their_moments(name: str) -> None:
+    flow = vectors(name)
+    way, z = Trajectory(flow, 7), torch.randn(5, 2)
+    with torch.no_grad():
+        shown = way.exact(7)
+        states, log_p = way.paths(z, shown)
+        every = way.states(z)
+        for i, moment in enumerate(shown):
+            torch.testing.assert_close(states[i], every[way.moments.index(moment)], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(log_p[i], way.log_density(states[i], moment), rtol=1e-5, atol=1e-5)
+
+
 def _by_rows(way: Trajectory):  # type: ignore[no-untyped-def]
     # row by row, because functional transforms do not allow the solver to read values
     def rows(z: Tensor) -> Tensor:

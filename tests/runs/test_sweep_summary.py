@@ -9,7 +9,7 @@ import pytest
 from helpers import Run
 
 from flowtrain.runs import sweep_summary
-from flowtrain.runs.sweep_summary import OVERRIDES, overrides_of
+from flowtrain.runs.sweep_directory import OVERRIDES, overrides_of
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 

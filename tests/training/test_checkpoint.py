@@ -12,7 +12,7 @@ from torch import nn
 
 from flowtrain.flow import Flow
 from flowtrain.runs.load import load
-from flowtrain.training import checkpoint
+from flowtrain.training import checkpoint, checkpoint_files
 from flowtrain.training.checkpoint import checksum
 from flowtrain.utils.errors import CheckpointError
 
@@ -156,7 +156,7 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one(
         # a longer range than the padding of the archive
         flipped[middle : middle + 256] = bytes(255 - b for b in flipped[middle : middle + 256])
         path.write_bytes({"torn": whole[:middle], "flipped": flipped, "empty": b""}[damage])
-    assert checkpoint.load(checkpoint.find(tmp_path, prefer="last"))["step"] == 4
+    assert checkpoint.load(checkpoint_files.find(tmp_path, prefer="last"))["step"] == 4
     assert re.search(r"last\.previous\.pt.*step 4", caplog.text)
 
 

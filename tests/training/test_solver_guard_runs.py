@@ -10,7 +10,7 @@ import torch
 from helpers import Compose, MakeTrainer
 
 from flowtrain.cli.config_files import compose_defaults
-from flowtrain.cli.overrides import overridden
+from flowtrain.cli.saved_config import overridden
 from flowtrain.runs import run as runs
 from flowtrain.training import checkpoint, solver_guard
 from flowtrain.training.trainer import Trainer

@@ -109,7 +109,7 @@ def test_function_has_arguments_from_the_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("types", ["positive", "interval(-1,3)", "interval(2,inf)", "interval(-inf,2)", "circular(6)"])
-def test_start_points_are_in_the_support(types: str) -> None:
+def test_initial_points_are_in_the_support(types: str) -> None:
     data = TargetData(FunctionTarget(lambda x: -x.sum(1), 1, [types], scale=2.0), 500, 500)
     assert data.types[0].contains_noisy(data.val).all()
     assert len(data.val.unique()) > 450
@@ -117,7 +117,7 @@ def test_start_points_are_in_the_support(types: str) -> None:
     assert bool((data.val >= low).all() and (data.val <= high).all())
 
 
-def test_wrong_results_of_the_function_are_refused() -> None:
+def test_functions_that_return_a_wrong_shape_are_refused() -> None:
     for function in (lambda x: x, lambda x: x.sum(), lambda x: 0.0):
         with pytest.raises(DataError, match="shape"):
             FunctionTarget(function, 2)(torch.zeros(3, 2))
@@ -138,7 +138,7 @@ def test_command_starts_from_a_flow_that_was_fitted_to_samples(run: Run, tmp_pat
     saved = checkpoint.load(tmp_path / out.splitlines()[-1] / "checkpoints/last.pt")
     assert saved["config"]["data"]["name"] == "target"
     assert saved["config"]["objective"]["name"] == "reverse_kl"
-    # after five steps with a small learning rate, the weights are close to those of the first run
+    # after five steps with a small learning rate, the weights are close to the weights of the first run
     before = checkpoint.load(first / "checkpoints/best.pt")
     for key, value in before["weights"].items():
         assert saved["weights"][key].shape == value.shape

@@ -13,7 +13,7 @@ from helpers import SMALL, MakeTrainer, ReadRows, Run
 
 from flowtrain.bijections.linear import Affine
 from flowtrain.cli.config_files import compose_defaults
-from flowtrain.cli.overrides import overridden
+from flowtrain.cli.saved_config import overridden
 from flowtrain.data.base import Dataset
 from flowtrain.data.targets.base import FunctionTarget, TargetData
 from flowtrain.flow import Flow
@@ -267,8 +267,8 @@ def test_reducing_test_rows_is_logged(fake_clock: Clock, caplog: pytest.LogCaptu
     assert "10000" in record.getMessage()
 
 
-def test_samples_of_a_target_are_measured(fake_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    """A sample takes the time of the target, although no row is scored."""
+def test_probe_measures_samples_of_a_target(fake_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """The time of a sample includes the time of the target."""
 
     def slow(x: torch.Tensor) -> torch.Tensor:
         fake_clock.now += 0.01 * len(x)

@@ -30,7 +30,7 @@ def rank_results(folder: Path) -> Found:
     """Returns the results of both ranks."""
     # the fork server imports the modules once, for both ranks
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["flowtrain.cli.train", "flowtrain.cli.evaluate", "torch._dynamo"])
+    context.set_forkserver_preload(["flowtrain.cli.sweep_jobs", "flowtrain.cli.evaluate_run", "torch._dynamo"])
     processes = [context.Process(target=run_all, args=(rank, 2, folder)) for rank in range(2)]
     for process in processes:
         process.start()

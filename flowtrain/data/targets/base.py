@@ -1,4 +1,4 @@
-"""The base class of targets, targets from a user's function, and the data set of a target."""
+"""The base class of targets, a target that is defined by a function, and the data set of a target."""
 
 import math
 import traceback
@@ -17,34 +17,34 @@ from flowtrain.utils.arguments import number, shortened, whole, within_memory
 from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError, first_line, out_of_memory
 from flowtrain.utils.formatting import counted
 
-# random streams of the start points of training batches and of the held-out sets
+# random streams of the initial points: training batches, validation set, test set
 _TRAIN, _VAL, _TEST = 0x74_61_72_67, 0x74_61_72_68, 0x74_61_72_69
-# the first names of columns without a name
+# the default name of a column, by its number
 COLUMN = "x{}"
 
 
 class Target(nn.Module, ABC):
-    """A density that is known up to a constant: log p(x) = log p~(x) - log Z with Z = integral of p~(x) dx.
+    """A density p that is known up to a constant: log p(x) = log p~(x) - log Z with Z = integral of p~(x) dx.
 
-    A subclass defines `log_density`. It also defines `sample` if exact samples are known, and `log_z` if Z is known.
-    Tensors that `log_density` needs are buffers, so that they move to the device of the flow.
+    A subclass defines `log_density`. If exact samples can be drawn, it also defines `sample`. If Z is known, it passes
+    `log_z`. Tensors that `log_density` uses must be buffers, so that they move to the device of the flow.
 
-    The flow begins near the start distribution: independent Gaussians with mean `loc` and standard deviation `scale`,
-    for columns with bounds on the real line to which `flowtrain.bijections.ToSupport` maps them.
+    An untrained flow is close to the initial distribution: independent Gaussians with mean `loc` and standard deviation
+    `scale` on the real line. `flowtrain.bijections.ToSupport` maps the real line to the bounds of a column.
 
     Args:
         dim: the number of columns d.
-        types: the types of the columns, whose ranges are the support of the density; () if all columns are real.
-        columns: the names of the columns; () means x1, x2 and so on.
-        loc, scale: mean and standard deviation of the start distribution, a number or (d,).
-        log_z: log Z in nats; None if unknown. An evaluation compares its estimate with this value.
+        types: the types of the columns. Their ranges are the support of the density. () if all columns are real.
+        columns: the names of the columns. () means x1, x2 and so on.
+        loc, scale: mean and standard deviation of the initial distribution, a number or (d,).
+        log_z: log Z in nats. None if unknown. The evaluation compares its estimate with this value.
 
     Attributes:
-        modes: the centers (k, d) of the modes, for the share of samples in each mode; None if unknown.
+        modes: the centers (k, d) of the modes. None if unknown. The evaluation counts the samples at each mode.
         record: row count and checksum of the file that defines the density, see `flowtrain.data.base.Record`.
 
     Raises:
-        ConfigError: a number out of range, or a different number of columns.
+        ConfigError: a number is out of range, types are not real-valued, or `types` or `columns` do not have d entries.
     """
 
     modes: Tensor | None = None
@@ -80,7 +80,7 @@ class Target(nn.Module, ABC):
         """Returns log p~(x) in nats, (B,), for x (B, d). It is differentiable with respect to x."""
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor | None:
-        """Draws exact samples (n, d), float64, on the CPU. Returns None if no method is known."""
+        """Draws exact samples (n, d), float64, on the CPU. Returns None if the target cannot be sampled exactly."""
         return None
 
     def check(self) -> None:
@@ -96,7 +96,7 @@ class Target(nn.Module, ABC):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns `log_density` of x (B, d), after a check of its shape.
+        """Returns `log_density` of x (B, d) and checks the shape of the result.
 
         Raises:
             DataError: `log_density` raises an exception, changes x in place, returns another shape or another type, or
@@ -160,12 +160,12 @@ def _each(name: str, value: float | Sequence[float], dim: int) -> Tensor:
 
 
 class FunctionTarget(Target):
-    """The target of a function log p~(x), x (B, d) -> (B,), differentiable with torch.
+    """A target that is defined by a function log p~(x), x (B, d) -> (B,), which is differentiable with torch.
 
     Args:
         function: log p~ in nats.
-        dim, types, columns, loc, scale, log_z: see `Target`. Types are given as for `data.types`: by the name of a
-            column, or one type for each column.
+        dim, types, columns, loc, scale, log_z: see `Target`. `types` is a mapping from names of columns to types, or
+            one type for each column, as for `data.types`.
 
     Example:
         >>> target = FunctionTarget(lambda x: -0.5 * x.square().sum(1), 2, log_z=math.log(2 * math.pi))
@@ -202,7 +202,8 @@ def types_of(types: Mapping[str, Any] | Sequence[Any], columns: Sequence[str]) -
     """Returns the type of each column, or () if all columns are real.
 
     Args:
-        types: types by the name of a column, or one type for each column; a type is a text or a `ColumnType`.
+        types: a mapping from names of columns to types, or one type for each column. A type is a string or a
+            `ColumnType`.
 
     Raises:
         ConfigError: an unknown column or type.
@@ -220,15 +221,16 @@ def types_of(types: Mapping[str, Any] | Sequence[Any], columns: Sequence[str]) -
 
 
 class TargetData(Dataset):
-    """The data set of a target, which has no samples: training draws its samples from the flow.
+    """The data set of a target. It contains no samples of the target.
 
-    A training batch and the held-out sets contain points of the start distribution of the target. Training uses them to
-    initialize the flow. Validations and evaluations draw `n_val` and `n_test` samples from the flow with fixed seeds.
+    Training batches and held-out sets are points of the initial distribution (`Target`), which initialize the flow. The
+    losses of the objectives for targets do not depend on them. Validations and evaluations draw `n_val` and `n_test`
+    samples from the flow with fixed seeds.
 
     Args:
         target: the target.
-        n_val: the number of samples of a validation, which estimates the ELBO.
-        n_test: the number of samples of an evaluation.
+        n_val: the number of samples of the flow by which a validation estimates the ELBO.
+        n_test: the number of samples of the flow by which an evaluation estimates log Z.
         seed: the seed of validations and evaluations. It does not depend on the seed of the run.
 
     Raises:
@@ -242,24 +244,24 @@ class TargetData(Dataset):
         self.types, self.columns, self.record = target.types, target.columns, target.record
         for key, n in (("data.n_val", n_val), ("data.n_test", n_test)):
             within_memory(key, whole(key, n, least=2), 12 * target.dim)
-        self.val = self._start_points(n_val, step_generator(self.seed, _VAL))
-        self.test = self._start_points(n_test, step_generator(self.seed, _TEST))
+        self.val = self._initial_points(n_val, step_generator(self.seed, _VAL))
+        self.test = self._initial_points(n_test, step_generator(self.seed, _TEST))
 
     def train_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
-        """Returns start points (batch_size, d), keyed by (seed, step)."""
-        return self._start_points(batch_size, step_generator(seed, _TRAIN, step))
+        """Returns points of the initial distribution, (batch_size, d), which depend only on the seed and the step."""
+        return self._initial_points(batch_size, step_generator(seed, _TRAIN, step))
 
-    def _start_points(self, n: int, generator: torch.Generator) -> Tensor:
+    def _initial_points(self, n: int, generator: torch.Generator) -> Tensor:
         z = torch.randn(n, self.target.dim, dtype=torch.float64, generator=generator)
         z = self.target.loc + self.target.scale * z
         return _in_support(self.types, z).float()
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """Returns mean and standard deviation of the start distribution, (d,), on the real line."""
+        """Returns the mean and the standard deviation of the initial distribution on the real line, (d,) each."""
         return self.target.loc, self.target.scale
 
     def seed_of(self, split: str) -> int:
-        """Returns the seed of the base points of the validation ("val") or of the evaluation ("test")."""
+        """Returns the seed of the base points of a validation (`split="val"`) or an evaluation (`split="test"`)."""
         return step_generator(self.seed, _VAL if split == "val" else _TEST, 1).initial_seed() % 2**62
 
     def to(self, device: torch.device) -> None:
@@ -270,13 +272,15 @@ class TargetData(Dataset):
         return self._samples or replace(super().samples, columns=self.columns)
 
     def for_flow(self, samples: Samples) -> "TargetData":
-        """Returns this data set for a flow that was trained on samples, which keeps its preprocessing.
+        """Returns a copy of this data set for training a flow that was already trained on samples.
+
+        The flow keeps its preprocessing, so the copy has the types and the description of those samples.
 
         Args:
-            samples: the description of the samples.
+            samples: the description of the samples on which the flow was trained.
 
         Raises:
-            ConfigError: the flow is conditional or has whole numbers, or the columns differ in number, order or
+            ConfigError: the flow is conditional or models whole numbers, or its columns differ in number, order or
                 support.
         """
         if samples.integer_valued or samples.noisy or samples.classes is not None or samples.context:
@@ -297,8 +301,8 @@ class TargetData(Dataset):
         if supports[0] != supports[1]:
             differing = [name for name, a, b in zip(self.columns, *supports, strict=True) if a != b]
             raise ConfigError(
-                f"the flow and the target have different supports in the columns {', '.join(differing)}; set "
-                "target.types to the types of the run"
+                f"the flow and the target have different supports in {', '.join(differing)}; set target.types "
+                "to the types of the run"
             )
         found = copy(self)
         found._samples = replace(samples, record=self.record)

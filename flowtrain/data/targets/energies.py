@@ -13,13 +13,12 @@ from flowtrain.data.types import ColumnType
 
 # the window of figure 3 of the paper is [-EDGE, EDGE]^2
 EDGE = 4.0
-# mean and deviation for which the logit of a uniform distribution on the window is close to a Gaussian, and for which a
-# Gaussian covers the window
+# initial standard deviations: of the logit of a uniform distribution on the window (x1), and half of the window (x2)
 UNIFORM, WINDOW = 1.8, 2.0
 
 
 class Energy1(Target):
-    """energy1: a ring of radius 2, which is dense at its left and right ends.
+    """energy1: a ring of radius 2 with modes at its left and right ends, (-2, 0) and (2, 0).
 
     log p~(x) = -1/2 ((|x| - 2) / 0.4)^2 + log(exp(-1/2 ((x1 - 2) / 0.6)^2) + exp(-1/2 ((x1 + 2) / 0.6)^2))
 
@@ -29,7 +28,7 @@ class Energy1(Target):
         loc, scale: see `Target`.
     """
 
-    # by the trapezoidal rule in polar coordinates
+    # computed by the trapezoidal rule in polar coordinates
     LOG_Z = 1.8775016261097073
 
     def __init__(self, loc: float | Sequence[float] = 0.0, scale: float | Sequence[float] = WINDOW) -> None:
@@ -42,9 +41,9 @@ class Energy1(Target):
         return -0.5 * ((radius - 2) / 0.4).square() + self._log_ends(x[:, 0])
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draws samples by rejection from the ring without the ends.
+        """Draws samples by rejection. Proposals are from the first term of log p~, a ring without modes.
 
-        The largest factor of the ends is 1 + exp(-8 / 0.36), at x1 = 2 and x1 = -2.
+        The exponential of the second term is at most 1 + exp(-8 / 0.36), its value at x1 = 2 and x1 = -2.
         """
         ring = GridDensity(lambda r: r.log() - 0.5 * ((r - 2) / 0.4).square(), 0.0, 8.0)
         highest, found, count = math.log1p(math.exp(-8 / 0.36)), [torch.zeros(0, 2, dtype=torch.float64)], 0
@@ -67,13 +66,13 @@ class BranchedEnergy(Target):
 
     log p~(x) = log sum_k exp(-1/2 ((x2 - c_k(x1)) / s_k)^2) for -4 <= x1 <= 4, and -inf otherwise
 
-    In the paper, x1 is unbounded. The integral over x1 is then infinite, and there is no density. Here, x1 is of the
-    type interval(-4,4), the window of the paper's figure 3. The distribution of x1 is uniform, and
+    In the paper, x1 is unbounded. The integral over x1 is then infinite, so p~ cannot be normalized. Here, x1 has the
+    type interval(-4,4), the window of the paper's figure 3. The marginal distribution of x1 is uniform, and
 
     Z = 8 sqrt(2 pi) sum_k s_k.
 
-    A subclass defines `centers` and the deviations `stds`. The start distribution of x1 on the real line (the logit of
-    the interval) is close to a uniform distribution of x1.
+    A subclass defines the curves `centers` and the standard deviations `stds`. The default initial distribution of x1
+    is close to uniform on the interval: its scale is the standard deviation of the logit of a uniform distribution.
 
     Source: Rezende and Mohamed 2015, table 1, U(z) = -log p~(z).
 
@@ -90,7 +89,7 @@ class BranchedEnergy(Target):
 
     @abstractmethod
     def centers(self, x1: Tensor) -> tuple[Tensor, ...]:
-        """Returns c_k(x1), (B,), of each branch."""
+        """Returns c_k(x1), (B,), for each branch k."""
 
     def log_density(self, x: Tensor) -> Tensor:
         x1, x2 = x.unbind(1)
@@ -106,7 +105,7 @@ class BranchedEnergy(Target):
 
 
 def _wave(x1: Tensor) -> Tensor:
-    """Returns w_1 of the paper."""
+    """Returns sin(pi x1 / 2), which is w_1 in the paper."""
     return torch.sin(math.pi / 2 * x1)
 
 

@@ -12,14 +12,14 @@ from flowtrain.utils.errors import ConfigError
 
 # standard deviation of v
 STD = 3.0
-# the lowest v in exp(v). Its square and its reciprocal are finite in float32. P(v < LOWEST) is 1e-62
+# the least v in exp(v), so that exp(v) and its reciprocal are normal numbers in float32. P(v < LOWEST) is 1e-62
 LOWEST = -50.0
 
 
 class Funnel(Target):
     """funnel: v ~ N(0, 3^2) and x_i ~ N(0, exp(v)), i = 1 ... d - 1.
 
-    p(v, x) = N(v; 0, 9) prod_i N(x_i; 0, exp(v)), and log Z = 0. The first column is v. Below v = -50, the variance of
+    p(v, x) = N(v; 0, 9) prod_i N(x_i; 0, exp(v)), and log Z = 0. The first column is v. For v < -50, the variance of
     x_i is exp(-50), so that gradients are finite in float32.
 
     Source: Neal 2003, "Slice sampling", section 8.

@@ -10,7 +10,7 @@ from flowtrain.data.targets.base import Target
 from flowtrain.data.targets.grid import log_normal
 from flowtrain.utils.arguments import number, whole
 
-# softplus(1)
+# softplus(1), as in the authors' code
 FAB_STD = math.log1p(math.e)
 
 
@@ -19,13 +19,13 @@ class GaussianMixture(Target):
 
     p(x) = 1/K sum_k N(x; c_k, std^2 I), and log Z = 0.
 
-    The defaults are the mixture with 40 modes of Midgley et al. 2023, "Flow annealed importance sampling bootstrap",
-    section 4.1. The centers are the ones of the authors' code for this seed.
+    The defaults give the mixture with 40 modes of Midgley et al. 2023, "Flow annealed importance sampling bootstrap",
+    section 4.1, with the centers of the authors' code.
 
     Args:
         n_modes: the number of Gaussians K.
         dim: the number of columns d.
-        loc_range: the largest coordinate of a center.
+        loc_range: the bound of the coordinates of the centers.
         std: the standard deviation of each Gaussian.
         seed: the seed of the centers.
         loc, scale: see `Target`. A scale of None means loc_range / sqrt(3), the standard deviation of the centers.

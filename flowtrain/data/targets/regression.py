@@ -22,7 +22,7 @@ from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
 from flowtrain.utils.formatting import counted
 
 INTERCEPT = "intercept"
-# Newton's method for the mode: largest number of steps, and the decrement at which it stops
+# Newton's method for the mode: the largest number of steps, and the Newton decrement below which it stops
 STEPS, DECREMENT = 100, 1e-20
 
 
@@ -32,22 +32,23 @@ class LogisticRegression(Target):
     log p~(w, b) = sum_i log sigmoid(y_i (w . x_i + b)) - (|w|^2 + b^2) / (2 s^2) - (k + 1)/2 log(2 pi s^2)
 
     x_i are the k features of row i, standardised to mean 0 and standard deviation 1. y_i is 1 for the second of the two
-    labels in sorted order, and -1 for the first. s is `prior_scale`. The columns are the weights, with the names of the
-    features, and the intercept b. Z is the evidence of the model.
+    labels in sorted order, and -1 for the first. s is `prior_scale`. The columns of the target are the weights w, which
+    have the names of the features, and the intercept b. Z is the evidence (marginal likelihood) of the model.
 
     Args:
         path: the file, in a format of `data.path` (data=array).
-        label: the name or the position of the column of labels. It has two distinct values, text or numbers.
+        label: the name or the position of the column of labels, which has two distinct values, text or numbers.
         columns: names, positions or slices of the features. None means all columns except the label.
         prior_scale: standard deviation of the Gaussian prior of each weight and of the intercept.
-        missing: whether rows with a missing value are refused or left out, refuse | drop; see `data.missing`.
-        na: further values that count as missing, see `data.na`.
-        loc, scale: see `Target`. None means the mode of the posterior and the standard deviations of the Laplace
-            approximation (the Gaussian with the mode and the curvature of the posterior).
+        missing: refuse | drop: rows with a missing value raise an error or are left out, as for `data.missing`.
+        na: further values that count as missing, as for `data.na`.
+        loc, scale: see `Target`. None means the mode of the posterior, and the standard deviations of the Laplace
+            approximation, which is the Gaussian with the mode of the posterior and its curvature at the mode.
 
     Raises:
-        ConfigError: a missing path or label, or a column that is not in the file.
-        DataError: a file that cannot be read, another number of labels, a missing value, or a constant feature.
+        ConfigError: the path or the label is missing, or a column is not in the file.
+        DataError: the file cannot be read, the label does not have two values, a value is missing, or a feature is
+            constant or contains text.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class LogisticRegression(Target):
             )
         prior_scale = number("target.prior_scale", prior_scale)
         features, signs, names = read_classes(path_of("target.path", path), label, columns, missing, na)
-        # a row of weights (w, b) has the margins rows @ (w, b)
+        # the margins y_i (w . x_i + b) are rows @ (w, b)
         rows = torch.from_numpy(signs[:, None] * np.column_stack([features, np.ones(len(features))]))
         mode, covariance = laplace(rows, prior_scale)
         super().__init__(
@@ -148,7 +149,7 @@ def read_classes(
 
 @contextmanager
 def _keys_of_target() -> Iterator[None]:
-    """Replaces the keys data.KEY by target.KEY in messages of the reader."""
+    """Replaces data.KEY by target.KEY in error messages of the table reader."""
     try:
         yield
     except FlowtrainError as e:
@@ -156,7 +157,7 @@ def _keys_of_target() -> Iterator[None]:
 
 
 def _signs(table: Table) -> NDArray[np.float64]:
-    """Returns the classes in the last column of a table as -1 and 1: -1 for the first label in sorted order."""
+    """Returns the classes in the last column of a table, (n,): -1 for the first label in sorted order, else 1."""
     codes = table.values[:, -1]
     texts = table.labels.get(table.indices[-1])
     found = np.unique(codes)
@@ -171,12 +172,13 @@ def _signs(table: Table) -> NDArray[np.float64]:
 
 
 def laplace(rows: Tensor, prior_scale: float) -> tuple[Tensor, Tensor]:
-    """Returns the mode (d,) of the posterior and the inverse of its negative Hessian there, (d, d).
+    """Returns the mode (d,) of the posterior, and the inverse of its negative Hessian at the mode, (d, d).
 
-    The log posterior is strictly concave. Newton's method with halved steps converges to its only maximum.
+    The log posterior is strictly concave. Newton's method with a line search converges to the only maximum.
 
     Args:
         rows: y_i (x_i, 1), (n, d), float64.
+        prior_scale: the standard deviation of the prior.
     """
     precision = torch.eye(rows.shape[1], dtype=rows.dtype) / prior_scale**2
 

@@ -1,4 +1,4 @@
-"""The double well, and the many well, which consists of independent double wells."""
+"""The double well, and the many well, a product of independent double wells."""
 
 import math
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ EDGE = 6.0
 
 
 def log_well(x1: Tensor) -> Tensor:
-    """Returns -x1^4 + 6 x1^2 + x1 / 2 of each element."""
+    """Returns -x1^4 + 6 x1^2 + x1 / 2 of each element, the log density of a double well up to a constant."""
     square = x1.square()
-    # the same polynomial, factored because x1^4 and 6 x1^2 cancel between the wells
+    # factored, because x1^4 and 6 x1^2 nearly cancel between the wells
     return square * (6 - square) + 0.5 * x1
 
 
@@ -29,17 +29,17 @@ class ManyWell(Target):
     log p~(x) = sum over the pairs (x1, x2) of -x1^4 + 6 x1^2 + x1 / 2 - x2^2 / 2
 
     The columns 1, 3, 5 ... have two wells, near -1.71 and 1.75. The right well has 84% of the probability. There are
-    2^(d/2) modes, 65,536 for 32 columns. The list `modes` is therefore None for more than 8 columns. The signs of the
-    columns 1, 3, 5 ... tell in which mode a sample is. log Z is d/2 times log Z of a pair, by quadrature in float64.
+    2^(d/2) modes, which are 65,536 for 32 columns. The attribute `modes` is None for more than 8 columns. The signs of
+    the columns 1, 3, 5 ... give the mode of a sample. log Z is d/2 times log Z of a pair, by quadrature in float64.
 
     Source: Midgley et al. 2023, "Flow annealed importance sampling bootstrap", section 4.2, and Noe et al. 2019.
 
     Args:
-        dim: the number of columns d, an even number.
+        dim: the number of columns d, which must be even.
         loc, scale: see `Target`.
 
     Raises:
-        ConfigError: a number out of range.
+        ConfigError: d is not a positive even number.
     """
 
     def __init__(self, dim: int = 32, loc: float | Sequence[float] = 0.0, scale: float | Sequence[float] = 1.0) -> None:
@@ -49,7 +49,7 @@ class ManyWell(Target):
         self._well = GridDensity(log_well, -EDGE, EDGE)
         super().__init__(dim, loc=loc, scale=scale, log_z=pairs * (self._well.log_z + 0.5 * math.log(2 * math.pi)))
         if dim <= 8:
-            # the extrema of log_well: two maxima and the minimum between them
+            # the stationary points of log_well: two maxima, and the minimum between them
             extrema = torch.tensor(np.sort(np.roots([-4.0, 0.0, 12.0, 0.5]).real))
             firsts = torch.cartesian_prod(*[extrema[[0, 2]]] * pairs).reshape(-1, pairs)
             self.modes = torch.stack([firsts, torch.zeros_like(firsts)], 2).flatten(1)
@@ -63,7 +63,7 @@ class ManyWell(Target):
 
 
 class DoubleWell(ManyWell):
-    """double_well: one pair of columns of `ManyWell`, with two modes.
+    """double_well: `ManyWell` with one pair of columns, and so with two modes.
 
     Args:
         loc, scale: see `Target`.

@@ -37,14 +37,14 @@ ENERGIES = [f"energy{i}" for i in range(1, 5)]
 
 
 @pytest.mark.parametrize("name", ENERGIES)
-def test_the_density_is_that_of_the_paper(name: str, named: Named) -> None:
+def test_density_equals_the_formula_of_the_paper(name: str, named: Named) -> None:
     grid = torch.linspace(-3.9, 3.9, 40, dtype=torch.float64)
     x = torch.cartesian_prod(grid, grid / 2)
     np.testing.assert_allclose(named(name)(x).numpy(), -energy(name, *x.numpy().T), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ENERGIES)
-def test_log_z_is_that_of_a_quadrature(name: str, named: Named) -> None:
+def test_log_z_equals_a_quadrature(name: str, named: Named) -> None:
     def inner(z1: float) -> float:
         def p(z2: float) -> float:
             return float(np.exp(-energy(name, np.float64(z1), np.float64(z2))))
@@ -85,7 +85,7 @@ def test_samples_of_the_ring_have_its_moments(samples: Samples) -> None:
     grid = torch.linspace(-5, 5, 1001, dtype=torch.float64)
     points = torch.cartesian_prod(grid, grid)
     weights = Energy1()(points).softmax(0)
-    # columns and their product are symmetric about 0, so even functions are compared
+    # the columns and their product are symmetric about 0, so only even functions are compared
     for f in (lambda v: v[:, 0].square(), lambda v: v[:, 1].square(), lambda v: v.norm(dim=1), lambda v: v[:, 1].abs()):
         values = f(x)
         assert abs(values.mean() - (weights * f(points)).sum()) < 4 * values.std() / math.sqrt(len(x))

@@ -25,7 +25,7 @@ def test_the_gradient_agrees_with_finite_differences(target: Target, samples: Sa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_value_and_gradient_in_the_far_tails_are_no_nan(target: Target, dtype: torch.dtype) -> None:
+def test_value_and_gradient_in_the_far_tails_are_not_nan(target: Target, dtype: torch.dtype) -> None:
     far = torch.cartesian_prod(*[torch.tensor([-1e6, 0.0, 1e6], dtype=dtype)] * 2)
     for rest in (0.0, 1e6):
         x = torch.full((9, target.dim), rest, dtype=dtype)
@@ -61,7 +61,7 @@ def test_samples_depend_only_on_the_generator(target: Target, samples: Samples) 
 
 @pytest.mark.parametrize("name", [f"energy{i}" for i in range(1, 5)] + ["gaussian_mixture", "double_well"])
 def test_samples_and_log_z_agree_with_the_density(name: str, named: Named, samples: Samples) -> None:
-    """E_p[g(x) / p~(x)] = 1 / Z for a density g, here Gaussians of standard deviation h at random samples."""
+    """E_p[g(x) / p~(x)] = 1 / Z for a density g, here a mixture of Gaussians at samples of p."""
     h, target = 0.3, named(name)
     x, centers = samples(target, 20_000), samples(target, 50, seed=9)
     log_g = (-0.5 * torch.cdist(x, centers).square() / h**2).logsumexp(1) - math.log(50 * 2 * math.pi * h**2)
@@ -73,7 +73,7 @@ def test_samples_and_log_z_agree_with_the_density(name: str, named: Named, sampl
     assert abs(ratio.mean() - inside) < 4 * ratio.std() / math.sqrt(len(x)) + 0.01
 
 
-def test_the_slope_has_mean_zero_over_samples(target: Target, samples: Samples) -> None:
+def test_gradient_satisfies_steins_identity_over_samples(target: Target, samples: Samples) -> None:
     """E_p[phi'(x_i) + phi(x_i) d/dx_i log p] = 0 for phi = tanh and a column without bounds (Stein's identity)."""
     x = samples(target).requires_grad_()
     (slope,) = torch.autograd.grad(target(x).sum(), x)
@@ -95,7 +95,7 @@ def test_a_config_lists_the_arguments_with_their_defaults(name: str) -> None:
     assert config["name"] == name
 
 
-def test_the_start_points_of_the_data_have_a_density(target: Target) -> None:
+def test_initial_points_have_a_finite_density(target: Target) -> None:
     data = TargetData(target, 100, 100)
     assert data.val.shape == (100, target.dim)
     assert target(data.val).isfinite().all()

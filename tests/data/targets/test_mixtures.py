@@ -14,7 +14,7 @@ from flowtrain.utils.errors import ConfigError
 Samples = Callable[..., Tensor]
 
 
-def test_the_density_is_that_of_torch_distributions(samples: Samples) -> None:
+def test_density_equals_torch_distributions(samples: Samples) -> None:
     target = GaussianMixture(n_modes=7, dim=3, loc_range=5.0, std=0.7, seed=2)
     assert target.modes is not None
     each = Independent(Normal(target.modes, torch.tensor(0.7).double()), 1)
@@ -23,7 +23,7 @@ def test_the_density_is_that_of_torch_distributions(samples: Samples) -> None:
     torch.testing.assert_close(target(x), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_the_centers_are_those_of_the_papers_code() -> None:
+def test_centers_equal_the_authors_code() -> None:
     target = GaussianMixture()
     assert target.modes is not None
     state = torch.random.get_rng_state()
@@ -45,7 +45,7 @@ def test_samples_are_equally_often_at_each_center(samples: Samples) -> None:
     assert (x - target.modes[nearest]).std() == pytest.approx(target.std, rel=0.02)
 
 
-def test_the_start_covers_the_range_unless_a_scale_is_given() -> None:
+def test_initial_distribution_covers_the_centers_unless_a_scale_is_given() -> None:
     assert GaussianMixture(loc_range=30.0).scale.tolist() == pytest.approx([30 / math.sqrt(3)] * 2)
     assert GaussianMixture(scale=1.0).scale.tolist() == [1.0, 1.0]
 

@@ -49,7 +49,7 @@ def test_the_density_is_likelihood_times_prior(path: Path, prior_scale: float) -
     assert torch.autograd.gradcheck(target, torch.tensor(w[:3], requires_grad=True))
 
 
-def test_the_tails_and_both_precisions(path: Path) -> None:
+def test_float32_is_close_to_float64_and_tails_are_finite(path: Path) -> None:
     target = LogisticRegression(path, "class")
     for dtype in (torch.float32, torch.float64):
         x = torch.tensor([[1e6] * 4, [-1e6, 1e6, 0, 0], [0.0] * 4], dtype=dtype, requires_grad=True)
@@ -80,7 +80,7 @@ def test_the_order_of_rows_does_not_decide_the_positive_class(tmp_path: Path) ->
     assert labels[order][0] != labels[order][-1]
 
 
-def test_the_start_is_the_laplace_approximation(path: Path) -> None:
+def test_initial_distribution_is_the_laplace_approximation(path: Path) -> None:
     target = LogisticRegression(path, "class", prior_scale=0.8)
     found = optimize.minimize(lambda w: -expected(w[None], 0.8)[0], np.zeros(4), tol=1e-10)
     np.testing.assert_allclose(target.loc.numpy(), found.x, atol=1e-4)
@@ -90,7 +90,7 @@ def test_the_start_is_the_laplace_approximation(path: Path) -> None:
     assert (given.loc.tolist(), given.scale.tolist()) == ([0.0] * 4, [1.0, 2.0, 3.0, 4.0])
 
 
-def test_the_mode_of_separable_classes_is_that_of_scikit_learn() -> None:
+def test_mode_of_separable_classes_equals_scikit_learn() -> None:
     x = RNG.normal(size=(40, 2))
     y = np.sign(x[:, 0])
     for scale in (0.1, 10.0, 1000.0):
@@ -105,7 +105,7 @@ def test_columns_choose_the_features(path: Path) -> None:
     assert target.columns == ("height", "age", "intercept")
 
 
-def test_the_config_builds_it_from_arrays_too(path: Path, tmp_path: Path) -> None:
+def test_config_builds_the_target_from_an_array(path: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "t.npy", np.column_stack([Y, X]))
     settings = {"data": "target", "target": "logistic_regression", "target.path": str(tmp_path / "t.npy")}
     found = build_target(compose({**settings, "target.label": 0}).config)
@@ -136,7 +136,7 @@ def test_the_config_builds_it_from_arrays_too(path: Path, tmp_path: Path) -> Non
         ({"path": "tiny.csv", "label": "a"}, DataError, "'b'"),
     ],
 )
-def test_mistakes_are_refused(
+def test_invalid_tables_and_keys_are_refused(
     keys: dict[str, object], kind: type[FlowtrainError], part: str, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(path.parent)

@@ -1,4 +1,4 @@
-"""The wells against the energy of the paper's code, log Z by SciPy's quadrature, samples and modes."""
+"""The wells against the energy of the authors' code, log Z by SciPy's quadrature, samples and modes."""
 
 import math
 from collections.abc import Callable
@@ -16,11 +16,11 @@ Samples = Callable[..., Tensor]
 
 
 def well(d: np.ndarray | float) -> np.ndarray:
-    """exp(-energy) with a = -0.5, b = -6 and c = 1, as in the paper's code."""
+    """exp(-energy) with a = -0.5, b = -6 and c = 1, as in the authors' code."""
     return np.exp(-(-0.5 * d - 6.0 * d**2 + 1.0 * d**4))
 
 
-def test_the_density_is_that_of_the_papers_code(samples: Samples) -> None:
+def test_density_equals_the_authors_code(samples: Samples) -> None:
     for target in (DoubleWell(), ManyWell(), ManyWell(6)):
         x = 1.3 * samples(target, 100)
         d, v = x[:, ::2].numpy(), x[:, 1::2].numpy()
@@ -28,7 +28,7 @@ def test_the_density_is_that_of_the_papers_code(samples: Samples) -> None:
         np.testing.assert_allclose(target(x).numpy(), expected, rtol=1e-10)
 
 
-def test_log_z_is_that_of_a_quadrature() -> None:
+def test_log_z_equals_a_quadrature() -> None:
     z = integrate.quad(well, -5, 0, epsabs=1e-10)[0] + integrate.quad(well, 0, 5, epsabs=1e-10)[0]
     # the value in the paper's code
     assert z == pytest.approx(11784.50927, rel=1e-8)
@@ -49,7 +49,7 @@ def test_samples_follow_the_distribution_function(samples: Samples) -> None:
     assert abs(np.corrcoef(x[:, 0], x[:, 2])[0, 1]) < 4 / math.sqrt(len(x))
 
 
-def test_modes_are_all_maxima_of_few_columns() -> None:
+def test_modes_are_all_maxima_for_few_columns() -> None:
     for dim in (2, 4, 8):
         target = ManyWell(dim)
         assert target.modes is not None
