@@ -1,5 +1,6 @@
 """Runs on targets: validation by the ELBO, exact resume, failures, starts from a fitted flow, and `fit_target`."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,3 +254,16 @@ def test_changed_table_of_a_regression_is_refused(run: Run, tmp_path: Path) -> N
     assert "a, b, intercept" in err
     assert (first / "result.json").read_bytes() == before
     assert not (first / "eval.json").exists()
+
+
+def test_from_keeps_the_target_of_the_run(run: Run, tmp_path: Path) -> None:
+    small = ["model=affine", "trainer.steps=2", "data.n_test=50", "data.n_val=50", "name=first"]
+    code, _, err = run("flowtrain", "target=gaussian_mixture", "target.std=3.0", "target.n_modes=3", *small)
+    assert code == 0, err
+    first = tmp_path / "outputs/first"
+    code, _, err = run("flowtrain", f"from={first}", "trainer.steps=2", "name=second")
+    assert code == 0, err
+    assert len(json.loads((tmp_path / "outputs/second/result.json").read_text())["mode_shares"]) == 3
+    code, _, err = run("flowtrain", f"from={first}", "target=gaussian_mixture", "trainer.steps=2", "name=third")
+    assert code == 0, err
+    assert len(json.loads((tmp_path / "outputs/third/result.json").read_text())["mode_shares"]) == 40
