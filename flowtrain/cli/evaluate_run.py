@@ -15,7 +15,7 @@ from flowtrain.cli.evaluate import OWN
 from flowtrain.cli.evaluate_target import evaluate_target_run
 from flowtrain.cli.evaluation_files import OutputPaths, curves_of
 from flowtrain.cli.load_run import LoadedRun, load_run, same_data, set_name
-from flowtrain.cli.output_files import paths_of, written_as
+from flowtrain.cli.output_files import written_as
 from flowtrain.cli.overrides import keys_of
 from flowtrain.cli.provenance import provenance
 from flowtrain.cli.score_files import for_each_row, write_anomalies, write_scores
@@ -81,7 +81,7 @@ def run(own: dict[str, Any], overrides: Sequence[str]) -> int:
         grid,
         anomalies and anomalies.path,
     )
-    inputs = [*loaded_run.files, own["ood"], *paths_of(loaded_run.config["data"])]
+    inputs = [*loaded_run.inputs, own["ood"]]
     outputs.check(own["ood"] is not None, bool(sbc), wants_report, isinstance(loaded_run.flow, Ensemble), inputs)
     if grid is not None:
         check_has_grid(loaded_run.flow, grid, label)

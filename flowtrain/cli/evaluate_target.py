@@ -9,16 +9,16 @@ import torch
 
 from flowtrain.cli.evaluation_files import OutputPaths, curves_of
 from flowtrain.cli.load_run import LoadedRun, set_name
-from flowtrain.cli.output_files import paths_of
 from flowtrain.cli.provenance import provenance
-from flowtrain.data.targets.base import TargetData
+from flowtrain.data.base import changes
+from flowtrain.data.targets.base import TargetData, check_order
 from flowtrain.evaluation import NAMES, evaluate_target
 from flowtrain.evaluation.report import write_report
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.runs.console import title_of
 from flowtrain.runs.finish import draw_figures
 from flowtrain.utils.arguments import flag
-from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.files import write_json
 from flowtrain.utils.status import status
 
@@ -59,11 +59,9 @@ def evaluate_target_run(
     wants_plots, wants_report = flag("plots", own["plots"]), flag("report", own["report"])
     options = loaded_run.plot_options
     outputs = OutputPaths(loaded_run.run_dir, out, None, set_name(loaded_run, "test", overrides), options)
-    target_config = loaded_run.config.get("target") or {}
-    inputs = [*loaded_run.files, *paths_of(loaded_run.config["data"]), *paths_of(target_config)]
-    outputs.check(False, False, wants_report, isinstance(loaded_run.flow, Ensemble), inputs)
+    outputs.check(False, False, wants_report, isinstance(loaded_run.flow, Ensemble), loaded_run.inputs)
     with status("building the target"):
-        data = cast(TargetData, loaded_run.build())
+        data = target_data_of(loaded_run)
     flow = loaded_run.flow.to(dtype)
     result = evaluate_target(flow, data.target, len(data.test), data.seed_of("test"), loaded_run.step, batch_size)
     write_json(outputs.json, result.to_dict())
@@ -85,3 +83,20 @@ def evaluate_target_run(
     print(result.table())
     print("\n".join(f"{'written to' if i == 0 else '':>{NAMES}}  {path}" for i, path in enumerate(written)))
     return 0
+
+
+def target_data_of(loaded_run: LoadedRun) -> TargetData:
+    """Builds the data set of a run on a target.
+
+    Raises:
+        DataError: the file of the target has changed since the training, and the command does not set another target.
+        ConfigError: the target does not fit the flow.
+    """
+    data = cast(TargetData, loaded_run.build())
+    change = changes(loaded_run.samples.record, data.record)
+    if change and loaded_run.config.get("target") == loaded_run.own_target:
+        raise DataError(
+            f"since the run was trained, {change}. Restore it, or give a copy of the changed file by target.path=FILE"
+        )
+    check_order(loaded_run.samples.columns, data.columns)
+    return data

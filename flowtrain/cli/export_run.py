@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from flowtrain.cli.load_run import LoadedRun, load_run
-from flowtrain.cli.output_files import check_outputs, paths_of, written_as
+from flowtrain.cli.output_files import check_outputs, written_as
 from flowtrain.data.base import changes
 from flowtrain.evaluation import check_fits
 from flowtrain.export import ENDINGS, FIXED_STEP_METHODS, TOLERANCE, checked_path, export, paths_beside
@@ -35,7 +35,7 @@ def run(own: dict[str, Any], overrides: Sequence[str]) -> int:
     loaded_run = load_run({**own, "device": "cpu"}, overrides)
     flow = loaded_run.single_flow("an export", "flowexport {}")
     out = given or loaded_run.run_dir / "flow.pt2"
-    check_outputs(list(paths_beside(out).values()), [*loaded_run.files, *paths_of(loaded_run.config["data"])])
+    check_outputs(list(paths_beside(out).values()), loaded_run.inputs)
     with status("reading the data"):
         x, context = test_rows(loaded_run)
     exported = export(

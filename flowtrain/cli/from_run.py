@@ -56,6 +56,24 @@ def chooses_target(arguments: Sequence[str]) -> bool:
     return any(a.lstrip("+").startswith(("target=", "target.")) for a in arguments)
 
 
+def keeps_target(arguments: Sequence[str]) -> bool:
+    """Returns whether `with_choices_of_from` has added the target, so that the user has chosen none.
+
+    The added choices precede `from=`, in the order model, data, target, objective. A target of the user is not among
+    them.
+
+    Example:
+        >>> keeps_target(["data=target", "target=funnel", "objective=reverse_kl", "from=a"])
+        True
+        >>> keeps_target(["target=funnel", "model=nsf", "data=target", "objective=reverse_kl", "from=a"])
+        False
+    """
+    before = list(arguments)[: next((i for i, a in enumerate(arguments) if a.lstrip("+").startswith("from=")), 0)]
+    if before and before[-1].startswith("objective="):
+        before.pop()
+    return len(before) > 1 and before[-1].startswith("target=") and before[-2] == "data=target"
+
+
 def refuse_changes(overrides: Sequence[str], why: str, groups: Sequence[str] = ("model", "data")) -> None:
     """Raises ConfigError for overrides of `groups`, except paths of data files."""
     for key in (a.lstrip("+~").partition("=")[0] for a in overrides):

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flowtrain.cli.output_files import absolute_paths, run_dir_of
+from flowtrain.cli.output_files import absolute_paths, paths_of, run_dir_of
 from flowtrain.cli.overrides import keys_of, trusted
 from flowtrain.cli.saved_config import check_kept, overridden, with_array
 from flowtrain.data.base import Dataset, Samples
@@ -81,6 +81,12 @@ class LoadedRun(NamedTuple):
     def files(self) -> tuple[Path, ...]:
         """The checkpoint files."""
         return self.members or (self.path,)
+
+    @property
+    def inputs(self) -> list[Any]:
+        """The files that a command must not overwrite: the checkpoints, and the files of the data and of the target."""
+        groups = (self.config["data"], self.own_data, self.config.get("target"), self.own_target)
+        return [*self.files, *(path for group in groups for path in paths_of(group or {}))]
 
     def single_flow(self, what: str, command: str) -> Flow:
         """Returns the flow, or raises ConfigError for an ensemble.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.cli.load_run import LoadedRun, load_run, set_name
-from flowtrain.cli.output_files import check_outputs, paths_of, written_as
+from flowtrain.cli.output_files import check_outputs, written_as
 from flowtrain.cli.sample import LOG_WEIGHT
 from flowtrain.cli.sample_weights import draw_weighted, has_target, target_of, weights_path
 from flowtrain.data.base import Dataset, Samples, changes
@@ -60,12 +60,12 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
             "quality compares samples with test data, but this run has a target instead of data; use floweval, which "
             "gives the effective sample size, also with other solvers, such as solver=euler solver.steps=4"
         )
-    flow, config = loaded_run.single_flow("quality", "flowsample {} quality=[1,2,4,8]"), loaded_run.config
+    flow = loaded_run.single_flow("quality", "flowsample {} quality=[1,2,4,8]")
     name = set_name(loaded_run, "test", overrides)
     out = given or loaded_run.run_dir / f"quality{name and f'-{name}'}.json"
     picture = out.with_suffix(".png") if given else out.parent / f"plots/quality{name and f'-{name}'}.png"
     options = loaded_run.plot_options
-    check_outputs([out, *options.files(picture)], [*loaded_run.files, *paths_of(config["data"])])
+    check_outputs([out, *options.files(picture)], loaded_run.inputs)
     with status("reading the data"):
         data = loaded_run.build()
     if change := changes(loaded_run.samples.record, data.record, ["val", "test"]):
@@ -125,7 +125,7 @@ def write_animation(
     contexts = None if context is None and label is None else contexts_of(flow, context, label)
     out = loaded_run.run_dir / "animation.gif"
     paths = [given] if given else [out, *([out.with_suffix(".mp4")] if can_write_mp4() else [])]
-    check_outputs(paths, [*loaded_run.files, *paths_of(loaded_run.config["data"])])
+    check_outputs(paths, loaded_run.inputs)
     with status("reading the data"):
         data = loaded_run.build()
     check_fits(flow, data)
@@ -225,7 +225,7 @@ def write_samples(
     tag = loaded_run.tag and f"-{loaded_run.tag}"
     out = given or loaded_run.run_dir / f"samples{tag}.npy"
     options, picture = loaded_run.plot_options, out.with_suffix(".png")
-    inputs = [*loaded_run.files, *paths_of(loaded_run.config["data"]), context]
+    inputs = [*loaded_run.inputs, context]
     files = list(dict.fromkeys([out, weights_path(out)] if log_weights else [out]))
     check_outputs([*files, *options.files(picture)], inputs)
     check_can_write(out)

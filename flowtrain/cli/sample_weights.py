@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flowtrain.cli.evaluate_target import target_data_of
 from flowtrain.cli.load_run import LoadedRun
 from flowtrain.cli.sample import WEIGHTS
 from flowtrain.data.tables.output import NAMED
-from flowtrain.data.targets.base import Target, TargetData
+from flowtrain.data.targets.base import Target
 from flowtrain.evaluation import check_fits
 from flowtrain.evaluation.log_weights import weighted_samples
 from flowtrain.evaluation.pareto import weight_tail
@@ -44,6 +45,7 @@ def target_of(loaded_run: LoadedRun, log_weights: bool) -> Target:
 
     Raises:
         ConfigError: the run was trained on data, or on a function from Python.
+        DataError: the file of the target has changed, see `target_data_of`.
     """
     if not has_target(loaded_run):
         what = "weights=true" if log_weights else "resample=true"
@@ -51,9 +53,8 @@ def target_of(loaded_run: LoadedRun, log_weights: bool) -> Target:
             f"{what} needs a run on a target, such as target=funnel, but {loaded_run.path} was trained on data or on a "
             "function from Python; leave this option out"
         )
-    data = loaded_run.build()
+    data = target_data_of(loaded_run)
     check_fits(loaded_run.flow, data)
-    assert isinstance(data, TargetData)
     data.to(loaded_run.flow.like.device)
     return data.target
 

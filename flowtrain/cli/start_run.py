@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flowtrain.cli.config_files import config_dirs, plain
-from flowtrain.cli.from_run import chooses_target, refuse_changes
+from flowtrain.cli.from_run import chooses_target, keeps_target, refuse_changes
 from flowtrain.cli.output_files import absolute_paths, is_path
 from flowtrain.cli.overrides import check_known_keys, keys_of, rename_old_config_keys, trusted
 from flowtrain.cli.saved_config import overridden, without_unused_key
@@ -173,7 +173,7 @@ def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[st
             f"from={path}: this flow was saved from Python and does not say what data it was trained on; train it "
             "further from Python"
         )
-    if chooses_target(given):
+    if chooses_target(given) and not keeps_target(given):
         # the new target replaces the data of the first run
         return {**config, "from": str(path), "model": saved["model"]}
     keys = keys_of(given)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.targets.base import FunctionTarget, Target
+from flowtrain.data.types import ColumnType
 from flowtrain.evaluation.checks import check_kl, check_limit, largest_bias, make_checks, map_checks, reference
 from flowtrain.evaluation.error_budget import ACCURATE, COVERED, MAX_NFE, SMALL, Subset, mean_error, rows_of_checks
 from flowtrain.evaluation.evaluate import UNSOLVED, in_evaluation_mode, roundtrip_error
@@ -30,7 +31,7 @@ from flowtrain.flow import Density, Flow, rows_at_a_time
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.ode import Solver, ode_solver, record_solves
 from flowtrain.utils.arguments import shortened, whole
-from flowtrain.utils.errors import ConfigError, SolverError
+from flowtrain.utils.errors import ConfigError, DataError, SolverError
 from flowtrain.utils.formatting import counted
 from flowtrain.utils.process import one_thread_if_small, own_settings, seeded
 from flowtrain.utils.status import phase
@@ -127,10 +128,12 @@ def evaluate_target(
         target = FunctionTarget(target, math.prod(flow.event_shape), flow.types)
     check_fits_target(flow, target)
     assert isinstance(target, Target)
+    if supports_of(target) != supports_of(flow):
+        target = WithinSupport(target)
     if step is None:
         step = 0 if flow.record is None else flow.record.step
     if dtype is not None and dtype != flow.like.dtype:
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        if dtype not in (torch.float32, torch.float64):
             raise ConfigError(f"dtype={dtype}: give torch.float32 or torch.float64")
         flow = copy.deepcopy(flow).to(dtype)
     if estimates_trace(flow):
@@ -147,19 +150,61 @@ def check_fits_target(flow: Any, target: Any) -> None:
     """Checks that a flow can be evaluated on a target.
 
     Raises:
-        ConfigError: not a flow and a target, a conditional flow, or different numbers of columns.
+        ConfigError: not a flow and a target, a conditional flow or a flow of whole numbers, different numbers of
+            columns, or a column in which the flow has no samples in a part of the support of the target.
     """
     if not isinstance(flow, Density):
         raise ConfigError(f"flow={shortened(flow)}: give a Flow as the first argument, then the target")
     if not isinstance(target, Target):
         raise ConfigError(
-            f"target={shortened(target)}: give a target of flowtrain.data.targets, such as FunctionTarget(log_density, "
-            "dim)"
+            f"target={shortened(target)}: give a function log p~(x), or an object of flowtrain.data.targets, such as "
+            "wells.DoubleWell()"
         )
     if flow.conditional:
         raise ConfigError("a target has no context, but the flow is conditional")
+    if flow.integer_valued or flow.noisy:
+        raise ConfigError("a target is a density of real numbers, but the flow was trained on whole numbers")
     if flow.event_shape != (target.dim,):
         raise ConfigError(f"the flow has samples of shape {flow.event_shape}, but the target has {target.dim} columns")
+    target.check()
+    for name, (least, most), (low, high) in zip(target.columns, supports_of(flow), supports_of(target), strict=True):
+        if low < least or high > most:
+            raise ConfigError(
+                f"the samples of the flow are between {least:g} and {most:g} in the column {name}, but the target also "
+                "has values outside; give the types of the flow to the target (target.types)"
+            )
+
+
+def supports_of(described: Target | Density) -> list[tuple[float, float]]:
+    """Returns the support of each column of a target or a flow."""
+    columns = described.dim if isinstance(described, Target) else math.prod(described.event_shape)
+    return [one.support for one in described.types or [ColumnType()] * columns]
+
+
+class WithinSupport(Target):
+    """A target whose density is zero outside of the ranges of its types, for flows with samples there."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(target.dim, target.types, target.columns, log_z=target.log_z)
+        self.target, self.modes = target, target.modes
+
+    def log_density(self, x: Tensor) -> Tensor:
+        low, high = torch.tensor(supports_of(self), dtype=x.dtype, device=x.device).T
+        inside = ((x >= low) & (x <= high)).all(1)
+        # the function can be undefined outside, so it gets points of the support
+        found: Tensor = self.target(torch.where(inside[:, None], x, self.inner_point(x)))
+        return torch.where(inside, found, -math.inf)
+
+    def inner_point(self, x: Tensor) -> Tensor:
+        """Returns a point inside of the support, (d,), for points x (n, d)."""
+        middle = [
+            (low + high) / 2 if math.isfinite(high - low) else low + 1 if low > -math.inf else min(high - 1, 0.0)
+            for low, high in supports_of(self)
+        ]
+        return torch.tensor(middle, dtype=x.dtype, device=x.device)
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor | None:
+        return self.target.sample(n, generator)
 
 
 def _evaluate(
@@ -359,7 +404,7 @@ def target_in_float64(target: Target, flow: Density) -> Target:
     x = flow.sample(2).double()
     try:
         found(x)
-    except RuntimeError:
+    except DataError:
         # such as a function that multiplies x by a matrix in float32
         return InFloat64(target, rounded=True)
     return InFloat64(found, rounded=False)
@@ -375,10 +420,18 @@ class ExactSamples:
 
 
 def exact_samples(flow: Density, target: Target, m: int, seed: int, batch_size: int | None) -> ExactSamples | None:
-    """Draws m exact samples of a target and scores them. Returns None if the target has no exact samples."""
+    """Draws m exact samples of a target and scores them. Returns None if the target has no exact samples.
+
+    Raises:
+        DataError: the samples have another shape.
+    """
     x = target.sample(m, torch.Generator().manual_seed(seed))
     if x is None:
         return None
+    if x.shape != (m, target.dim):
+        raise DataError(
+            f"sample of the target returned shape {tuple(x.shape)} for {m} samples; it must return ({m}, {target.dim})"
+        )
     # rounded first, so that both densities are computed at the same points
     x = x.to(flow.like.dtype)
     log_q = score_rows(flow, x, None, latents=0, unsolved=UNSOLVED, batch_size=batch_size, draws=1, seed=0).log_p

@@ -13,7 +13,6 @@ from flowtrain.data.types import circular_columns, whole_columns_of
 from flowtrain.flow import Flow
 from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.utils.arguments import number, one_of, share, whole
-from flowtrain.utils.errors import DataError
 
 TRANSITIONS = ("auto", "hmc", "metropolis")
 # transition=auto means metropolis for at most this many columns
@@ -163,14 +162,10 @@ class Annealing:
             log_p = self.target(x).to(log_q) + log_det
             if self.transition != "hmc":
                 return Points(u, x, log_q, log_p)
-            if not log_p.requires_grad:
-                raise DataError(
-                    "the log density of the target has no gradient with respect to x, which HMC needs: compute it with "
-                    "differentiable operations of torch, or use objective.transition=metropolis"
-                )
             # both gradients use the graph of `support`
             [slope_q] = torch.autograd.grad(log_q.sum(), u, retain_graph=self.support is not None)
-            [slope_p] = torch.autograd.grad(log_p.sum(), u)
+            # a constant density has no graph
+            [slope_p] = torch.autograd.grad(log_p.sum(), u) if log_p.requires_grad else [torch.zeros_like(u)]
         return Points(u.detach(), x.detach(), log_q.detach(), log_p.detach(), slope_q, slope_p)
 
     def move(self, points: Points, k: int, options: SolveOptions = AS_CONFIGURED) -> tuple[Points, Tensor]:

@@ -135,13 +135,14 @@ def check_target(flow: Flow, target: Target, regularizer: Regularizer) -> None:
     """Checks that a flow can be trained on a target with a regularizer.
 
     Raises:
-        ConfigError: the flow is conditional, the numbers of columns differ, the trace is estimated in training, the
-            flow has no ODE to regularize, or the regularizer is steer.
+        ConfigError: the flow is conditional, the numbers of columns differ, the modes of the target have another shape,
+            the trace is estimated in training, the flow has no ODE to regularize, or the regularizer is steer.
     """
     if flow.conditional:
         raise ConfigError("a target has no context, but the flow is conditional: set model.conditional=false")
     if flow.event_shape != (target.dim,):
         raise ConfigError(f"the flow has samples of shape {flow.event_shape}, but the target has {target.dim} columns")
+    target.check()
     d = math.prod(flow.event_shape)
     if not all(block.trace.is_exact(d, training=True) for block in flow.ode_blocks):
         raise ConfigError(

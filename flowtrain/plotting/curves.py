@@ -21,6 +21,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 # inches: the margins, and the room above panels for their legends
 LEFT, BOTTOM, BETWEEN, HEAD = 0.78, 0.5, 0.42, 0.66
+# letters of a tick label that fit beside the label of the axis, and the font size of ticks
+MOST_LETTERS, TICK_SIZE = 6, 8.0
 # inches: the margin at the right, with and without a second y axis
 RIGHT, BARE = 0.72, 0.2
 TALL, SHORT = 2.6, 1.05
@@ -101,6 +103,10 @@ def draw_curves(
             # the label has the same place in all panels, whatever the width of the tick labels
             across = -0.54 if axes in panels else width + 0.56
             axes.yaxis.set_label_coords(across / width, 0.5)
+            places = list(axes.yaxis.get_majorticklocs())
+            longest = max(map(len, axes.yaxis.get_major_formatter().format_ticks(places)), default=0)
+            if longest > MOST_LETTERS:
+                axes.yaxis.set_tick_params(labelsize=TICK_SIZE * MOST_LETTERS / longest)
         style.save(figure, path, options)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from flowtrain.data.types import ColumnType
@@ -277,7 +277,8 @@ def draw_modes(
             look: dict[str, Any] = {"color": style.INK, "linestyle": style.DASHES, "linewidth": 1.1}
             axes.axhline(1 / count, label="equal shares", **look)
         axes.set(xlim=(0.4, count + 0.6), ylim=(0, 1.08 * max(float(flow.max()), float(truth.max()), 1e-12)))
-        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        # for one mode, MaxNLocator would choose fractions
+        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True) if count > 1 else FixedLocator([1]))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("mode, by share of samples")

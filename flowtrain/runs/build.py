@@ -71,26 +71,53 @@ def uses_target(config: Config) -> bool:
 def build_target(config: Config) -> Target:
     """Builds the target of a config from a class, or from a function log p~(x).
 
-    A key that is not an argument of `FunctionTarget` is passed to the function.
+    For a function, a key that is not an argument of `FunctionTarget` is passed to the function. A class that is not a
+    target makes the function, and these keys are passed to the class.
 
     Raises:
         ConfigError: an unknown or missing key.
     """
+    if config["target"].get("_target_") is None:
+        raise ConfigError(
+            "target._target_ is missing: give your function, as in target._target_=mypkg.log_density target.dim=2"
+        )
     function = _object(_target(config, "target"), "target")
-    if isinstance(function, type):
-        return cast(Target, _call(config, "target"))
+    own = {name: p.default for name, p in inspect.signature(FunctionTarget).parameters.items() if name != "function"}
+    parameters = inspect.signature(function).parameters
+    if isinstance(function, type) and issubclass(function, Target):
+        # keys of target=custom that have their default value, and that the class does not have
+        unused = [k for k, default in own.items() if k not in parameters and config["target"].get(k) in (None, default)]
+        kept = {k: v for k, v in config["target"].items() if k not in unused}
+        return cast(Target, _call({**config, "target": kept}, "target"))
+    is_class = isinstance(function, type)
+    # the first argument of a function is x
+    known = dict(list(parameters.items())[0 if is_class else 1 :])
+    shared = [name for name in known if name in own]
+    if shared:
+        raise ConfigError(
+            f"target: {config['target']['_target_']} has the argument {shared[0]}, which is also a key of targets, "
+            "with another meaning; rename the argument"
+        )
     settings = {k: _built(v, "target") for k, v in config["target"].items() if k not in (*RESERVED, "name")}
-    own = [name for name in inspect.signature(FunctionTarget).parameters if name != "function"]
-    known = [name for name in inspect.signature(function).parameters if name not in own][1:]
     rest = {key: value for key, value in settings.items() if key not in own}
-    unknown = [key for key in rest if key not in known]
+    named = [k for k, p in known.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    unknown = [key for key in rest if key not in named and not takes_any]
     if unknown:
         raise ConfigError(
-            f"target: unknown key {', '.join(unknown)}; {choose(unknown[0], [*own, *known], 'the keys are')}"
+            f"target: unknown key {', '.join(unknown)}; {choose(unknown[0], [*own, *named], 'the keys are')}"
+        )
+    missing = [k for k in named if k not in rest and known[k].default is inspect.Parameter.empty]
+    if missing:
+        raise ConfigError(
+            f"target: {config['target']['_target_']} needs the argument {missing[0]}; give it with "
+            f"+target.{missing[0]}=VALUE"
         )
     if settings.get("dim") is None:
         raise ConfigError("target.dim: give the number of columns of x")
     given = {key: value for key, value in settings.items() if key in own}
+    if is_class:
+        return FunctionTarget(function(**rest), **given)
     return FunctionTarget(partial(function, **rest) if rest else function, **given)
 
 

@@ -20,8 +20,8 @@ from flowtrain.utils.formatting import flattened
 SEARCH_KEYS = {"model.candidates", "model.conditional"}
 # the default model and objective of a run on a target
 TARGET_CHOICES = {"model": "nsf", "objective": "reverse_kl"}
-# prefix of the keys of column types
-TYPES = "data.types."
+# prefixes of the keys of column types
+TYPES = ("data.types.", "target.types.")
 # keys of the whole config that only the commands use
 COMMAND_KEYS = ("name", "resume", "from", "trust", "hydra")
 
@@ -244,10 +244,10 @@ def _set_values(config: dict[str, Any], values: Mapping[str, Any]) -> None:
         node: Any = config
         for part in path:
             node = node.get(part) if isinstance(node, dict) else None
-        if key.startswith(TYPES) and "types" in config["data"]:
-            # the keys below data.types are columns of the user's table, whose names may contain dots
-            column = {key.removeprefix(TYPES): plain_value(key, value)}
-            config["data"]["types"] = {**(config["data"]["types"] or {}), **column}
+        if key.startswith(TYPES) and "types" in (config.get(path[0]) or {}):
+            # the keys below data.types and target.types are columns of the user, whose names may contain dots
+            name = key.split(".", 2)[2]
+            config[path[0]]["types"] = {**(config[path[0]]["types"] or {}), name: plain_value(key, value)}
             continue
         if not isinstance(node, dict) or last not in node:
             raise ConfigError(f"unknown key {key}; {_suggested(config, key)}")

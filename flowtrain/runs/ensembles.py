@@ -31,6 +31,8 @@ EQUAL = "equal"
 ROWS = 20_000
 # attributes of `Samples` that all members must have in common
 SAME = ("event_shape", "integer_valued", "levels", "noisy", "columns", "label", "context")
+# keys of the start distribution of a target, which do not change its density
+START = ("loc", "scale")
 
 
 class Run(NamedTuple):
@@ -120,7 +122,8 @@ def ensemble_of(runs: Sequence[Run], weights: Weights, data: Callable[[], Datase
 def difference_between(one: Run, other: Run) -> str | None:
     """Describes the first difference between the data of two runs; None if they agree.
 
-    Data without a record of their rows, such as toys, are compared by their configs.
+    Data without a record of their rows, such as toys, are compared by their configs. The start distributions of targets
+    may differ.
     """
     for name in SAME:
         a, b = getattr(one.samples, name), getattr(other.samples, name)
@@ -135,14 +138,21 @@ def difference_between(one: Run, other: Run) -> str | None:
         now = {name: rest for name, *rest in other.samples.record}
         if before.keys() != now.keys():
             return f"one run has the sets {', '.join(before)}, the other run has {', '.join(now)}"
-        change = changes(one.samples.record, other.samples.record)
-        return None if change is None else f"from the first to the second, {change}"
+        if change := changes(one.samples.record, other.samples.record):
+            return f"from the first to the second, {change}"
+        if not one.config.get("target"):
+            return None
     for group in ("data", "target"):
         a, b = (run.config.get(group) or {} for run in (one, other))
         for key in {**a, **b}:
-            if a.get(key) != b.get(key):
+            if a.get(key) != b.get(key) and not (group == "target" and key in START and _has_start(a)):
                 return f"{group}.{key} is {a.get(key)} and {b.get(key)}"
     return None
+
+
+def _has_start(target: Mapping[str, Any]) -> bool:
+    """Returns whether `loc` and `scale` are the start distribution. In a class of the user they can be anything."""
+    return str(target.get("_target_")).startswith("flowtrain.") or target.get("dim") is not None
 
 
 def _members_of(run: Run, weight: float) -> list[tuple[Flow, float, str]]:

@@ -332,9 +332,13 @@ def fit_target(
                 "flow: leave out model and run_dir. The command continues a run on a target: flowtrain target=NAME "
                 "from=RUN_DIR"
             )
-        types = flow.types if types is None else types
-    about = {"dim": dim, "types": types, "columns": columns, "loc": loc, "scale": scale, "log_z": log_z}
+        # a Target and a name already determine the types
+        if types is None and flow.types and not isinstance(log_density, Target | str):
+            types = flow.types
+    about: dict[str, Any] = {"dim": dim, "types": types, "columns": columns, "loc": loc, "scale": scale, "log_z": log_z}
     about = {key: value for key, value in about.items() if value is not None}
+    for key in about.keys() & {"dim", "loc", "scale", "log_z"}:
+        about[key] = about[key].tolist() if hasattr(about[key], "tolist") else about[key]
     found = _target_settings(log_density, about)
     kind = model or TARGET_CHOICES["model"]
     if flow is not None:
@@ -393,6 +397,10 @@ def _target_settings(log_density: Any, about: Mapping[str, Any]) -> _TargetSetti
         return _TargetSettings({}, log_density)
     if isinstance(log_density, str):
         return _TargetSettings({"target": log_density, **{f"target.{key}": value for key, value in about.items()}})
+    if isinstance(log_density, type):
+        raise ConfigError(
+            f"log_density: {log_density.__name__} is a class; give an object of it, {log_density.__name__}(...)"
+        )
     if not callable(log_density):
         raise ConfigError(f"log_density={shortened(log_density)}: give a function, a Target, or the name of a target")
     if "dim" not in about:
@@ -406,6 +414,8 @@ def _target_settings(log_density: Any, about: Mapping[str, Any]) -> _TargetSetti
 
 def _plain_types(types: Mapping[str, Any] | Sequence[Any]) -> Any:
     """Returns types as text for a config."""
+    if isinstance(types, str):
+        return types
     if isinstance(types, Mapping):
         return {key: str(one) for key, one in types.items()}
     return [str(one) for one in types]

@@ -208,7 +208,9 @@ def _for_trained(data: Dataset, saved: Mapping[str, Any] | None, given: Parts) -
         return data if given.flow is None or given.initialize else with_context(data, given.flow.context)
     before = load.samples_of(saved)
     if isinstance(data, TargetData):
-        return data.for_flow(before)
+        fitting = data.for_flow(before)
+        check_unchanged(before, fitting.samples)
+        return fitting
     # the description may come from an earlier training: from a run `from`, or from a flow built by hand
     data = with_context(data, before.context)
     check_same("resume", before, data.samples)
@@ -310,7 +312,7 @@ def _kind_of(value: Any) -> Any:
 def check_unchanged(before: Samples, now: Samples) -> None:
     """Checks that the data of a resumed run have not changed.
 
-    With changed data, the run could be tested on rows on which it was trained.
+    With changed data, the run could be tested on rows on which it was trained. A target would be another density.
 
     Raises:
         DataError: the data have changed.
@@ -319,6 +321,6 @@ def check_unchanged(before: Samples, now: Samples) -> None:
     if change:
         raise DataError(
             f"resume: since the run began, {change}. A run must be resumed with the same data, because otherwise "
-            "training rows could become test rows. Restore the data, or start a new run with the changed data "
-            "(from=RUN_DIR starts it with the weights of this run)"
+            "training rows could become test rows, or the target would be another one. Restore the data, or start a "
+            "new run with the changed data (from=RUN_DIR starts it with the weights of this run)"
         )

@@ -10,9 +10,11 @@ import torch
 from helpers.flows import continuous
 from torch import Tensor
 
-from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.linear import Affine
+from flowtrain.bijections.support import ToSupport
 from flowtrain.data.targets.base import FunctionTarget, Target
+from flowtrain.data.types import ColumnType
 from flowtrain.evaluation import TargetEvaluation, evaluate_target
 from flowtrain.evaluation.log_weights import BalancedWeights, balanced_weights, weighted_samples
 from flowtrain.evaluation.report import as_fragment, write_report
@@ -20,7 +22,7 @@ from flowtrain.evaluation.targets import nearest_modes
 from flowtrain.flow import Flow
 from flowtrain.models.ensemble import Ensemble
 from flowtrain.ode import ode_solver
-from flowtrain.utils.errors import ConfigError, NonFiniteError
+from flowtrain.utils.errors import ConfigError, DataError, NonFiniteError
 from flowtrain.utils.files import to_json
 
 pytestmark = pytest.mark.usefixtures("propagate_logs")
@@ -53,6 +55,22 @@ def normal(d: int = 1, mean: float = 0.0) -> Flow:
     flow = Flow((d,), Affine(d))
     torch.nn.init.constant_(flow.bijection.mean, mean)  # type: ignore[arg-type]
     return flow
+
+
+def positive() -> Flow:
+    """A log-normal density."""
+    bijection = Chain([Affine(1), ToSupport([0.0], [math.inf])])
+    return Flow((1,), bijection, types=[ColumnType.parse("positive", "types")])
+
+
+def whole_numbers() -> Flow:
+    return Flow((1,), Affine(1), integer_valued=True)
+
+
+def with_modes(modes: Tensor) -> Target:
+    target = FunctionTarget(lambda x: -x[:, 0].square(), 1)
+    target.modes = modes
+    return target
 
 
 def check(result: TargetEvaluation, name: str) -> Any:
@@ -331,8 +349,30 @@ def test_nearest_modes() -> None:
         (normal(), Gaussians([[0.0]]), {"seed": -1}),
         (normal(), Gaussians([[0.0]]), {"batch_size": 0}),
         (normal(), Gaussians([[0.0]]), {"dtype": torch.int64}),
+        (normal(), Gaussians([[0.0]]), {"dtype": torch.float16}),
+        (positive(), Gaussians([[0.0]]), {}),
+        (whole_numbers(), Gaussians([[0.0]]), {}),
+        (normal(), with_modes(torch.zeros(3)), {}),
     ],
 )
 def test_invalid_arguments_are_refused(flow: Any, target: Any, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         evaluate_target(flow, target, **options)
+
+
+def test_density_is_zero_outside_of_the_support() -> None:
+    # log x is undefined for half of the samples
+    target = FunctionTarget(lambda x: x[:, 0].log() - 0.5 * x[:, 0].square(), 1, types=["positive"])
+    result = evaluate_target(normal(), target, n=20_000)
+    assert abs(result.log_z) < 3 * result.log_z_stderr < 0.1
+    assert check(result, "finite weights").passed is False
+
+
+def test_function_in_float32_and_wrong_exact_samples() -> None:
+    matrix = torch.eye(1)
+    result = evaluate_target(normal(), FunctionTarget(lambda x: -0.5 * (x @ matrix).square().sum(1), 1), n=100)
+    assert result.log_z == pytest.approx(0.5 * math.log(2 * math.pi), abs=1e-5)
+    target = Gaussians([[0.0]])
+    target.sample = lambda n, generator: torch.zeros(n, 2)  # type: ignore[method-assign]
+    with pytest.raises(DataError, match="sample"):
+        evaluate_target(normal(), target, n=100)

@@ -43,6 +43,7 @@ ROWS = {
     "nll_alone": [{"step": i, "split": "train", "nll": 1.0, "seconds": 0.0} for i in range(40)],
     "odd": [{"split": "train"}, {"step": 3}, {"nll": 2.0}, {"step": None, "split": "val", "nll": "x"}],
     "large": [*train_rows(300, nll=-123_456.5), *val_rows(7)],
+    "narrow": [{**row, "nll": -164.69 - 1e-3 * i} for i, row in enumerate(train_rows(5))],
     "long": [{**row, "step": 5_000 * row["step"]} for row in train_rows(300)],
     "sweep": [{**row, "split": f"run {i} with a long name"} for i in range(9) for row in val_rows(5)],
 }
@@ -50,7 +51,9 @@ ROWS = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_curves_are_drawn_for_any_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    figure = drawn(monkeypatch, draw_curves, rows=ROWS[name], title="a run", entropy=0.9, kept=20)
+    figure = drawn(
+        monkeypatch, draw_curves, rows=ROWS[name], title="a run", entropy=None if name == "narrow" else 0.9, kept=20
+    )
     check_layout(figure)
     assert plt.get_fignums() == []
 

@@ -145,6 +145,7 @@ def test_any_number_of_modes(monkeypatch: pytest.MonkeyPatch, count: int, known:
     )
     check_layout(figure)
     (axes,) = figure.axes
+    assert all(place == round(place) for place in axes.get_xticks())
     if count <= 60:
         heights = [bar.get_height() for bar in axes.containers[0]]
     else:

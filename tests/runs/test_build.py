@@ -1,17 +1,22 @@
 """Integers may be written as floats like 1e4, and become int."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import Run
+from helpers.densities import KnownBanana, banana
 from omegaconf import OmegaConf
 
 from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.cli.config_files import compose_defaults
+from flowtrain.data.targets.base import Target
 from flowtrain.objectives.likelihood import Likelihood
 from flowtrain.runs import build
-from flowtrain.runs.build import build_data, build_flow, build_objective, with_whole_numbers
+from flowtrain.runs.build import build_data, build_flow, build_objective, build_target, with_whole_numbers
+from flowtrain.runs.compose import compose
 from flowtrain.training import checkpoint
 from flowtrain.utils.arguments import whole
 from flowtrain.utils.errors import ConfigError
@@ -83,3 +88,39 @@ def test_objective_without_options_is_refused(monkeypatch: pytest.MonkeyPatch) -
     config["objective"] = {"_target_": "mine.WithoutOptions"}
     with pytest.raises(ConfigError, match="options"):
         build_objective(config, flow)
+
+
+def target_of(function: str, **settings: Any) -> Target:
+    config = compose({"data": "target", "target": "custom", "target._target_": f"helpers.densities.{function}"}).config
+    config["target"] |= settings
+    return build_target(config)
+
+
+def test_target_of_a_function_or_a_class() -> None:
+    x = torch.randn(5, 2)
+    for function in ("with_option", "Banana"):
+        torch.testing.assert_close(target_of(function, dim=2, width=2.0)(x), banana(x, 2.0))
+    # the keys of target=custom with their default values are no arguments of a class of targets
+    found = target_of("KnownBanana", width=2.0)
+    assert isinstance(found, KnownBanana)
+    torch.testing.assert_close(found(x), banana(x, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("function", "settings", "words"),
+    [
+        ("with_option", {"dim": 2}, r"\+target.width"),
+        ("with_option", {"width": 1.0}, "target.dim"),
+        ("with_option", {"dim": 2, "width": 1.0, "widht": 1.0}, "did you mean width"),
+        ("with_scale", {"dim": 2}, "argument scale"),
+        ("KnownBanana", {"dim": 2}, "unknown key dim"),
+    ],
+)
+def test_wrong_settings_of_a_target_are_refused(function: str, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        target_of(function, **settings)
+
+
+def test_custom_target_needs_a_function() -> None:
+    with pytest.raises(ConfigError, match=r"target._target_=mypkg\.log_density"):
+        build_target(compose({"data": "target", "target": "custom"}).config)

@@ -14,9 +14,10 @@ from helpers.files import normal
 import flowtrain
 from flowtrain import Ensemble
 from flowtrain.bijections.linear import Affine
+from flowtrain.data.base import Samples, record_of
 from flowtrain.data.targets.base import FunctionTarget, TargetData
 from flowtrain.models.ensemble import stacking_weights
-from flowtrain.runs.ensembles import Run, ensemble_of, runs_of
+from flowtrain.runs.ensembles import Run, difference_between, ensemble_of, runs_of
 from flowtrain.utils.errors import CheckpointError, ConfigError, DataError
 
 pytestmark = pytest.mark.usefixtures("propagate_logs", "float32")
@@ -48,9 +49,23 @@ def test_weights_for_a_target_maximise_the_likelihood_of_its_samples() -> None:
     runs = [Run(str(i), flow, {"data": {}, "target": {}}, data.samples, 0) for i, flow in enumerate(flows)]
     found = ensemble_of(runs, None, lambda: data)
     assert found.weights == pytest.approx((0.25, 0.75, 0), abs=0.02)
-    other = runs[1]._replace(config={"data": {}, "target": {"scale": 2}})
-    with pytest.raises(CheckpointError, match=r"target\.scale"):
+    other = runs[1]._replace(config={"data": {}, "target": {"std": 2}})
+    with pytest.raises(CheckpointError, match=r"target\.std"):
         ensemble_of([runs[0], other], None, lambda: data)
+
+
+def test_start_distributions_of_targets_may_differ() -> None:
+    flow, file = flowtrain.Flow((2,), Affine(2)).eval(), record_of((50, "a5"), [])
+
+    def run(record: Any = (), **target: Any) -> Run:
+        return Run("0", flow, {"data": {}, "target": target}, Samples((2,), record=record), 0)
+
+    known = {"_target_": "flowtrain.data.targets.wells.DoubleWell"}
+    assert difference_between(run(**known, scale=1.0), run(**known, scale=2.0)) is None
+    own = {"_target_": "mypkg.OwnTarget", "dim": None}
+    assert difference_between(run(**own, scale=1.0), run(**own, scale=2.0)) is not None
+    # equal files, but another prior
+    assert difference_between(run(file, prior_scale=1.0), run(file, prior_scale=2.0)) is not None
 
 
 def table(n: int = 200) -> Any:

@@ -1,5 +1,6 @@
 """Runs on targets: validation by the ELBO, exact resume, failures, starts from a fitted flow, and `fit_target`."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import Run
-from helpers.densities import BANANA, BANANA_LOG_Z, banana
+from helpers.densities import BANANA, BANANA_LOG_Z, KnownBanana, banana
 from helpers.files import npy
 from helpers.processes import trainer_of
 
@@ -203,7 +204,66 @@ def test_refused_arguments_of_fit_target(tmp_path: Path) -> None:
         (FunctionTarget(banana, 2), (2,), {}, "dim"),
         ("no such target", (), {}, "target"),
         (banana, (2,), {"objective": "likelihood"}, "likelihood"),
+        (KnownBanana, (2,), {}, "KnownBanana"),
+        (banana, (2,), {"types": "positive"}, "target.types"),
     ]:
         with pytest.raises(ConfigError, match=what):
             small_fit(density, *arguments, **named)
     assert not (tmp_path / "run").exists()
+
+
+def test_fit_target_with_types_by_name_and_arrays(tmp_path: Path) -> None:
+    flow = small_fit(banana, 2, types={"x1": "positive"}, loc=np.zeros(2), scale=torch.ones(2))
+    assert [str(one) for one in flow.types] == ["positive", "real"]
+    # a target and a name already determine the types
+    started = small_fit("double_well", flow=small_fit(banana, 2))
+    assert bool((small_fit(KnownBanana(), flow=started).sample(100) < 0).any())
+
+
+def test_changed_table_of_a_regression_is_refused(run: Run, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(50, 2))
+    table = tmp_path / "t.csv"
+
+    def write(columns: list[int]) -> None:
+        lines = [",".join("abyz"[i] for i in (*columns, 2))]
+        lines += [",".join(str(v) for v in (*row[columns], int(row[0] > 0))) for row in rows]
+        table.write_text("\n".join(lines))
+
+    write([0, 1])
+    keys = ["target=logistic_regression", f"target.path={table}", "target.label=y", "model=affine", "data.n_test=50"]
+    code, out, err = run("flowtrain", *keys, "trainer.steps=2", "trainer.val_every=1")
+    assert code == 0, err
+    first = tmp_path / out.splitlines()[-1]
+    before, kept = (first / "result.json").read_bytes(), table.read_bytes()
+    # no command overwrites the table
+    for command in (["flowsample", f"ckpt={first}", f"out={table}", "n=5"],
+                    ["floweval", f"ckpt={first}", "data=moons", f"scores={table}"]):  # fmt: skip
+        assert run(*command)[0] == 2
+        assert table.read_bytes() == kept
+    rows[0] += 1
+    write([0, 1])
+    for command in (["floweval", f"ckpt={first}"], ["flowtrain", f"resume={first}", "trainer.steps=3"],
+                    ["flowsample", f"ckpt={first}", "n=5", "weights=true"]):  # fmt: skip
+        code, _, err = run(*command)
+        assert code == 2, command
+        assert "the training file" in err
+    write([1, 0])
+    other = table.rename(tmp_path / "other.csv")
+    code, _, err = run("floweval", f"ckpt={first}", f"target.path={other}")
+    assert code == 2
+    assert "a, b, intercept" in err
+    assert (first / "result.json").read_bytes() == before
+    assert not (first / "eval.json").exists()
+
+
+def test_from_keeps_the_target_of_the_run(run: Run, tmp_path: Path) -> None:
+    small = ["model=affine", "trainer.steps=2", "data.n_test=50", "data.n_val=50", "name=first"]
+    code, _, err = run("flowtrain", "target=gaussian_mixture", "target.std=3.0", "target.n_modes=3", *small)
+    assert code == 0, err
+    first = tmp_path / "outputs/first"
+    code, _, err = run("flowtrain", f"from={first}", "trainer.steps=2", "name=second")
+    assert code == 0, err
+    assert len(json.loads((tmp_path / "outputs/second/result.json").read_text())["mode_shares"]) == 3
+    code, _, err = run("flowtrain", f"from={first}", "target=gaussian_mixture", "trainer.steps=2", "name=third")
+    assert code == 0, err
+    assert len(json.loads((tmp_path / "outputs/third/result.json").read_text())["mode_shares"]) == 40

@@ -1,6 +1,7 @@
 """The base class of targets, a target that is defined by a function, and the data set of a target."""
 
 import math
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowtrain.data.base import Dataset, Samples, step_generator
+from flowtrain.data.base import Dataset, Record, Samples, step_generator
 from flowtrain.data.types import ColumnType
 from flowtrain.utils.arguments import number, shortened, whole, within_memory
-from flowtrain.utils.errors import ConfigError, DataError
+from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError, first_line, out_of_memory
 from flowtrain.utils.formatting import counted
 
 # random streams of the initial points: training batches, validation set, test set
@@ -40,12 +41,14 @@ class Target(nn.Module, ABC):
 
     Attributes:
         modes: the centers (k, d) of the modes. None if unknown. The evaluation counts the samples at each mode.
+        record: row count and checksum of the file that defines the density, see `flowtrain.data.base.Record`.
 
     Raises:
         ConfigError: a number is out of range, types are not real-valued, or `types` or `columns` do not have d entries.
     """
 
     modes: Tensor | None = None
+    record: Record = ()
 
     def __init__(
         self,
@@ -58,7 +61,7 @@ class Target(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.dim = whole("target.dim", dim)
-        self.types, self.columns = tuple(types), tuple(columns) or tuple(COLUMN.format(i + 1) for i in range(dim))
+        self.types, self.columns = tuple(types), names_of(columns) or tuple(COLUMN.format(i + 1) for i in range(dim))
         for name, given in (("types", self.types), ("columns", self.columns)):
             if given and len(given) != dim:
                 raise ConfigError(f"target.{name} has {counted(len(given), 'value')}, but target.dim is {dim}")
@@ -80,20 +83,69 @@ class Target(nn.Module, ABC):
         """Draws exact samples (n, d), float64, on the CPU. Returns None if the target cannot be sampled exactly."""
         return None
 
+    def check(self) -> None:
+        """Checks what a subclass has set.
+
+        Raises:
+            ConfigError: `modes` is not a tensor (k, d).
+        """
+        if self.modes is not None and tuple(self.modes.shape[1:]) != (self.dim,):
+            raise ConfigError(
+                f"modes of the target has shape {tuple(self.modes.shape)}, but it must be (k, {self.dim}), one row for "
+                "each mode"
+            )
+
     def forward(self, x: Tensor) -> Tensor:
         """Returns `log_density` of x (B, d) and checks the shape of the result.
 
         Raises:
-            DataError: `log_density` does not return a tensor of shape (B,).
+            DataError: `log_density` raises an exception, changes x in place, returns another shape or another type, or
+                has no gradient although x requires one.
         """
-        found = self.log_density(x)
+        version = None if x.is_inference() else x._version
+        try:
+            found = self.log_density(x)
+        except Exception as e:  # a user's function can raise any exception
+            if isinstance(e, FlowtrainError) or out_of_memory(e):
+                raise
+            raise DataError(
+                f"the log density of the target failed for x of shape {tuple(x.shape)}{_line_of(e)}: "
+                f"{type(e).__name__}: {first_line(e)}"
+            ) from e
+        if version is not None and x._version != version:
+            raise DataError("the log density of the target changes its argument x in place; it must work on x.clone()")
         if not isinstance(found, Tensor) or found.shape != x.shape[:1]:
             got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
             raise DataError(
                 f"the log density of the target returned {got} for x of shape {tuple(x.shape)}; it must return a "
                 f"tensor of shape ({len(x)},)"
             )
+        # a constant is the density of a uniform distribution, whose gradient is zero
+        if torch.is_grad_enabled() and x.requires_grad and not found.requires_grad and bool((found != found[0]).any()):
+            raise DataError(
+                "the log density of the target has no gradient with respect to x: compute it with torch, without "
+                "detach, torch.no_grad and NumPy, and as real numbers. Only objective=weighted_forward_kl with "
+                "objective.transition=metropolis needs no gradient"
+            )
         return found
+
+
+def _line_of(error: Exception) -> str:
+    """Returns the file and line in which an exception was raised, without files of torch and of this package."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if "site-packages" not in frame.filename]
+    own = [frame for frame in frames if frame.filename != __file__]
+    return f" in {own[-1].filename}, line {own[-1].lineno}" if own else ""
+
+
+def names_of(columns: Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the names of columns as text, () for None.
+
+    Raises:
+        ConfigError: not a list of names.
+    """
+    if isinstance(columns, str) or any(not isinstance(name, str | int | float) for name in columns or ()):
+        raise ConfigError(f"target.columns={shortened(columns)}: give a list of names, as in [a,b]")
+    return tuple(str(name) for name in columns or ())
 
 
 def _each(name: str, value: float | Sequence[float], dim: int) -> Tensor:
@@ -132,7 +184,10 @@ class FunctionTarget(Target):
         log_z: float | None = None,
     ) -> None:
         dim = whole("target.dim", dim)
-        names = tuple(columns or ()) or tuple(COLUMN.format(i + 1) for i in range(dim))
+        names = names_of(columns) or tuple(COLUMN.format(i + 1) for i in range(dim))
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ConfigError(f"target.columns: the name {twice[0]!r} occurs twice; give each column another name")
         super().__init__(dim, types_of(types or (), names), names, loc, scale, log_z)
         if not callable(function):
             raise ConfigError(f"target: {shortened(function)} is not a function; give a function of x (B, {dim})")
@@ -153,7 +208,10 @@ def types_of(types: Mapping[str, Any] | Sequence[Any], columns: Sequence[str]) -
     Raises:
         ConfigError: an unknown column or type.
     """
+    if isinstance(types, str):
+        raise ConfigError(f"target.types={types}: give types by column, as in target.types={{{columns[0]}: {types}}}")
     if isinstance(types, Mapping):
+        types = {str(name): one for name, one in types.items()}
         unknown = [name for name in types if name not in columns]
         if unknown:
             raise ConfigError(f"target.types: there is no column {unknown[0]!r}; the columns are {', '.join(columns)}")
@@ -183,7 +241,7 @@ class TargetData(Dataset):
         self.target, self.seed = target, whole("data.seed", seed, least=0)
         self._samples: Samples | None = None
         self.event_shape = (target.dim,)
-        self.types, self.columns = target.types, target.columns
+        self.types, self.columns, self.record = target.types, target.columns, target.record
         for key, n in (("data.n_val", n_val), ("data.n_test", n_test)):
             within_memory(key, whole(key, n, least=2), 12 * target.dim)
         self.val = self._initial_points(n_val, step_generator(self.seed, _VAL))
@@ -222,18 +280,20 @@ class TargetData(Dataset):
             samples: the description of the samples on which the flow was trained.
 
         Raises:
-            ConfigError: the flow is conditional or models whole numbers, or its columns differ in number or support.
+            ConfigError: the flow is conditional or models whole numbers, or its columns differ in number, order or
+                support.
         """
         if samples.integer_valued or samples.noisy or samples.classes is not None or samples.context:
             raise ConfigError(
-                "from: the flow is conditional or was trained on whole numbers, but a target is a density of real "
+                "the flow is conditional or was trained on whole numbers, but a target is a density of real "
                 "numbers without context; give another run"
             )
         if samples.event_shape != self.event_shape:
             raise ConfigError(
-                f"from: the flow has samples of shape {tuple(samples.event_shape)}, but the target has "
+                f"the flow has samples of shape {tuple(samples.event_shape)}, but the target has "
                 f"{counted(self.target.dim, 'column')}"
             )
+        check_order(samples.columns, self.columns)
         supports = [
             [(one.support, one.is_circular) for one in types or [ColumnType()] * self.target.dim]
             for types in (samples.types, self.types)
@@ -241,13 +301,28 @@ class TargetData(Dataset):
         if supports[0] != supports[1]:
             differing = [name for name, a, b in zip(self.columns, *supports, strict=True) if a != b]
             raise ConfigError(
-                f"from: the flow and the target have different supports in {', '.join(differing)}; set target.types "
+                f"the flow and the target have different supports in {', '.join(differing)}; set target.types "
                 "to the types of the run"
             )
         found = copy(self)
-        found._samples = samples
+        found._samples = replace(samples, record=self.record)
         found.types = samples.types
         return found
+
+
+def check_order(trained: Sequence[str], columns: Sequence[str]) -> None:
+    """Checks that the columns of a target do not have the names of the columns of a flow in another order.
+
+    Other names are possible, because a flow that was fitted to samples can have any names.
+
+    Raises:
+        ConfigError: the same names in another order.
+    """
+    if tuple(trained) != tuple(columns) and sorted(trained) == sorted(columns):
+        raise ConfigError(
+            f"the flow was trained on the columns {', '.join(trained)}, but the target has the order "
+            f"{', '.join(columns)}; give target.columns in the order of the flow"
+        )
 
 
 def _in_support(types: Sequence[ColumnType], z: Tensor) -> Tensor:

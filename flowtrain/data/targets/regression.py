@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from flowtrain.data.base import Checksum, record_of
 from flowtrain.data.tables.columns import Columns, as_option, listed, pick
 from flowtrain.data.tables.csv_reader import Chosen
 from flowtrain.data.tables.missing import missing_of
@@ -79,6 +80,8 @@ class LogisticRegression(Target):
             scale=covariance.diagonal().sqrt().tolist() if scale is None else scale,
         )
         self.prior_scale = prior_scale
+        # rounded, because the last digits can depend on the version of NumPy
+        self.record = record_of((len(rows), str(Checksum().add(np.round(features, 6) + 0.0, signs))), [])
         self.register_buffer("rows", rows, persistent=False)
 
     def log_density(self, x: Tensor) -> Tensor:
@@ -134,11 +137,13 @@ def read_classes(
     constant = [name for name, column in zip(names, values.T, strict=True) if column.min() == column.max()]
     if constant:
         raise DataError(f"{path}: {listed(constant)} has a single value, so its weight has no effect; leave it out")
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         found = (values - values.mean(0)) / values.std(0)
     if not np.isfinite(found).all():
         wide = names[int(np.argmin(np.isfinite(found).all(0)))]
-        raise DataError(f"{path}: the numbers of {wide!r} are too large to be standardised; convert it to other units")
+        raise DataError(
+            f"{path}: the numbers of {wide!r} are too large or too small to be standardised; convert it to other units"
+        )
     return found, signs, names
 
 

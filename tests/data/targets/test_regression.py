@@ -133,6 +133,7 @@ def test_config_builds_the_target_from_an_array(path: Path, tmp_path: Path) -> N
         ({"path": "missing.csv", "label": "a", "missing": "omit"}, ConfigError, r"target\.missing"),
         ({"path": "no_label.csv", "label": "a"}, DataError, "line 3"),
         ({"path": "intercept.csv", "label": "a"}, DataError, "intercept"),
+        ({"path": "tiny.csv", "label": "a"}, DataError, "'b'"),
     ],
 )
 def test_invalid_tables_and_keys_are_refused(
@@ -145,6 +146,7 @@ def test_invalid_tables_and_keys_are_refused(
     Path("missing.csv").write_text("a,b\n0,\n1,2\n1,4\n")
     Path("no_label.csv").write_text("a,b\n0,1\n,2\n1,4\n")
     Path("intercept.csv").write_text("a,b,intercept\n0,1,2\n1,2,1\n1,4,0\n")
+    Path("tiny.csv").write_text("a,b\n0,1e-200\n1,2e-200\n1,4e-200\n")
     with pytest.raises(kind, match=part) as found:
         LogisticRegression(**keys)  # type: ignore[arg-type]
     assert "\n" not in str(found.value)
