@@ -70,7 +70,13 @@ def test_the_posterior_agrees_with_nuts(name: str, steps: int, tmp_path: Path) -
     path = written(name, tmp_path / f"{name}.csv")
     reference = nuts(path)
     # the settings in flowtrain/data/README.md
-    overrides = {"target.path": str(path), "target.label": "class", "model.layers": 2, "model.bins": 8}
+    overrides = {
+        "target.path": str(path),
+        "target.label": "class",
+        "model.layers": 2,
+        "model.bins": 8,
+        "model.mixing": "linear",
+    }
     flow = flowtrain.fit_target("logistic_regression", steps=steps, progress=False, overrides=overrides)
     torch.manual_seed(0)
     x = flow.sample(200_000).double().numpy()
