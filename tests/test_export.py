@@ -236,6 +236,7 @@ def test_every_base_can_be_exported(base: Base, ending: str, tmp_path: Path, onl
 
 
 @pytest.mark.parametrize("ending", SLOW_ONNX)
+@pytest.mark.slow
 def test_large_offsets_stay_in_float64(ending: str, tmp_path: Path, only_programs: OnlyPrograms) -> None:
     only_programs("log_prob", "sample")
     standardize = Standardize((2,), offset=True)
@@ -266,6 +267,7 @@ def test_integer_example_rows_are_accepted(tmp_path: Path) -> None:
     assert (found["metadata"]["rows"], found["metadata"]["rows_from"]) == (1, "given")
 
 
+@pytest.mark.slow
 def test_bias_equals_the_fixed_step_error_of_the_program(tmp_path: Path, only_programs: OnlyPrograms) -> None:
     only_programs("log_prob")
     # with coarse steps the bias is far above rounding, and the program must reproduce it

@@ -148,6 +148,7 @@ def test_a_checkpoint_elsewhere_is_drawn_without_curves(run: Run, trained: Train
     assert "curves.png" not in figures("else")
 
 
+@pytest.mark.slow
 def test_figures_of_an_ensemble_and_of_a_conditional_flow(run: Run, table: Path) -> None:
     code, _, err = run("flowtrain", "-m", *SMALL, "seed=0,1", "hydra.sweep.dir=s")
     assert code == 0, err

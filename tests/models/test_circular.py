@@ -208,6 +208,7 @@ def kl(flow: Flow, draw: Callable[[int], Tensor], log_prob: Callable[[Tensor], T
         for target in KNOWN
     ],
 )
+@pytest.mark.slow
 def test_known_density_of_angles_is_learned(name: str, target: str) -> None:
     make, steps, lr = TRAINED[name]
     draw, log_prob, d, circular = KNOWN[target]

@@ -144,6 +144,7 @@ def two_regressions(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, c, D.MixtureSameFamily(weights, parts).log_prob(x.squeeze(1))
 
 
+@pytest.mark.slow
 def test_conditional_mixture_learns_a_mixture_of_regressions() -> None:
     flow = mixture(1, components=4, conditional=True, classes=1)
     (x, c, _), (x_val, c_val, expected) = two_regressions(5000, 0), two_regressions(10000, 1)

@@ -180,6 +180,7 @@ def test_default_models_are_not_worse_than_the_gaussian(
     assert not result.fails, result
 
 
+@pytest.mark.slow
 def test_outlying_row_does_not_destroy_the_likelihood(float32: None, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(16, 16, generator=generator) / 4 + torch.eye(16)

@@ -186,6 +186,7 @@ def test_concurrent_fits_run_one_after_another(x: np.ndarray, tmp_path: Path, wi
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_process_forked_during_a_fit_can_fit() -> None:
     # the other thread only waits, because torch can hang if it computes while another thread forks
     code = """
