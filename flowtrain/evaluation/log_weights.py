@@ -105,9 +105,11 @@ class BalancedWeights:
             centered = control - control.mean()
             variance = float(centered.square().mean())
             slope = float((terms * centered).mean()) / variance if variance else 0.0
-            terms = terms - slope * control
+            controlled = terms - slope * control
+            # a few dominant weights can make the estimate of Z negative
+            terms = controlled if float(controlled.mean()) > 0 else terms
         mean = float(terms.mean())
-        self.terms, self.n = terms / mean, n
+        self.terms = terms / mean
         self.log_z = float(largest) + math.log(mean)
         parts = [part for part in (self.terms[:n], self.terms[n:]) if len(part) > 1]
         self.stderr = math.sqrt(sum(len(part) * float(part.var()) for part in parts)) / len(terms)

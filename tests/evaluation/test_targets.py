@@ -376,3 +376,9 @@ def test_function_in_float32_and_wrong_exact_samples() -> None:
     target.sample = lambda n, generator: torch.zeros(n, 2)  # type: ignore[method-assign]
     with pytest.raises(DataError, match="sample"):
         evaluate_target(normal(), target, n=100)
+
+
+def test_control_variate_that_would_make_z_negative_is_not_used() -> None:
+    log_w = torch.tensor([0.0, -math.inf, -math.inf, -math.inf], dtype=torch.float64)
+    found = BalancedWeights(log_w, 3, torch.tensor([10.0, 8.0, 8.0, 8.0], dtype=torch.float64))
+    assert found.log_z == pytest.approx(math.log(0.25))
