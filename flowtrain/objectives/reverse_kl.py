@@ -90,12 +90,12 @@ class ReverseKL(Objective):
         The loss is computed from B new samples of the flow, with B the number of rows of x.
         """
         drawn = self.flow.sample_pass(self._base_points(len(x)), options=self.regularizer.options(options))
-        log_target = self.target(drawn.x)
-        nll = (drawn.log_p - log_target).mean()
         if self.gradient == "total":
-            loss = nll + (1 - self.beta) * log_target.mean()
+            log_target = self.target(drawn.x)
+            loss = (drawn.log_p - self.beta * log_target).mean()
         else:
-            loss = self._with_path_gradient(drawn.x, options)
+            loss, log_target = self._with_path_gradient(drawn.x, options)
+        nll = (drawn.log_p - log_target).mean()
         penalties = {
             name: torch.stack([q[:, i].mean() for q in drawn.integrals]).sum()
             for i, name in enumerate(self.regularizer.paths)
@@ -106,14 +106,15 @@ class ReverseKL(Objective):
     def _base_points(self, n: int) -> Tensor:
         return self.flow.base.rsample(n, like=self.flow.like)
 
-    def _with_path_gradient(self, x: Tensor, options: SolveOptions) -> Tensor:
-        """Returns a scalar that has the value of the loss and the path gradient, for samples x (B, d) with a graph."""
+    def _with_path_gradient(self, x: Tensor, options: SolveOptions) -> tuple[Tensor, Tensor]:
+        """Returns a scalar with the value of the loss and the path gradient, and log p~(x), for samples x (B, d)."""
         at = x.detach().requires_grad_()
-        loss: Tensor = self.flow.density_pass(at, options=options).log_p - self.beta * self.target(at)
+        log_target: Tensor = self.target(at)
+        loss: Tensor = self.flow.density_pass(at, options=options).log_p - self.beta * log_target
         # only the derivatives with respect to x are computed, so the parameters of log q are constant
         [slope] = torch.autograd.grad(loss.sum(), at)
         surrogate: Tensor = (slope * x).sum() / len(x)
-        return loss.mean().detach() + surrogate - surrogate.detach()
+        return loss.mean().detach() + surrogate - surrogate.detach(), log_target.detach()
 
 
 def failure_of_target(target: Target, x: Tensor) -> NonFiniteError | None:
