@@ -3,6 +3,7 @@
 Scripts import this module before torch and jax, because `use_threads` must run first.
 """
 
+import json
 import os
 import platform
 import statistics
@@ -125,3 +126,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def progress(words: str) -> None:
     """Prints to stderr, so that stdout contains only the table."""
     print(words, file=sys.stderr, flush=True)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the results so far. An incomplete line of a stopped measurement is ignored."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            progress(f"{path}: ignored an incomplete line")
+    return found

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common import machine, progress, table, use_threads
+from common import lines, machine, progress, table, use_threads
 
 OBSERVATIONS = (1, 2, 3)
 SAMPLES, NEW = 10_000, 5000
@@ -182,11 +182,6 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
             ]
         )
     return table(["task", "C2ST", "observations 1, 2, 3", "published NPE", "NLL", "seconds", "seeds"], cells)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a results file, which may not exist yet."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 if __name__ == "__main__":

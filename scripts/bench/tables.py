@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from common import machine, progress, table
+from common import lines, machine, progress, table
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 ADBENCH = ("pendigits", "mammography", "annthyroid", "Wilt", "landsat", "thyroid")
@@ -408,17 +408,6 @@ def work(job: dict[str, Any]) -> None:
         # the parent reads the error from the last line of stderr
         raise SystemExit(f"{type(e).__name__}: {' '.join(str(e).split())}") from e
     print(json.dumps(found))
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the results so far. An incomplete line of a stopped measurement is ignored."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            progress(f"{path}: ignored an incomplete line")
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ report

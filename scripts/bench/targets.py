@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common import machine, progress, table, use_threads
+from common import lines, machine, progress, table, use_threads
 
 MODELS = ("nsf", "ffjord")
 TARGETS = ("energy1", "energy2", "energy3", "energy4", "double_well", "gaussian_mixture", "funnel", "many_well")
@@ -135,11 +135,6 @@ def modes(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the smallest number of modes found in a run, and the number of modes; "-" if the modes are unknown."""
     found = [row["modes_found"] for row in rows if row["modes_found"] is not None]
     return f"{min(found)} of {rows[0]['modes']}" if found else "-"
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a results file, or no rows if the file does not exist."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 if __name__ == "__main__":
