@@ -42,7 +42,7 @@ class AcceptedStep:
     """
 
     t: float
-    h: float
+    h: float | Tensor
     x: Tensor
     slopes: Tensor
     stages: list[Stage] | None
@@ -73,8 +73,7 @@ class AcceptedSteps:
         self.steps, self.x1, self.statistics = steps, x1, statistics
         rows = nodes.rows if nodes is not None else [np.zeros((0, len(tableau.b)))] * len(steps)
         self.rows = [on_device(each, x1) for each in rows]
-        # whether any node of a step depends on its last slope
-        self.last_used = [bool(each[:, -1].any()) for each in rows]
+        self.last_used = nodes.last_used if nodes is not None else [False] * len(steps)
 
     def points(self) -> Tensor:
         """Returns x at the nodes, (nodes, B, *event). Call this before `forget_slopes`, because it needs all slopes."""
