@@ -52,7 +52,7 @@ class Continuous(Bijection):
         self.graphs = SolveGraphs()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns the state without the compiled functions and the graphs, which use this field and cannot be pickled."""
+        """Returns the state without compiled functions and graphs, which use this field and cannot be pickled."""
         return {**self.__dict__, "compiled": None, "graphs": SolveGraphs()}
 
     def compile_field(self) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.ode.quadrature import Nodes
-from flowtrain.utils.cuda_graphs import CapturedCall, Function, GraphMemory
+from flowtrain.utils.cuda_graphs import CapturedCall, GraphMemory
 
 log = logging.getLogger("flowtrain")
 
@@ -107,7 +107,15 @@ class PlannedSteps:
     def arrays(self) -> list[np.ndarray]:
         """All numbers."""
         nodes = self.nodes
-        return [self.tolerance, self.h, self.times, np.array(nodes.times), np.array(nodes.weights), *nodes.rows, *nodes.tails]
+        return [
+            self.tolerance,
+            self.h,
+            self.times,
+            np.array(nodes.times),
+            np.array(nodes.weights),
+            *nodes.rows,
+            *nodes.tails,
+        ]
 
     @property
     def structure(self) -> Hashable:
@@ -133,8 +141,8 @@ class PlannedSteps:
         views = [packed[s : s + a.size].view(a.shape) for s, a in zip(starts, arrays, strict=True)]
         tolerance, h, times, node_times, weights, *rest = views
         n = len(self.nodes.rows)
-        nodes: Any = replace(self.nodes, times=node_times, weights=weights, rows=rest[:n], tails=rest[n:])
-        return PlannedSteps(tolerance, h, times, nodes)
+        on_device: dict[str, Any] = {"times": node_times, "weights": weights, "rows": rest[:n], "tails": rest[n:]}
+        return PlannedSteps(tolerance, h, times, replace(self.nodes, **on_device))
 
 
 def offsets(sizes: Sequence[int], dtype: torch.dtype) -> tuple[list[int], int]:

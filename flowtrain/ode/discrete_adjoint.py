@@ -155,7 +155,7 @@ class AcceptedSteps:
     def recompute(self, k: int) -> list[Stage]:
         """Recomputes the stages of step k, except a first slope that is the last slope of the previous step."""
         step, owns_first = self.steps[k], self.owns_first(k)
-        times = [step.t + c * step.h for c in self.tableau.c]
+        times = [step.t + c * float(step.h) for c in self.tableau.c]
         stages = record(self.recorder, times, step.x, keep=True)
         first = stages[0].velocity(step.x) if owns_first else step.slopes[0]
         compute_stages(step.x, step.h, self.weights, first, lambda i, x: stages[i].velocity(x))

@@ -55,7 +55,9 @@ def check_cuda_graphs(objective: Objective, flow: Flow, settings: Settings) -> N
     elif settings.compile:
         reason = "trainer.compile=true captures graphs too; set it to false"
     elif len(flow.event_shape) > 1:
-        reason = "the solves of images recompute their stages (solver.gradient=auto); graphs need samples that are vectors"
+        reason = (
+            "the solves of images recompute their stages (solver.gradient=auto); graphs need samples that are vectors"
+        )
     elif any(not isinstance(block.field, Field) or block.field.recorder() is None for block in flow.ode_blocks):
         reason = "a velocity field has no hand-written derivatives; use a field of flowtrain.nn"
     else:

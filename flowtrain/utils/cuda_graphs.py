@@ -56,7 +56,7 @@ class CudaRecorder:
     """Records CUDA graphs that share a stream and a memory pool. Only one graph may be in use at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
+        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
 
     @contextmanager
@@ -237,7 +237,7 @@ class _Call(torch.autograd.Function):
         memory: GraphMemory = ctx.call.memory
         if ctx.use.generation != memory.generation:
             raise FlowtrainError(
-                "the tensors for this backward pass were overwritten by a later solve: call backward only once for each "
+                "the tensors for this backward pass were overwritten by a later solve: call backward before the next "
                 "solve, or set solver.cuda_graphs=false"
             )
         gradients = ctx.call.backward(cotangents[: len(ctx.call.outputs)])

@@ -47,9 +47,9 @@ class Recording(TorchDispatchMode):
         inputs = {leaf.untyped_storage().data_ptr() for leaf in self._fed() if leaf.numel()}
         for *_, out in self.operations:
             for leaf in tree_leaves(out):
-                if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                    if leaf.numel() and leaf.untyped_storage().data_ptr() not in inputs:
-                        leaf.fill_(torch.nan)
+                made_here = isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in inputs
+                if made_here and leaf.is_floating_point():
+                    leaf.fill_(torch.nan)
 
     def _fed(self) -> list[Tensor]:
         """Returns the tensors that no recorded operation has made."""

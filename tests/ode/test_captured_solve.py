@@ -137,6 +137,17 @@ def test_shapes_and_dtypes_may_change(recorder: Recorder | None) -> None:
     assert len({call.buffers[1].dtype for call in flow.graphs.calls.values()}) == 2
 
 
+def test_parameters_at_other_addresses_are_captured_again(recorder: Recorder | None) -> None:
+    # as with the averaged weights, which replace the data of the parameters
+    outcomes = []
+    for graphs in (True, False):
+        flow = planned(graphs)
+        for p in flow.parameters():
+            p.data = p.data * 0.9
+        outcomes.append(train(flow, rows(20), 2))
+    assert_same(*outcomes)
+
+
 def test_gradient_of_x_is_that_of_an_ordinary_solve(recorder: Recorder | None) -> None:
     velocity = field()
     gradients = []
@@ -185,7 +196,9 @@ def test_second_solve_before_the_backward_pass_uses_no_graph(recorder: Recorder 
     for graphs in (True, False):
         flow = planned(graphs)
         first, second = (flow.inverse(rows(20)(step)[0])[1].sum() for step in (3, 4))
-        gradients.append([*torch.autograd.grad(first, flow.parameters()), *torch.autograd.grad(second, flow.parameters())])
+        gradients.append(
+            [*torch.autograd.grad(first, flow.parameters()), *torch.autograd.grad(second, flow.parameters())]
+        )
         if graphs:
             memory = flow.graphs.memory
             assert memory is not None
