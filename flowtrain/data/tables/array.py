@@ -42,6 +42,7 @@ from flowtrain.data.tables.table_checks import (
     row_hashes,
     warn_of_copies,
     warn_of_dependence,
+    warn_of_rare_categories,
     warn_of_repeats,
     warn_of_sentinels,
     warn_of_signed_weights,
@@ -409,6 +410,8 @@ class ArrayData(Finite):
             else ContextColumn(name, mean=float(m), std=float(s))
             for name, m, s, one in zip(table.columns, mean, std, types, strict=True)
         )
+        sizes = {one.name: one.size for one in self.context if one.kind == CATEGORICAL}
+        warn_of_rare_categories(table.path, sizes, training.n)
         rows = training.subset_extras.context
         assert rows is not None
         self.context_rows = tuple(
