@@ -48,6 +48,10 @@ class SolveGraphs:
             key: everything that a graph cannot change.
             make: captures the solve.
         """
+        if self.memory is not None and self.memory.device != device:
+            # the flow was moved
+            self.calls.clear()
+            self.memory = None
         if self.failed or (self.memory is not None and self.memory.in_use):
             return None
         if key in self.calls:

@@ -90,6 +90,7 @@ class GraphMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.recorder = recorder_of(device)
         self.generation = 0
         self._pending: weakref.ref[_Use] | None = None
