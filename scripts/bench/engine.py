@@ -137,7 +137,7 @@ def problems(args: argparse.Namespace) -> dict[str, "Problem"]:
     return {words[name]: Problem(stages[name], x, noise, before, solver).to(args.device) for name in args.weights}
 
 
-def contestants() -> dict[str, Callable[["Problem"], "Contestant"]]:
+def contestants(device: str) -> dict[str, Callable[["Problem"], "Contestant"]]:
     from steps import Skip, flowtrain_step, torchdiffeq_step, zuko_step
 
     def diffrax(problem: "Problem") -> "Contestant":
@@ -147,8 +147,11 @@ def contestants() -> dict[str, Callable[["Problem"], "Contestant"]]:
             raise Skip(f"not installed ({e})") from e
         return diffrax_step(problem)
 
+    # without a GPU, the graphs only copy tensors
+    graphs = {"flowtrain cuda_graphs": partial(flowtrain_step, cuda_graphs=True)} if device == "cuda" else {}
     return {
         "flowtrain (default)": flowtrain_step,
+        **graphs,
         "flowtrain control=all": partial(flowtrain_step, control="all"),
         "flowtrain gradient=replay": partial(flowtrain_step, gradient="replay"),
         "flowtrain gradient=adjoint": partial(flowtrain_step, gradient="adjoint"),
@@ -166,7 +169,7 @@ def main() -> None:
     from steps import compare, reference
 
     print(f"{machine(args.device)}; {args.threads} threads")
-    chosen = {name: make for name, make in contestants().items() if any(part in name for part in args.only)}
+    chosen = {name: make for name, make in contestants(args.device).items() if any(part in name for part in args.only)}
     for words, problem in problems(args).items():
         b, d = problem.x.shape
         trace = "exact trace" if problem.noise is None else "Hutchinson, 1 Rademacher draw"
