@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowtrain.nn.column_networks import ColumnFunction, Layer, Plain, in_turn, is_hooked
+from flowtrain.nn.column_networks import ColumnFunction, Layer, Plain, in_turn, is_hooked, weights_of
 from flowtrain.utils.autograd import needs_autograd, transforms_active
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.recorded import Recorded
@@ -69,9 +69,14 @@ class MLP(Recorded, nn.Sequential):
 
     def layers(self) -> list[Layer] | None:
         """Returns the linear layers, or None with dropout, a hook of a layer, or another activation than relu."""
-        if any(type(one) not in (nn.Linear, nn.ReLU) or is_hooked(one) for one in self):
-            return None
-        return [(one.weight, None, one.bias) for one in self if isinstance(one, nn.Linear)]
+        found: list[Layer] = []
+        # the attributes of a module are found by a slow search
+        for one in self._modules.values():
+            if one is None or type(one) not in (nn.Linear, nn.ReLU) or is_hooked(one):
+                return None
+            if type(one) is nn.Linear:
+                found.append(weights_of(one))
+        return found
 
     def plain_layers(self) -> list[Layer] | None:
         """Returns `layers`, or None if there is a context or a hook."""
