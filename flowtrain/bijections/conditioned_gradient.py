@@ -81,11 +81,16 @@ class Conditioned(Bijection):
     def plain_layers(self, x: Tensor) -> list[Layer] | None:
         """Returns the linear layers of the conditioner for vectors x, or None if there is no hand-written gradient.
 
-        The gradient does not support contexts, dropout, angles, hooks, transforms without a gradient, and networks other
-        than NETWORKS.
+        There is none for contexts, dropout, angles, hooks, transforms without a gradient, and for networks that are not
+        in NETWORKS.
         """
         net, linear = self.conditioner, self.linear
-        if type(net) not in NETWORKS or not self.transform.has_gradient or self.has_angles() or is_hooked(self.transform):
+        if (
+            type(net) not in NETWORKS
+            or not self.transform.has_gradient
+            or self.has_angles()
+            or is_hooked(self.transform)
+        ):
             return None
         assert isinstance(net, MLP | ResidualMLP)
         layers = net.plain_layers()

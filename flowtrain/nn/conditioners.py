@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowtrain.nn.conv_columns import ConvColumns, is_faster
 from flowtrain.nn.column_networks import ColumnFunction, Layer, Plain, in_turn, is_hooked, weights_of
 from flowtrain.utils.autograd import needs_autograd, transforms_active
 from flowtrain.utils.errors import ConfigError
@@ -151,11 +152,23 @@ class ConvNet(Recorded, nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns (B, n_out, H, W) for x (B, n_in, H, W) and, with classes, a context (B,) or (B, K)."""
+        layers = (self.first, *self.middle, self.last)
+        if self.is_plain(layers) and is_faster(x, self.last.out_channels):
+            parts = [part for layer in layers for part in (layer.weight, layer.bias)]
+            found: Tensor = ConvColumns.apply(x, self.first.places, *parts)  # type: ignore[no-untyped-call]
+            return found
         h = self.first(x, context)
         for layer in self.middle:
             h = layer(self.activation(h))
         y: Tensor = self.last(self.activation(h))
         return y
+
+    def is_plain(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether there is no context, no hook, no replaced layer, and no other activation than relu."""
+        ordinary = type(self.activation) is nn.ReLU and self.first.embedding is None
+        return ordinary and not any(
+            type(layer) not in (nn.Conv2d, InformedConv) or is_hooked(layer) for layer in (*layers,)
+        )
 
 
 class ResidualNet(Recorded, nn.Module):
