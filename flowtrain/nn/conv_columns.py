@@ -100,7 +100,7 @@ class ConvColumns(torch.autograd.Function):
 def _channels_last(gradient: Tensor, weight: Tensor) -> Tensor:
     """Returns the gradient (n, H W k) of a weight (n, k, H, W) in the memory layout that the weights of `ConvNet` have."""
     n, k, height, width = weight.shape
-    return gradient.reshape(n, height, width, k).permute(0, 3, 1, 2)
+    return gradient.contiguous().view(n, height, width, k).permute(0, 3, 1, 2)
 
 
 def _by_input(weight: Tensor) -> Tensor:
