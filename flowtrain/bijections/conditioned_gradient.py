@@ -103,7 +103,8 @@ class Conditioned(Bijection):
         linear = self.linear
         if linear is None:
             return None
-        return masked(linear.weight, linear.mask if isinstance(linear, MaskedLinear) else None)
+        weight: Any = linear.weight
+        return masked(weight, linear.mask if isinstance(linear, MaskedLinear) else None)
 
     def bounded(self, a: Tensor) -> Tensor:
         """Returns B tanh(a / B), or a if there is no bound."""

@@ -98,13 +98,10 @@ class Spline(Elementwise):
         return (x.T, log_slope.T) if z.dim() == 2 else (x, log_slope)
 
     def columns_to_base(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        theta = theta.view(self.n_numbers, *x.shape)
-        z, log_slope, kept = _values(self, x, theta)
-        return z, log_slope, (theta, *kept)
+        return _values(self, x, theta.view(self.n_numbers, *x.shape), overwrite=True)
 
     def columns_gradient(self, kept: Sequence[Tensor], g_z: Tensor, g_log: Tensor) -> tuple[Tensor, Tensor]:
-        theta, *kept = kept
-        g_x, g_theta = _gradients(self, theta, kept, g_z, g_log)
+        g_x, g_theta = _gradients(self, kept, g_z, g_log)
         assert g_x is not None
         assert g_theta is not None
         return g_x, g_theta.flatten(0, 1)
@@ -228,8 +225,8 @@ class _ToBase(torch.autograd.Function):
         batched = any(_functorch.is_legacy_batchedtensor(g) for g in (grad_z, grad_log))
         if torch.is_grad_enabled() or batched or _transformed():
             return _ToBase.by_autograd(ctx, grad_z, grad_log)
-        _, theta, *kept = ctx.saved_tensors
-        grad_x, grad_theta = _gradients(ctx.spline, theta, kept, grad_z, grad_log, *ctx.needs_input_grad[:2])
+        kept = ctx.saved_tensors[2:]
+        grad_x, grad_theta = _gradients(ctx.spline, kept, grad_z, grad_log, *ctx.needs_input_grad[:2])
         return grad_x, grad_theta, None
 
     @staticmethod
@@ -245,8 +242,10 @@ class _ToBase(torch.autograd.Function):
         return x, theta, None
 
 
-def _values(spline: Spline, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Returns z, log dz/dx and tensors for `_gradients`. theta is (n_numbers, *x.shape).
+def _values(
+    spline: Spline, x: Tensor, theta: Tensor, overwrite: bool = False
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Returns z, log dz/dx and tensors for `_gradients`. theta is (n_numbers, *x.shape), and may be overwritten.
 
     The operations are the ones of `Spline.evaluated`, arranged so that there are few. For the batches of tables, the
     time of an operation hardly depends on its size.
@@ -257,7 +256,7 @@ def _values(spline: Spline, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, t
     divisor[: 2 * k].mul_(spline.clip_size)
     divisor[2 * k :].mul_(spline.clip_slope)
     divisor.add_(1)
-    bounded = theta / divisor
+    bounded = theta.div_(divisor) if overwrite else theta / divisor
     share = bounded[: 2 * k].view(2, k, *x.shape).softmax(1)
     # for each knot: the sums of widths and heights, and the number whose exponential is the slope
     knots = theta.new_empty(3, k + 1, *x.shape)
@@ -300,7 +299,6 @@ def _values(spline: Spline, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, t
 
 def _gradients(
     spline: Spline,
-    theta: Tensor,
     kept: Sequence[Tensor],
     grad_z: Tensor,
     grad_log: Tensor,
@@ -330,7 +328,7 @@ def _gradients(
     slope.mul_(end_slopes)
     g_chord = gl.div_(chord).mul_(2).add_(g_bottom).addcmul_(g_top, t2).addcmul_(u, g_slopes.sub_(g_bottom), value=2)
     # gradients of the corner of the bin, which depends on the shares before it, and of its size, which is its own share
-    moved = theta.new_empty(4, *grad_x.shape)
+    moved = grad_x.new_empty(4, *grad_x.shape)
     torch.mul(grad_x, inside, out=moved[0])
     moved[1] = gz
     per_width = g_chord.div_(width)
@@ -338,13 +336,12 @@ def _gradients(
     torch.addcmul(per_width, gz, ratio, out=moved[3])
     moved.view(2, 2, *grad_x.shape)[:, 0].neg_()
     moved.mul_(2 * spline.bound)
-    found = _gradient_of_theta(spline, theta, ends, at_ends[:2], moved[:2], moved[2:], slope, *whole)
+    found = _gradient_of_theta(spline, ends, at_ends[:2], moved[:2], moved[2:], slope, *whole)
     return grad_x if of_x else None, found
 
 
 def _gradient_of_theta(
     spline: Spline,
-    theta: Tensor,
     ends: Tensor,
     sums: Tensor,
     g_before: Tensor,
@@ -358,7 +355,6 @@ def _gradient_of_theta(
 
     Args:
         spline: the spline.
-        theta: (n_numbers, ...).
         ends: the indices of the two knots of the bin, (2, ...).
         sums: the sums of widths and heights up to these knots, (2, 2, ...).
         g_before, g_own, g_slope: gradients of the shares before the bin, of the shares of the bin, and of the numbers
@@ -367,17 +363,17 @@ def _gradient_of_theta(
         share: the softmax of widths and heights, (2, K, ...).
         divisor: 1 + |v| / c for the numbers v in theta.
     """
-    k, rest = share.shape[1], theta.shape[1:]
+    k, rest = share.shape[1], divisor.shape[1:]
     # through the softmax: share_j (g_j - sum_i share_i g_i)
     low, high = sums.unbind(1)
     mean = (g_before - g_own).mul_(low).addcmul_(g_own, high)
     # the numbers of the first knots that are not in theta are overwritten by the gradients of the shares
-    found = theta.new_empty(2 * k + 1 + k, *rest)[: 3 * k + 1 - spline.first_knot]
+    found = divisor.new_empty(2 * k + 1 + k, *rest)[: 3 * k + 1 - spline.first_knot]
     of_knots = found[2 * k - spline.first_knot :]
     of_knots.zero_()
     of_knots.scatter_(0, ends, g_slope)
     spline.add_equal_knots(of_knots)
-    found = found[: len(theta)]
+    found = found[: len(divisor)]
     parts = found[: 2 * k].view(2, k, *rest)
     torch.mul(before, g_before.unsqueeze(1), out=parts)
     parts.sub_(mean.unsqueeze(1)).scatter_add_(1, ends[:1].expand(2, 1, *rest), g_own.unsqueeze(1)).mul_(share)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowtrain.nn.conv_columns import ConvColumns, is_faster
 from flowtrain.nn.column_networks import ColumnFunction, Layer, Plain, in_turn, is_hooked, weights_of
+from flowtrain.nn.conv_columns import ConvColumns, is_faster
 from flowtrain.utils.autograd import needs_autograd, transforms_active
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.recorded import Recorded
@@ -152,9 +152,7 @@ class ConvNet(Recorded, nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns (B, n_out, H, W) for x (B, n_in, H, W) and, with classes, a context (B,) or (B, K)."""
-        layers = (self.first, *self.middle, self.last)
-        if self.is_plain(layers) and is_faster(x, self.last.out_channels):
-            parts = [part for layer in layers for part in (layer.weight, layer.bias)]
+        if (parts := self.plain_parts()) is not None and is_faster(x, len(parts[-1])):
             found: Tensor = ConvColumns.apply(x, self.first.places, *parts)  # type: ignore[no-untyped-call]
             return found
         h = self.first(x, context)
@@ -163,12 +161,17 @@ class ConvNet(Recorded, nn.Module):
         y: Tensor = self.last(self.activation(h))
         return y
 
-    def is_plain(self, layers: Sequence[nn.Module]) -> bool:
-        """Whether there is no context, no hook, no replaced layer, and no other activation than relu."""
-        ordinary = type(self.activation) is nn.ReLU and self.first.embedding is None
-        return ordinary and not any(
-            type(layer) not in (nn.Conv2d, InformedConv) or is_hooked(layer) for layer in (*layers,)
-        )
+    def plain_parts(self) -> list[Tensor] | None:
+        """Returns the weight and the bias of each layer in turn.
+
+        None if there is a context, a hook, a replaced layer, or another activation than relu.
+        """
+        layers = (self.first, *self.middle, self.last)
+        if type(self.activation) is not nn.ReLU or self.first.embedding is not None:
+            return None
+        if any(type(one) not in (nn.Conv2d, InformedConv) or is_hooked(one) or one.bias is None for one in layers):
+            return None
+        return [part for layer in layers for part in layer.parameters(recurse=False) if part is not self.first.places]
 
 
 class ResidualNet(Recorded, nn.Module):

@@ -22,7 +22,7 @@ FEW = 16
 
 def is_faster(x: Tensor, n_out: int) -> bool:
     """Whether `ConvColumns` supports images x (B, C, H, W), and is faster than convolutions."""
-    few = 0 < x.numel() and max(x.shape[1], n_out) <= FEW
+    few = x.numel() > 0 and max(x.shape[1], n_out) <= FEW
     return few and x.device.type == "cpu" and x.dtype == torch.float32 and has_onednn() and not needs_autograd(x)
 
 
@@ -82,7 +82,9 @@ class ConvColumns(torch.autograd.Function):
         return g_x, None if places is None else g_places.view_as(places), *found
 
     @staticmethod
-    def by_autograd(ctx: Any, x: Tensor, places: Tensor | None, parts: Sequence[Tensor], grad: Tensor) -> tuple[Any, ...]:
+    def by_autograd(
+        ctx: Any, x: Tensor, places: Tensor | None, parts: Sequence[Tensor], grad: Tensor
+    ) -> tuple[Any, ...]:
         """Computes the gradient by operations that autograd can differentiate and vmap can batch."""
         needed = ctx.needs_input_grad
         with torch.enable_grad():
@@ -98,7 +100,7 @@ class ConvColumns(torch.autograd.Function):
 
 
 def _channels_last(gradient: Tensor, weight: Tensor) -> Tensor:
-    """Returns the gradient (n, H W k) of a weight (n, k, H, W) in the memory layout that the weights of `ConvNet` have."""
+    """Returns the gradient (n, H W k) of a weight (n, k, H, W) in the memory layout of the weights of `ConvNet`."""
     n, k, height, width = weight.shape
     return gradient.contiguous().view(n, height, width, k).permute(0, 3, 1, 2)
 
@@ -133,7 +135,7 @@ def _shifted(x: Tensor) -> Tensor:
 
 def _sum_of_shifts(parts: Tensor) -> Tensor:
     """Returns the sum over (i, j) of parts[3 i + j, c, b, y + i - 1, z + j - 1], (C, B, H, W), with zeros outside."""
-    _, c, b, height, width = parts.shape
+    height, width = parts.shape[-2:]
     padded = _padded(parts)
     # with its border, a shifted image is a contiguous part of memory
     flat, shape = padded.view(9, -1), padded.shape[1:]

@@ -65,7 +65,11 @@ class ResidualMLP(Recorded, nn.Module):
 
     def layers(self) -> list[Layer]:
         """Returns the first layer, two layers for each block, and the last layer."""
-        return [weights_of(module) for module in (self.first, *self.blocks, self.last)]
+        # a search by attribute takes longer
+        own = self._modules
+        blocks = own["blocks"]
+        assert blocks is not None
+        return [weights_of(module) for module in (own["first"], *blocks._modules.values(), own["last"])]
 
     @property
     def n_drops(self) -> int:
