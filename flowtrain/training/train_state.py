@@ -98,6 +98,8 @@ class TrainState:
         A forward pass in training mode updates them before the loss is known to be finite. Without batch norms, both
         calls do nothing.
         """
+        if not self.running:
+            return _nothing
         kept = [buffer.clone() for buffer in self.running]
 
         @torch.no_grad()
@@ -211,3 +213,7 @@ class TrainState:
             self.guard.load(saved["guard"])
         if saved.get("objective") is not None:
             self.objective.load(saved["objective"])
+
+
+def _nothing() -> None:
+    """Restores nothing."""

@@ -10,9 +10,13 @@ from torch import Tensor
 LARGE = 1_500_000
 
 
+def has_onednn() -> bool:
+    """Whether the linear layer of oneDNN is available and switched on, and the CPU has AVX-512."""
+    return bool(torch.backends.mkldnn.enabled) and _is_there()
+
+
 @cache
-def _has_onednn() -> bool:
-    """Whether the linear layer of oneDNN is available and the CPU has AVX-512."""
+def _is_there() -> bool:
     there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not there or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
@@ -30,13 +34,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         [[4.0], [4.0]]
     """
     large = a.shape[0] * a.shape[1] * b.shape[0] >= LARGE
-    if (
-        large
-        and a.dtype == torch.float32
-        and a.device.type == "cpu"
-        and torch.backends.mkldnn.enabled
-        and _has_onednn()
-    ):
+    if large and a.dtype == torch.float32 and a.device.type == "cpu" and has_onednn():
         found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
         return found
     return a @ b.T if bias is None else torch.addmm(bias, a, b.T)
