@@ -43,7 +43,9 @@ def use_threads(n: int, device: str = "cpu") -> None:
 
 
 # runs a module with CPU time in place of wall time
-IN_CPU_TIME = "import runpy, time; time.perf_counter = time.process_time; runpy.run_module('flowtrain', None, '__main__')"
+IN_CPU_TIME = (
+    "import runpy, time; time.perf_counter = time.process_time; runpy.run_module('flowtrain', None, '__main__')"
+)
 
 
 def run_flowtrain(run_dir: Path, *overrides: str, cpu_time: bool = False) -> None:

@@ -9,8 +9,9 @@ The script trains one `flowtrain` run per seed with the overrides, one after ano
 setting was tuned on them. KL is the mean of log p_true - log p_model on the validation set, so it does not contain the
 noise of the set's entropy. The model has the weights that the run validates, which are averaged weights if trainer.ema
 is set. Seconds come from the run's own clock (metrics.jsonl), so they include validations. With --cpu, they are seconds
-of CPU time, which depend less on other jobs than wall time. A validation every --every steps limits the resolution. The script prints a Markdown table with one row per gap: median and range of the seconds,
-median steps, and the number of seeds that reached the gap.
+of CPU time, which depend less on other jobs than wall time. A validation every --every steps limits the resolution. The
+script prints a Markdown table with one row per gap: median and range of the seconds, median steps, and the number of
+seeds that reached the gap.
 """
 
 import argparse
