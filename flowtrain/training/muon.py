@@ -71,15 +71,16 @@ class Muon(Adam):
             if not self.state[p]:
                 self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
         group = self.param_groups[0]
+        updated: list[Tensor] = [*matrices]
         gradients = [p.grad for p in matrices if p.grad is not None]
         averages = [self.state[p]["exp_avg"] for p in matrices]
         torch._foreach_add_([self.state[p]["step"] for p in matrices], 1)
         torch._foreach_lerp_(averages, gradients, 1 - MOMENTUM)
         directions = orthogonalized(torch.stack(torch._foreach_lerp(gradients, averages, MOMENTUM)))
         if group["weight_decay"]:
-            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(updated, 1 - group["lr"] * group["weight_decay"])
         length = group["lr"] * max(directions.shape[1:]) ** 0.5
-        torch._foreach_add_(matrices, directions.unbind(), alpha=-length)
+        torch._foreach_add_(updated, directions.unbind(), alpha=-length)
 
 
 def is_matrix(parameter: Tensor) -> bool:
