@@ -1,11 +1,14 @@
 """The optimizer Muon, compared with singular value decompositions and with torch.optim."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import MakeTrainer
 from torch import Tensor, nn
 
+from flowtrain.runs.compose import compose
 from flowtrain.training.muon import MOMENTUM, Muon, orthogonalized
 
 SHAPES = [(5, 4), (4, 9), (5, 4), (6, 2), (7,), (3, 3, 3, 3)]
@@ -101,3 +104,25 @@ def test_cleared_state_begins_again() -> None:
     assert all(float(optimizer.state[p]["step"]) == 1 for p in mine)
     for i in MATRICES:
         torch.testing.assert_close(optimizer.state[mine[i]]["exp_avg"], (1 - MOMENTUM) * mine[i].grad)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"data": "moons"}, "muon"),
+        ({"data": "rings"}, "muon"),
+        ({"data": "moons", "objective": "flow_matching"}, "adam"),
+        ({"data": "moons", "objective": "hybrid"}, "adam"),
+        ({"data": "moons", "model": "realnvp"}, "adam"),
+        ({"data": "array", "model": "ffjord", "data.path": "x.csv"}, "adam"),
+        ({"data": "mnist", "model": "ffjord"}, "adam"),
+        ({"data": "target", "target": "funnel", "model": "ffjord"}, "adam"),
+    ],
+)
+def test_only_ffjord_on_toys_uses_muon(settings: dict[str, object], expected: str) -> None:
+    assert compose(settings).config["trainer"]["optimizer"] == expected
+
+
+def test_setting_chooses_the_optimizer(tmp_path: Path, trainer: MakeTrainer) -> None:
+    run = trainer(tmp_path, "model=affine", "trainer.optimizer=muon")
+    assert isinstance(run.train_state.optimizer, Muon)
