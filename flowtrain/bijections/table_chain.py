@@ -26,8 +26,8 @@ from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.utils.autograd import needs_autograd
 from flowtrain.utils.precision import full_precision
 
-# the most columns of a table for which one matrix is faster than its factors. Both parts of an autoregressive map are the
-# whole vector, so its matrices are larger
+# the most columns of a table for which one matrix is faster than its factors. Both parts of an autoregressive map are
+# the whole vector, so its matrices are larger
 MOST_COLUMNS = 32
 MOST_AUTOREGRESSIVE = 16
 LINEAR = (ActNorm, InvertibleLinear, Permutation)
