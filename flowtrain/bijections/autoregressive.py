@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowtrain.bijections import evaluation
 from flowtrain.bijections.conditioned_gradient import Conditioned
 from flowtrain.bijections.coupling import conditioned, conditioner_inputs
 from flowtrain.bijections.elementwise import Elementwise, ScaleShift
@@ -63,6 +64,9 @@ class Autoregressive(Conditioned):
 
     groups: Tensor
 
+    def column_parts(self) -> tuple[None, None]:
+        return None, None
+
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x
 
@@ -92,6 +96,8 @@ class Autoregressive(Conditioned):
         return F.pad(found, (0, m)) if m else found
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if context is None and (found := evaluation.mapped(self, x, to_base=True)) is not None:
+            return found
         if (found := self.by_hand(x, context)) is not None:
             return found
         term = self.linear_term(x)

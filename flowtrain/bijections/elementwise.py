@@ -95,6 +95,18 @@ class ScaleShift(Elementwise):
         z = (x - shift).mul_(slope)
         return z, log_slope, (tanh, slope, z)
 
+    def values_to_base(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (z, log dz/dx) for x (n, B) and theta (2 n, B), without a gradient."""
+        raw, shift = theta.chunk(2)
+        log_slope = (raw / self.cap).tanh_().mul_(-self.cap)
+        return (x - shift).mul_(log_slope.exp()), log_slope
+
+    def values_to_data(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (x, log dx/dz) for z (n, B) and theta (2 n, B), without a gradient."""
+        raw, shift = theta.chunk(2)
+        log_slope = (raw / self.cap).tanh_().mul_(self.cap)
+        return torch.addcmul(shift, z, log_slope.exp()), log_slope
+
     def columns_gradient(self, kept: Sequence[Tensor], g_z: Tensor, g_log: Tensor) -> tuple[Tensor, Tensor]:
         tanh, slope, z = kept
         n = len(z)
