@@ -52,12 +52,10 @@ def mapped(of: "Conditioned", x: Tensor, to_base: bool) -> tuple[Tensor, Tensor]
     parts = None if layers is None else of.column_parts()
     if layers is None or parts is None:
         return None
-    columns = x.T
+    columns = x.T.contiguous()
     a, b = (columns if part is None else columns[part] for part in parts)
     bound = of.input_bound
     inputs = a if bound is None else (a / bound).tanh_().mul_(bound)
-    if not inputs.is_contiguous() and inputs.stride(1) != 1:
-        inputs = inputs.contiguous()
     h = hidden_rows(of.conditioner.network, inputs, layers)  # type: ignore[arg-type]
     shift = None
     if of.linear is not None:
@@ -72,7 +70,7 @@ def mapped(of: "Conditioned", x: Tensor, to_base: bool) -> tuple[Tensor, Tensor]
     changed = parts[1]
     if changed is None:
         return y.T, log_det
-    found = columns.clone(memory_format=torch.contiguous_format)
+    found = columns.clone()
     found[changed] = y
     return found.T, log_det
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch
 
-from flowtrain.bijections.elementwise import Elementwise
+from flowtrain.bijections.elementwise import LOG2_E, Elementwise
 from flowtrain.utils.autograd import transforms_active
 from flowtrain.utils.errors import FlowtrainError
 
@@ -115,7 +115,7 @@ class Spline(Elementwise):
         t = c.mul_(2).div_(root.add_(b)).clamp_(0, 1)
         # one step of Newton's method. The derivative by t is the slope times the width
         ratio, log_slope = _ratio_and_log_slope(found, t)
-        slope = log_slope.exp_().mul_(found.size).div_(2 * self.bound)
+        slope = log_slope.mul_(LOG2_E).exp2_().mul_(found.size).div_(2 * self.bound)
         t = t.addcdiv_(ratio.mul_(height).sub_(offset), slope, value=-1).clamp_(0, 1)
         _, log_slope = _ratio_and_log_slope(found, t)
         x = torch.addcmul(found.corner, found.size, t)
@@ -268,7 +268,7 @@ def _searched(spline: Spline, y: Tensor, theta: Tensor, axis: int) -> _Searched:
     own = share.gather(1, both).squeeze(1)
     low = sums.gather(1, both).squeeze(1).sub_(own)
     raw = spline.at_knots(theta[2 * k :]).gather(0, torch.cat([index, index + 1]))
-    left, right = raw.div_(raw.abs().mul_(spline.clip_slope).add_(1)).exp_()
+    left, right = raw.div_(raw.abs().mul_(spline.clip_slope).add_(1)).mul_(LOG2_E).exp2_()
     chord = own[1] / own[0]
     return _Searched(
         y.abs() <= bound,

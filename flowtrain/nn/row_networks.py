@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from flowtrain.nn.column_networks import ColumnNetwork, Layer, Residual, masked
-from flowtrain.utils.products import columns_product, prefers_onednn, product, relu_product, sum_product
+from flowtrain.utils.products import prefers_onednn, product, relu_product, sum_product
 
-# the number of inputs from which the first layer is faster with one column for each row of x
+# the number of inputs from which a copy with contiguous rows makes the first layer faster
 WIDE = 128
 
 
@@ -20,13 +20,14 @@ def hidden_rows(network: type[ColumnNetwork], x: Tensor, layers: Sequence[Layer]
     """Returns the inputs (B, n) of the last layer of a network for inputs x (n_in, B)."""
     if len(layers) == 1:
         return x.T
-    first, *inner = [(masked(weight, mask), bias) for weight, mask, bias in layers[:-1]]
+    (weight, bias), *inner = [(masked(weight, mask), bias) for weight, mask, bias in layers[:-1]]
+    rows = x.T if len(x) < WIDE else x.T.contiguous()
     if network is Residual:
-        h = torch.addmm(first[1], x.T, first[0].T) if len(x) < WIDE else columns_product(*first, x.T).T.contiguous()
+        h = product(rows, weight, bias)
         for one, two in zip(inner[::2], inner[1::2], strict=True):
             h = sum_product(h, relu_product(h.relu(), *one), *two)
         return h.relu_()
-    h = relu_product(x.T, *first) if len(x) < WIDE else columns_product(*first, x.T).relu_().T.contiguous()
+    h = relu_product(rows, weight, bias)
     for layer in inner:
         h = relu_product(h, *layer)
     return h

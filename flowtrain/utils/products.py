@@ -43,6 +43,8 @@ def prefers_onednn(a: Tensor, b: Tensor) -> bool:
         and a.device.type == "cpu"
         and torch.backends.mkldnn.enabled
         and _has_onednn()
+        # oneDNN copies a, but a slice b of columns would make it a thousand times slower
+        and (b.is_contiguous() or b.T.is_contiguous())
     )
 
 
