@@ -35,6 +35,8 @@ from flowtrain.data.tables.from_memory import (
     whole_labels,
 )
 from flowtrain.data.types import CATEGORICAL, ColumnType, with_whole_noise
+from flowtrain.nn.conditioners import MLP, ConvNet, ResidualNet
+from flowtrain.nn.residual_mlp import MaskedMLP, ResidualMLP
 from flowtrain.ode import AS_CONFIGURED, SolveOptions, Solver, StepPlan, record_solves, row_errors
 from flowtrain.utils.autograd import plain_values
 from flowtrain.utils.errors import FlowtrainError
@@ -59,6 +61,8 @@ PROBE_SEED = 0
 # the number of other draws of the probes for the error of log p, and the 97.5% quantile of Student's t distribution
 # with as many degrees of freedom
 PROBE_DRAWS, PROBE_QUANTILE = 4, 2.776
+# classes of modules that contain no ODE
+CLOSED = frozenset({MLP, ResidualMLP, MaskedMLP, ConvNet, ResidualNet})
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +194,7 @@ class Density(Recorded, nn.Module):
     @property
     def ode_blocks(self) -> list[Continuous]:
         """The continuous bijections. Each solves one ODE per forward or inverse pass."""
-        found = [m for flow in self.flows for m in submodules(flow) if isinstance(m, Continuous)]
+        found = [cast(Continuous, m) for flow in self.flows for m in submodules(flow, CLOSED) if _is_continuous(type(m))]
         return list(dict.fromkeys(found))
 
     @property
@@ -968,6 +972,11 @@ class Flow(Density):
         if self.training or seeding_active() or all(m.trace.is_exact(d, training=False) for m in self.ode_blocks):
             return UNCHANGED
         return seeded(PROBE_SEED, x.device)
+
+
+@cache
+def _is_continuous(kind: type) -> bool:
+    return issubclass(kind, Continuous)
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from flowtrain.utils.recorded import Recorded
 
 # exp(x) = 2^(x LOG2_E)
 LOG2_E = 1 / math.log(2)
+# the number of numbers from which `_slopes` uses other functions
+MANY = 1024
 
 
 class Elementwise(Recorded, nn.Module, ABC):
@@ -124,9 +126,13 @@ class ScaleShift(Elementwise):
 
 
 def _slopes(raw: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """Returns (s, exp(s)) for s = cap tanh(raw / |cap|), by functions that are four to ten times faster on a CPU.
+    """Returns (s, exp(s)) for s = cap tanh(raw / |cap|).
 
-    The absolute error of tanh(y) = 2 sigmoid(2 y) - 1 is at most 2e-7.
+    For many numbers, these are computed by functions that are four to ten times faster on a CPU. The absolute error of
+    tanh(y) = 2 sigmoid(2 y) - 1 is at most 2e-7.
     """
+    if raw.numel() < MANY:
+        log_slope = (raw / abs(cap)).tanh_().mul_(cap)
+        return log_slope, log_slope.exp()
     log_slope = (raw * (2 / abs(cap))).sigmoid_().mul_(2 * cap).sub_(cap)
     return log_slope, (log_slope * LOG2_E).exp2_()

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.evaluation import plain_layers
-from flowtrain.nn.column_networks import masked
-from flowtrain.nn.residual_mlp import MaskedLinear, MaskedMLP
+from flowtrain.bijections.evaluation import parts_of
+from flowtrain.nn.residual_mlp import MaskedMLP
 
 if TYPE_CHECKING:
     from flowtrain.bijections.autoregressive import Autoregressive
@@ -72,24 +71,20 @@ def plan(groups: Tensor, net: MaskedMLP, merge: bool) -> Plan | None:
 
 def to_data(of: "Autoregressive", z: Tensor) -> tuple[Tensor, Tensor] | None:
     """Computes `Autoregressive.forward` at z (B, d) without a context, or returns None if this is not possible."""
-    layers = plain_layers(of, z)
-    steps = None if layers is None else of.steps()
-    if layers is None or steps is None:
+    parts = parts_of(of, z)
+    steps = None if parts is None else of.steps()
+    if parts is None or steps is None:
         return None
-    transform, (d, rows) = of.transform, z.T.shape
+    transform, layers, (d, rows) = parts.transform, parts.layers, z.T.shape
     elements, units = steps.elements, steps.units
     bound, size = of.input_bound, len(layers[-1][0]) // d
     # in the order of the steps, products with known units need no masks
-    first = _sorted(layers[0][0], units, elements)
+    first = _sorted(layers[0][0], units, elements).split(steps.n_units)
     inner = [_sorted(weight, units, units).split(steps.n_units) for weight, _, _ in layers[1:-1]]
     biases = [bias[units].unsqueeze(1).split(steps.n_units) for _, _, bias in layers[:-1]]
     last = layers[-1][0].view(size, d, -1)[:, elements][:, :, units].split(steps.n_elements, 1)
     last_bias = layers[-1][2].view(size, d)[:, elements].split(steps.n_elements, 1)
-    linear = None
-    if of.linear is not None:
-        assert isinstance(of.linear, MaskedLinear)
-        linear = _sorted(masked(of.linear.weight, of.linear.mask), elements, elements).split(steps.n_elements)
-    first_rows = first.split(steps.n_units)
+    linear = None if parts.linear is None else _sorted(parts.linear, elements, elements).split(steps.n_elements)
 
     few = rows <= FEW
     new = z.new_zeros if few else z.new_empty
@@ -97,7 +92,7 @@ def to_data(of: "Autoregressive", z: Tensor) -> tuple[Tensor, Tensor] | None:
     inputs = x if bound is None else new(d, rows)
     # the inputs of each layer after the first one
     hidden = [new(len(units), rows) for _ in layers[1:]]
-    parts = [one.split(steps.n_units) for one in hidden]
+    units_of = [one.split(steps.n_units) for one in hidden]
     z_parts, x_parts = z.T[elements].split(steps.n_elements), x.split(steps.n_elements)
     input_parts = inputs.split(steps.n_elements)
     log_slopes = []
@@ -106,17 +101,17 @@ def to_data(of: "Autoregressive", z: Tensor) -> tuple[Tensor, Tensor] | None:
     for i, (n_new, end) in enumerate(zip(steps.n_units, ends, strict=True)):
         if n_new:
             stop = d if few else known
-            h = torch.addmm(biases[0][i], first_rows[i][:, :stop], inputs[:stop])
-            torch.clamp_min(h, 0, out=parts[0][i])
+            h = torch.addmm(biases[0][i], first[i][:, :stop], inputs[:stop])
+            torch.clamp_min(h, 0, out=units_of[0][i])
             for k in range(0, len(inner), 2):
                 u = _product(biases[k + 1][i], inner[k][i], hidden[k], end, few)
-                torch.clamp_min(u, 0, out=parts[k + 1][i])
+                torch.clamp_min(u, 0, out=units_of[k + 1][i])
                 h = h.add_(_product(biases[k + 2][i], inner[k + 1][i], hidden[k + 1], end, few))
-                torch.clamp_min(h, 0, out=parts[k + 2][i])
+                torch.clamp_min(h, 0, out=units_of[k + 2][i])
         n = steps.n_elements[i]
         weight = last[i][:, 0] if n == 1 else last[i].flatten(0, 1)
         theta = _product(last_bias[i].reshape(-1, 1), weight, hidden[-1], end, few)
-        y, log_slope = transform.values_to_data(z_parts[i], theta)  # type: ignore[operator]
+        y, log_slope = transform.values_to_data(z_parts[i], theta)
         if linear is not None and known:
             stop = d if few else known
             y = y.addmm_(linear[i][:, :stop], x[:stop])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,9 +70,16 @@ class MLP(Recorded, nn.Sequential):
 
     def layers(self) -> list[Layer] | None:
         """Returns the linear layers, or None with dropout, a hook of a layer, or another activation than relu."""
-        if any(type(one) not in (nn.Linear, nn.ReLU) or is_hooked(one) for one in self):
-            return None
-        return [(one.weight, None, one.bias) for one in self if isinstance(one, nn.Linear)]
+        found: list[Layer] = []
+        for one in self._modules.values():
+            assert one is not None
+            if type(one) not in (nn.Linear, nn.ReLU) or is_hooked(one):
+                return None
+            if type(one) is nn.Linear:
+                # nn.Module finds attributes that are parameters ten times more slowly
+                parameters: Any = one._parameters
+                found.append((parameters["weight"], None, parameters["bias"]))
+        return found
 
     def plain_layers(self) -> list[Layer] | None:
         """Returns `layers`, or None if there is a context or a hook."""

@@ -3,13 +3,15 @@
 `nn.Module.modules` also builds names and a set, which takes longer than log p of a single row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from torch import Tensor, nn
 
 
-def submodules(module: nn.Module) -> Iterator[nn.Module]:
+def submodules(module: nn.Module, closed: Container[type] = ()) -> Iterator[nn.Module]:
     """Yields a module and all modules inside it, in the order of `nn.Module.modules`. Shared modules are repeated.
+
+    Modules inside a module of a class in `closed` are not yielded.
 
     Example:
         >>> [type(m).__name__ for m in submodules(nn.Sequential(nn.Linear(1, 1), nn.ReLU()))]
@@ -19,7 +21,7 @@ def submodules(module: nn.Module) -> Iterator[nn.Module]:
     while stack:
         found = stack.pop()
         yield found
-        if found._modules:
+        if found._modules and type(found) not in closed:
             stack.extend(m for m in reversed(found._modules.values()) if m is not None)
 
 
