@@ -194,7 +194,9 @@ class Density(Recorded, nn.Module):
     @property
     def ode_blocks(self) -> list[Continuous]:
         """The continuous bijections. Each solves one ODE per forward or inverse pass."""
-        found = [cast(Continuous, m) for flow in self.flows for m in submodules(flow, CLOSED) if _is_continuous(type(m))]
+        found = [
+            cast(Continuous, m) for flow in self.flows for m in submodules(flow, CLOSED) if _is_continuous(type(m))
+        ]
         return list(dict.fromkeys(found))
 
     @property
