@@ -978,7 +978,8 @@ class Flow(Density):
 
 
 @cache
-def _is_continuous(kind: type) -> bool:
+def _is_continuous(kind: Any) -> bool:
+    """Returns whether a class is `Continuous` or a subclass. The check of an abstract class takes longer."""
     return issubclass(kind, Continuous)
 
 

@@ -79,12 +79,14 @@ def to_data(of: "Autoregressive", z: Tensor) -> tuple[Tensor, Tensor] | None:
     elements, units = steps.elements, steps.units
     bound, size = of.input_bound, len(layers[-1][0]) // d
     # in the order of the steps, products with known units need no masks
-    first = _sorted(layers[0][0], units, elements).split(steps.n_units)
-    inner = [_sorted(weight, units, units).split(steps.n_units) for weight, _, _ in layers[1:-1]]
-    biases = [bias[units].unsqueeze(1).split(steps.n_units) for _, _, bias in layers[:-1]]
-    last = layers[-1][0].view(size, d, -1)[:, elements][:, :, units].split(steps.n_elements, 1)
-    last_bias = layers[-1][2].view(size, d)[:, elements].split(steps.n_elements, 1)
-    linear = None if parts.linear is None else _sorted(parts.linear, elements, elements).split(steps.n_elements)
+    first = _sorted(layers[0][0], units, elements).split_with_sizes(steps.n_units)
+    inner = [_sorted(weight, units, units).split_with_sizes(steps.n_units) for weight, _, _ in layers[1:-1]]
+    biases = [bias[units].unsqueeze(1).split_with_sizes(steps.n_units) for _, _, bias in layers[:-1]]
+    last = layers[-1][0].view(size, d, -1)[:, elements][:, :, units].split_with_sizes(steps.n_elements, 1)
+    last_bias = layers[-1][2].view(size, d)[:, elements].split_with_sizes(steps.n_elements, 1)
+    linear = (
+        None if parts.linear is None else _sorted(parts.linear, elements, elements).split_with_sizes(steps.n_elements)
+    )
 
     few = rows <= FEW
     new = z.new_zeros if few else z.new_empty
@@ -92,9 +94,9 @@ def to_data(of: "Autoregressive", z: Tensor) -> tuple[Tensor, Tensor] | None:
     inputs = x if bound is None else new(d, rows)
     # the inputs of each layer after the first one
     hidden = [new(len(units), rows) for _ in layers[1:]]
-    units_of = [one.split(steps.n_units) for one in hidden]
-    z_parts, x_parts = z.T[elements].split(steps.n_elements), x.split(steps.n_elements)
-    input_parts = inputs.split(steps.n_elements)
+    units_of = [one.split_with_sizes(steps.n_units) for one in hidden]
+    z_parts, x_parts = z.T[elements].split_with_sizes(steps.n_elements), x.split_with_sizes(steps.n_elements)
+    input_parts = inputs.split_with_sizes(steps.n_elements)
     log_slopes = []
     known = 0
     ends = list(accumulate(steps.n_units))

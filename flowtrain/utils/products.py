@@ -37,7 +37,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def prefers_onednn(a: Tensor, b: Tensor) -> bool:
     """Whether oneDNN is faster for the product a b^T of a (m, k) and b (n, k)."""
-    return (
+    return bool(
         a.shape[0] * a.shape[1] * b.shape[0] >= LARGE
         and a.dtype == torch.float32
         and a.device.type == "cpu"
