@@ -977,10 +977,8 @@ class Flow(Density):
         return seeded(PROBE_SEED, x.device)
 
 
-@cache
-def _is_continuous(kind: Any) -> bool:
-    """Returns whether a class is `Continuous` or a subclass. The check of an abstract class takes longer."""
-    return issubclass(kind, Continuous)
+# whether a class is a subclass of `Continuous`. Without the cache, the check of an abstract class takes longer
+_is_continuous: Callable[[Any], bool] = cache(lambda kind: issubclass(kind, Continuous))
 
 
 @contextmanager
