@@ -27,14 +27,15 @@ class Plan(NamedTuple):
     """The steps of `to_data`.
 
     Attributes:
-        elements: the positions of the elements in the order of the steps, (d,), and `back`, the inverse.
-        units: the positions of the hidden units in the order of the steps, (H',).
+        elements: the positions of the elements in the order of the steps, (d,), and `back`, the inverse. None if the
+            elements have this order.
+        units: the positions of the hidden units in the order of the steps, (H',), or None.
         n_elements, n_units: the number of new elements and of new units in each step.
     """
 
-    elements: Tensor
-    back: Tensor
-    units: Tensor
+    elements: Tensor | None
+    back: Tensor | None
+    units: Tensor | None
     n_elements: list[int]
     n_units: list[int]
 
@@ -64,9 +65,15 @@ def plan(groups: Tensor, net: MaskedMLP, merge: bool) -> Plan | None:
         n_elements.append(size)
         n_units.append(needed - known)
         known = needed
-    elements = torch.tensor(sorted(range(d), key=of_elements.__getitem__), device=groups.device)
-    units = torch.tensor(sorted(range(len(of_units)), key=of_units.__getitem__)[:known], device=groups.device)
-    return Plan(elements, elements.argsort(), units, n_elements, n_units)
+    elements = _order(of_elements, d, groups.device)
+    back = None if elements is None else elements.argsort()
+    return Plan(elements, back, _order(of_units, known, groups.device), n_elements, n_units)
+
+
+def _order(groups: list[int], n: int, device: torch.device) -> Tensor | None:
+    """Returns the first n positions in the order of their groups, or None if all positions have this order."""
+    order = sorted(range(len(groups)), key=groups.__getitem__)[:n]
+    return None if order == list(range(len(groups))) else torch.tensor(order, device=device)
 
 
 def to_data(of: "Autoregressive", z: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -81,9 +88,9 @@ def to_data(of: "Autoregressive", z: Tensor) -> tuple[Tensor, Tensor] | None:
     # in the order of the steps, products with known units need no masks
     first = _sorted(layers[0][0], units, elements).split_with_sizes(steps.n_units)
     inner = [_sorted(weight, units, units).split_with_sizes(steps.n_units) for weight, _, _ in layers[1:-1]]
-    biases = [bias[units].unsqueeze(1).split_with_sizes(steps.n_units) for _, _, bias in layers[:-1]]
-    last = layers[-1][0].view(size, d, -1)[:, elements][:, :, units].split_with_sizes(steps.n_elements, 1)
-    last_bias = layers[-1][2].view(size, d)[:, elements].split_with_sizes(steps.n_elements, 1)
+    biases = [_taken(bias, units, 0).unsqueeze(1).split_with_sizes(steps.n_units) for _, _, bias in layers[:-1]]
+    last = _taken(_taken(layers[-1][0].view(size, d, -1), elements, 1), units, 2).split_with_sizes(steps.n_elements, 1)
+    last_bias = _taken(layers[-1][2].view(size, d), elements, 1).split_with_sizes(steps.n_elements, 1)
     linear = (
         None if parts.linear is None else _sorted(parts.linear, elements, elements).split_with_sizes(steps.n_elements)
     )
@@ -93,9 +100,9 @@ def to_data(of: "Autoregressive", z: Tensor) -> tuple[Tensor, Tensor] | None:
     x = new(d, rows)
     inputs = x if bound is None else new(d, rows)
     # the inputs of each layer after the first one
-    hidden = [new(len(units), rows) for _ in layers[1:]]
+    hidden = [new(sum(steps.n_units), rows) for _ in layers[1:]]
     units_of = [one.split_with_sizes(steps.n_units) for one in hidden]
-    z_parts, x_parts = z.T[elements].split_with_sizes(steps.n_elements), x.split_with_sizes(steps.n_elements)
+    z_parts, x_parts = _taken(z.T, elements, 0).split_with_sizes(steps.n_elements), x.split_with_sizes(steps.n_elements)
     input_parts = inputs.split_with_sizes(steps.n_elements)
     log_slopes = []
     known = 0
@@ -122,11 +129,15 @@ def to_data(of: "Autoregressive", z: Tensor) -> tuple[Tensor, Tensor] | None:
             torch.mul((y / bound).tanh_(), bound, out=input_parts[i])
         log_slopes.append(log_slope)
         known += n
-    return x[steps.back].T, torch.cat(log_slopes).sum(0)
+    return _taken(x, steps.back, 0).T, torch.cat(log_slopes).sum(0)
 
 
-def _sorted(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    return weight[rows][:, columns]
+def _sorted(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    return _taken(_taken(weight, rows, 0), columns, 1)
+
+
+def _taken(x: Tensor, index: Tensor | None, dim: int) -> Tensor:
+    return x if index is None else x.index_select(dim, index)
 
 
 def _product(bias: Tensor, weight: Tensor, x: Tensor, known: int, few: bool) -> Tensor:
