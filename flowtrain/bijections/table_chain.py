@@ -66,7 +66,10 @@ class TableChain(Chain):
         parts: list[Tensor | None] = []
         depths: list[int] = []
         stages: list[list[Bijection]] = [[]]
-        for bijection in reversed(list(self)):
+        from_data = list(reversed(list(self)))
+        # (x - m) exp(-s) is exact for data far from 0, but x exp(-s) - m exp(-s) in a matrix product is not
+        first_norms = from_data[:1] if from_data and type(from_data[0]) is ActNorm else []
+        for bijection in from_data[len(first_norms) :]:
             kind = type(bijection)
             if kind in CONDITIONED and (not layers or kind is type(layers[0])):
                 assert isinstance(bijection, Conditioned)
@@ -88,6 +91,9 @@ class TableChain(Chain):
             matrices = _matrices(layers, between)
         kept = [_size_of_a(layer, x.shape[1]) for layer in layers]
         plan = Plan(layers, depths, kept, torch.is_grad_enabled())
+        for norm in first_norms:
+            x, of_norm = norm.inverse(x)
+            log_det = log_det + of_norm
         z, log_slope = _ToBase.apply(x, plan, *matrices, *parts)  # type: ignore[no-untyped-call]
         return z, log_slope + log_det
 
