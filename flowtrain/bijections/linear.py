@@ -297,15 +297,15 @@ class InvertibleLinear(Bijection):
                 back = torch.linalg.inv(self.weight().double()).to(z.dtype)
                 return channel_map(back, z), -self.log_det(z)
             if z.dim() == 2 and len(z) < len(self.lower):
-                return self._solved(z.T.double()).to(z.dtype).T, -self.log_det(z)
-            back = self._solved(torch.eye(len(self.lower), dtype=torch.float64, device=z.device)).to(z.dtype)
+                return self._solved(z.T).to(z.dtype).T, -self.log_det(z)
+            back = self._solved(torch.eye(len(self.lower), dtype=z.dtype, device=z.device)).to(z.dtype)
             return channel_map(back, z), -self.log_det(z)
 
     def _solved(self, z: Tensor) -> Tensor:
         """Returns W^-1 z for z (C, n), float64, without a gradient."""
-        y = torch.linalg.solve_triangular(
-            self.lower.double(), self.permutation.T.double() @ z, upper=False, unitriangular=True
-        )
+        # the product with a permutation is exact in any precision
+        ordered = product(self.permutation.T.to(z.dtype), z.T).double()
+        y = torch.linalg.solve_triangular(self.lower.double(), ordered, upper=False, unitriangular=True)
         upper = torch.diagonal_scatter(self.upper, self.sign * self.log_scale.exp())
         found: Tensor = torch.linalg.solve_triangular(upper.double(), y, upper=True)
         return found
