@@ -26,8 +26,10 @@ from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.utils.autograd import needs_autograd
 from flowtrain.utils.precision import full_precision
 
-# the most columns of a table for which one matrix is faster than its factors
+# the most columns of a table for which one matrix is faster than its factors. Both parts of an autoregressive map are
+# the whole vector, so its matrices are larger
 MOST_COLUMNS = 32
+MOST_AUTOREGRESSIVE = 16
 LINEAR = (ActNorm, InvertibleLinear, Permutation)
 CONDITIONED = (HalfCoupling, IndexCoupling, Autoregressive)
 
@@ -35,9 +37,10 @@ CONDITIONED = (HalfCoupling, IndexCoupling, Autoregressive)
 class TableChain(Chain):
     """A `Chain` of bijections of vectors, whose inverse is faster for chains of the following form.
 
-    The chain consists of couplings of one class, or of autoregressive maps, with ActNorms, invertible linear maps and
-    permutations between them. There is no context and no dropout, and the vectors have at most MOST_COLUMNS elements.
-    Other chains are computed as a `Chain`. The results differ only by rounding.
+    The chain consists of couplings of one class, with ActNorms, invertible linear maps and permutations between them.
+    Or it consists of autoregressive maps with invertible linear maps between them. There is no context and no dropout,
+    and the vectors have at most MOST_COLUMNS or MOST_AUTOREGRESSIVE elements. Other chains are computed as a `Chain`.
+    The results differ only by rounding.
 
     Example:
         >>> from flowtrain.nn.conditioners import MLP
@@ -61,6 +64,9 @@ class TableChain(Chain):
     def by_matrices(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Computes `inverse` for vectors x (B, d) with one matrix for each layer, or returns None if it cannot."""
         if not x.numel() or x.shape[1] > MOST_COLUMNS or needs_autograd(x):
+            return None
+        kinds = {type(bijection) for bijection in self}
+        if Autoregressive in kinds and (InvertibleLinear not in kinds or x.shape[1] > MOST_AUTOREGRESSIVE):
             return None
         layers: list[Conditioned] = []
         parts: list[Tensor | None] = []
