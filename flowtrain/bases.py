@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flowtrain.nn.conditioners import ACTIVATIONS, MLP
 from flowtrain.utils.arguments import number, one_of, shape_of, whole, widths
+from flowtrain.utils.autograd import needs_autograd
 from flowtrain.utils.circle import circular_indices, wrap
 from flowtrain.utils.em import fit_mixture
 from flowtrain.utils.errors import ConfigError, FlowtrainError
@@ -566,6 +567,22 @@ class GaussianMixture(_Mixture):
             return off * (-self.log_scale).exp()
         # one solve per component with B right-hand sides is ten times faster than one per component and row
         return solve_lower(self.scale_tril.to(off.dtype), off.permute(1, 2, 0)).permute(2, 0, 1)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or needs_autograd(z):
+            return super().log_prob(z)
+        # one column for each row of z: sums over K and d are then fast
+        columns = z.flatten(1).T
+        e = columns - self.means.unsqueeze(2)
+        if self.lower is None:
+            e = e.mul_((-self.log_scale).exp_().unsqueeze(2))
+        else:
+            # this is faster than `scale_tril`, which torch.func can transform
+            below = torch.ones(e.shape[1], e.shape[1], dtype=torch.bool, device=e.device).tril(-1)
+            factor = torch.diag_embed(self.log_scale.exp()).masked_scatter_(below, self.lower)
+            e = solve_lower(factor.to(e.dtype), e)
+        constant = self.logits.log_softmax(0) - self.log_scale.sum(1).add_(len(columns) * HALF_LOG_2PI)
+        return torch.add(constant.unsqueeze(1), e.square_().sum(1), alpha=-0.5).logsumexp(0)
 
     @torch.no_grad()
     def _draw(self, n: int, generator: torch.Generator | None, temperature: float, like: Tensor) -> Tensor:

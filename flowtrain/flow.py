@@ -4,12 +4,12 @@ import math
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from itertools import chain, repeat
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, cast, overload
 
@@ -35,11 +35,14 @@ from flowtrain.data.tables.from_memory import (
     whole_labels,
 )
 from flowtrain.data.types import CATEGORICAL, ColumnType, with_whole_noise
+from flowtrain.nn.conditioners import MLP, ConvNet, ResidualNet
+from flowtrain.nn.residual_mlp import MaskedMLP, ResidualMLP
 from flowtrain.ode import AS_CONFIGURED, SolveOptions, Solver, StepPlan, record_solves, row_errors
 from flowtrain.utils.autograd import plain_values
 from flowtrain.utils.errors import FlowtrainError
 from flowtrain.utils.formatting import as_ranges
-from flowtrain.utils.precision import full_precision
+from flowtrain.utils.modules import first_floating, submodules
+from flowtrain.utils.precision import UNCHANGED, full_precision
 from flowtrain.utils.process import one_thread_if_small, seeded, seeding_active
 from flowtrain.utils.recorded import Recorded
 from flowtrain.utils.row_noise import rows_from
@@ -58,6 +61,8 @@ PROBE_SEED = 0
 # the number of other draws of the probes for the error of log p, and the 97.5% quantile of Student's t distribution
 # with as many degrees of freedom
 PROBE_DRAWS, PROBE_QUANTILE = 4, 2.776
+# classes of modules that contain no ODE
+CLOSED = frozenset({MLP, ResidualMLP, MaskedMLP, ConvNet, ResidualNet})
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +194,10 @@ class Density(Recorded, nn.Module):
     @property
     def ode_blocks(self) -> list[Continuous]:
         """The continuous bijections. Each solves one ODE per forward or inverse pass."""
-        return [m for flow in self.flows for m in flow.modules() if isinstance(m, Continuous)]
+        found = [
+            cast(Continuous, m) for flow in self.flows for m in submodules(flow, CLOSED) if _is_continuous(type(m))
+        ]
+        return list(dict.fromkeys(found))
 
     @property
     def solver(self) -> Solver | None:
@@ -223,8 +231,8 @@ class Density(Recorded, nn.Module):
     @property
     def like(self) -> Tensor:
         """A tensor with the dtype and the device of the flow."""
-        values = (v for v in chain(self.parameters(), self.buffers()) if v.is_floating_point())
-        return next(values, torch.zeros(()))
+        found = first_floating(self)
+        return torch.zeros(()) if found is None else found
 
     @property
     def data_like(self) -> Tensor:
@@ -621,18 +629,16 @@ class Density(Recorded, nn.Module):
                 f"{as_ranges(self.classes_with_rows)}"
             )
 
-    @contextmanager
-    def _settings(self, x: Tensor) -> Iterator[None]:
+    def _settings(self, x: Tensor) -> AbstractContextManager[None]:
         """Uses one thread for small samples, and full precision in evaluation mode.
 
         By default torch uses TF32 for convolutions. In training mode the trainer sets the precision.
         """
-        with one_thread_if_small(self.event_shape, x.device):
-            if self.training:
-                yield
-                return
-            with full_precision(x.device):
-                yield
+        threads = one_thread_if_small(self.event_shape, x.device)
+        precision = UNCHANGED if self.training else full_precision(x.device)
+        if threads is UNCHANGED:
+            return precision
+        return threads if precision is UNCHANGED else _both(threads, precision)
 
     def _checked(self, x: Tensor, name: str) -> Tensor:
         if not isinstance(x, Tensor) or x.is_complex():
@@ -909,7 +915,7 @@ class Flow(Density):
             for part, c in zip(torch.split(z, size), parts, strict=False):
                 x.append(self.forward(part, c))
                 progress.advance(len(part))
-        return torch.cat(x)
+        return x[0].contiguous() if len(x) == 1 else torch.cat(x)
 
     def export(
         self,
@@ -963,15 +969,22 @@ class Flow(Density):
             self, path, x, either(context, label), solver=solver, steps=steps, tolerance=tolerance, columns=columns
         )
 
-    @contextmanager
-    def _fixed_probes(self, x: Tensor) -> Iterator[None]:
+    def _fixed_probes(self, x: Tensor) -> AbstractContextManager[None]:
         """Draws the probes of estimated traces from a fixed seed, in evaluation mode and outside of `seeded`."""
         d = math.prod(self.event_shape)
         if self.training or seeding_active() or all(m.trace.is_exact(d, training=False) for m in self.ode_blocks):
-            yield
-            return
-        with seeded(PROBE_SEED, x.device):
-            yield
+            return UNCHANGED
+        return seeded(PROBE_SEED, x.device)
+
+
+# whether a class is a subclass of `Continuous`. Without the cache, the check of an abstract class takes longer
+_is_continuous: Callable[[Any], bool] = cache(lambda kind: issubclass(kind, Continuous))
+
+
+@contextmanager
+def _both(first: AbstractContextManager[None], second: AbstractContextManager[None]) -> Iterator[None]:
+    with first, second:
+        yield
 
 
 class _InTypes(constraints.Constraint):

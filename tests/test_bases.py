@@ -101,6 +101,15 @@ def test_log_prob_equals_the_closed_form(make: Callable[..., Base], shape: tuple
     assert base.log_prob(z[:0]).shape == (0,)
 
 
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+@pytest.mark.parametrize("rows", [1, 30])
+def test_log_prob_of_a_mixture_without_gradients_equals_the_closed_form(covariance: str, rows: int) -> None:
+    base = mixture(covariance=covariance)
+    z = 2 * torch.randn(rows, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(base.log_prob(z), closed_form(base).log_prob(z))
+
+
 def test_sample_marginals_match_the_density(make: Callable[..., Base]) -> None:
     """Projections of the samples pass a Kolmogorov-Smirnov test against samples of torch.distributions."""
     base, n = make(), 4000

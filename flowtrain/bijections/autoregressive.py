@@ -4,11 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowtrain.bijections import evaluation, sequential
 from flowtrain.bijections.conditioned_gradient import Conditioned
 from flowtrain.bijections.coupling import conditioned, conditioner_inputs
 from flowtrain.bijections.elementwise import Elementwise, ScaleShift
 from flowtrain.nn.conditioners import zero
-from flowtrain.nn.residual_mlp import MaskedLinear
+from flowtrain.nn.residual_mlp import MaskedLinear, MaskedMLP
 
 
 class Autoregressive(Conditioned):
@@ -62,6 +63,22 @@ class Autoregressive(Conditioned):
         self.linear = zero(MaskedLinear(real, real - 1, bias=False)) if bounded else None
 
     groups: Tensor
+    # the result of `steps`, and the tensor with its version from which it was computed
+    _steps: tuple[Tensor, int, sequential.Plan | None] | None = None
+
+    def steps(self) -> sequential.Plan | None:
+        """Returns the steps of `forward` without gradients, or None if the conditioner has other groups."""
+        groups, net = self.groups, self.conditioner
+        if not isinstance(net, MaskedMLP):
+            return None
+        version = -1 if groups.is_inference() else groups._version
+        found = self._steps
+        if found is None or found[0] is not groups or found[1] != version or version < 0:
+            self._steps = found = groups, version, sequential.plan(groups, net, merge=self.linear is None)
+        return found[2]
+
+    def column_parts(self) -> tuple[None, None]:
+        return None, None
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x
@@ -92,6 +109,8 @@ class Autoregressive(Conditioned):
         return F.pad(found, (0, m)) if m else found
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if context is None and (found := evaluation.mapped(self, x, to_base=True)) is not None:
+            return found
         if (found := self.by_hand(x, context)) is not None:
             return found
         term = self.linear_term(x)
@@ -100,6 +119,8 @@ class Autoregressive(Conditioned):
         return z, log_slope.sum(1)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if context is None and (found := sequential.to_data(self, z)) is not None:
+            return found
         x, log_slope = torch.zeros_like(z), torch.zeros_like(z)
         for group in range(self.passes):
             y, log_slopes = self.transform.to_data(z, self.theta(x, context))

@@ -64,6 +64,13 @@ class Conditioned(Bijection):
         """Returns the gradient of the new part b, (B, n), for the gradient g of the result of `join`."""
         return self.split(g)[1]
 
+    def column_parts(self) -> tuple[slice | Tensor | None, slice | Tensor | None] | None:
+        """Returns the indices of the parts a and b of vectors, or None if the parts are not columns.
+
+        An index of None stands for all columns.
+        """
+        return None
+
     @property
     def network(self) -> type[ColumnNetwork]:
         """The functions that compute the conditioner."""

@@ -1,11 +1,13 @@
 """Couplings: one part of the dimensions determines the map of the other part (Dinh et al. 2017, Real NVP, eq. 7-8)."""
 
 from math import ceil
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowtrain.bijections import evaluation
 from flowtrain.bijections.base import take
 from flowtrain.bijections.conditioned_gradient import Conditioned
 from flowtrain.bijections.elementwise import Elementwise, ScaleShift
@@ -77,6 +79,8 @@ class Coupling(Conditioned):
         return log_slope
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if context is None and (found := evaluation.mapped(self, z, to_base=False)) is not None:
+            return found
         a, b = self.split(z)
         b, log_slope = self.transform.to_data(b, self.theta(a, context))
         if (term := self.linear_term(a)) is not None:
@@ -84,6 +88,8 @@ class Coupling(Conditioned):
         return self.join(z, a, b), self.of_b(log_slope).flatten(1).sum(1)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if context is None and (found := evaluation.mapped(self, x, to_base=True)) is not None:
+            return found
         if (found := self.by_hand(x, context)) is not None:
             return found
         a, b = self.split(x)
@@ -148,6 +154,18 @@ class IndexCoupling(Coupling):
 
     kept: Tensor
     changed: Tensor
+    # the result of `column_parts`, and the buffers with their versions from which it was computed
+    _parts: tuple[tuple[Any, ...], tuple[slice | Tensor, slice | Tensor]] | None = None
+
+    def column_parts(self) -> tuple[slice | Tensor, slice | Tensor]:
+        kept, changed = self.kept, self.changed
+        if kept.is_inference() or changed.is_inference():
+            return kept, changed
+        now = kept, changed, kept._version, changed._version
+        before = self._parts
+        if before is None or before[0][0] is not kept or before[0][1] is not changed or before[0][2:] != now[2:]:
+            self._parts = before = now, (as_slice(kept), as_slice(changed))
+        return before[1]
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return take(x, self.kept), take(x, self.changed)
@@ -160,6 +178,20 @@ class IndexCoupling(Coupling):
 
     def gradient_of_join(self, g: Tensor) -> Tensor:
         return take(g, self.changed)
+
+
+def as_slice(index: Tensor) -> slice | Tensor:
+    """Returns the slice with the given indices (n,) if they are equally spaced, else the indices.
+
+    Example:
+        >>> as_slice(torch.tensor([1, 3, 5])), as_slice(torch.tensor([0, 1, 3]))
+        (slice(1, 6, 2), tensor([0, 1, 3]))
+    """
+    numbers = index.tolist()
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    if not numbers or step < 1 or numbers != list(range(numbers[0], numbers[-1] + 1, step)):
+        return index
+    return slice(numbers[0], numbers[-1] + 1, step)
 
 
 class HalfCoupling(Coupling):
@@ -194,6 +226,10 @@ class HalfCoupling(Coupling):
         second = channels - first
         super().__init__(conditioner, cap, input_bound, (second, first) if swap else (first, second), transform)
         self.sizes, self.swap = [first, second], swap
+
+    def column_parts(self) -> tuple[slice, slice]:
+        first, second = slice(0, self.sizes[0]), slice(self.sizes[0], None)
+        return (second, first) if self.swap else (first, second)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         first, second = torch.split(x, self.sizes, 1)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from flowtrain.bijections.base import Bijection, Chain, check_sample, elements_per_channel, initialized, take, varies
 from flowtrain.bijections.columns import OnColumns
 from flowtrain.nn.conditioners import embedded, with_context
+from flowtrain.utils.autograd import needs_autograd
 from flowtrain.utils.errors import DataError, FlowtrainError
 from flowtrain.utils.linear_algebra import solve_lower
 from flowtrain.utils.precision import full_precision
+from flowtrain.utils.products import product
 from flowtrain.utils.weighting import effective_rows
 
 # number of values converted to float64 at a time: 32 MiB
@@ -154,10 +156,13 @@ class Affine(Bijection):
 
     def factor(self) -> Tensor:
         """Returns L, (d, d)."""
-        return self.below_diagonal.tril(-1) + torch.diag(self.log_diagonal.exp())
+        return torch.diagonal_scatter(self.below_diagonal.tril(-1), self.log_diagonal.exp())
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = z.flatten(1) @ self.factor().T + self.mean
+        if torch.is_grad_enabled() or needs_autograd(z):
+            x = z.flatten(1) @ self.factor().T + self.mean
+        else:
+            x = product(z.flatten(1), self.factor(), self.mean)
         return x.view_as(z), self.log_diagonal.sum().expand(z.shape[0])
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -288,12 +293,29 @@ class InvertibleLinear(Bijection):
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with full_precision(z.device):
-            back = torch.linalg.inv(self.weight().double()).to(z.dtype)
+            if torch.is_grad_enabled() or needs_autograd(z):
+                back = torch.linalg.inv(self.weight().double()).to(z.dtype)
+                return channel_map(back, z), -self.log_det(z)
+            if z.dim() == 2 and len(z) < len(self.lower):
+                return self._solved(z.T).to(z.dtype).T, -self.log_det(z)
+            back = self._solved(torch.eye(len(self.lower), dtype=z.dtype, device=z.device)).to(z.dtype)
             return channel_map(back, z), -self.log_det(z)
+
+    def _solved(self, z: Tensor) -> Tensor:
+        """Returns W^-1 z for z (C, n), float64, without a gradient."""
+        # the product with a permutation is exact in any precision
+        ordered = product(self.permutation.T.to(z.dtype), z.T).double()
+        y = torch.linalg.solve_triangular(self.lower.double(), ordered, upper=False, unitriangular=True)
+        upper = torch.diagonal_scatter(self.upper, self.sign * self.log_scale.exp())
+        found: Tensor = torch.linalg.solve_triangular(upper.double(), y, upper=True)
+        return found
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # TF32 would add an error to z that the log-determinant does not contain
         with full_precision(x.device):
+            if x.dim() == 2 and len(x) < len(self.lower) and not torch.is_grad_enabled() and not needs_autograd(x):
+                y = torch.diagonal_scatter(self.upper.triu(1), self.sign * self.log_scale.exp()) @ x.T
+                return (self.permutation @ torch.addmm(y, self.lower.tril(-1), y)).T, self.log_det(x)
             return channel_map(self.weight(), x), self.log_det(x)
 
     def log_det(self, x: Tensor) -> Tensor:
@@ -303,7 +325,11 @@ class InvertibleLinear(Bijection):
 
 def channel_map(weight: Tensor, x: Tensor) -> Tensor:
     """Multiplies the channels of x (B, C, ...) by W at every pixel. Vectors are returned in column-major order."""
-    return torch.matmul(weight, x.flatten(2)).view_as(x) if x.dim() > 2 else (weight @ x.T).T
+    if x.dim() > 2:
+        return torch.matmul(weight, x.flatten(2)).view_as(x)
+    if torch.is_grad_enabled() or needs_autograd(x):
+        return (weight @ x.T).T
+    return product(weight, x).T
 
 
 class GaussianStart(Bijection):

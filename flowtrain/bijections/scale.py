@@ -44,6 +44,8 @@ class ActNorm(Bijection):
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if needs_autograd(x) or x.dtype != self.shift.dtype:
             return (x - self.over(self.shift, x)) * self.over((-self.log_scale).exp(), x), -self.log_det(x)
+        if not torch.is_grad_enabled():
+            return (x - self.over(self.shift, x)).mul_(self.over((-self.log_scale).exp_(), x)), -self.log_det(x)
         return _Normalize.apply(x, self.shift, self.log_scale)  # type: ignore[no-untyped-call,no-any-return]
 
     def log_det(self, x: Tensor) -> Tensor:

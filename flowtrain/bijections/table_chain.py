@@ -53,7 +53,9 @@ class TableChain(Chain):
         return as_pass(partial(TableChain.pass_inverse, self), x, context)
 
     def pass_inverse(self, x: Tensor, context: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
-        found = self.by_matrices(x) if context is None and x.dim() == 2 else None
+        # without gradients, the layers one by one are faster, see `flowtrain.bijections.evaluation`
+        possible = context is None and x.dim() == 2 and torch.is_grad_enabled()
+        found = self.by_matrices(x) if possible else None
         return super().pass_inverse(x, context, options) if found is None else Pass(*found)
 
     def map_inverse(self, x: Tensor, context: Tensor | None = None) -> Tensor:

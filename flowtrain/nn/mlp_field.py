@@ -21,7 +21,8 @@ from flowtrain.nn.velocity_field import (
     unpack,
 )
 from flowtrain.utils.arguments import number, one_of, widths
-from flowtrain.utils.autograd import first_derivative, transforms_active
+from flowtrain.utils.autograd import first_derivative, needs_autograd, transforms_active
+from flowtrain.utils.products import product
 
 # on a CPU, the largest number of values and tangents of a layer in one block of nodes. Larger blocks exceed the cache,
 # and the allocator requests new pages for them
@@ -294,6 +295,12 @@ class TimedLinear(TimedLayer):
             return weight.expand(len(times), *weight.shape), shift + bias
         return gate.unsqueeze(-1) * weight, torch.addcmul(shift, gate, bias)
 
+    def values(self, t: Tensor, x: Tensor) -> Tensor:
+        """Returns y (B, n_out) for x (B, n_in) and t () or (B,), without a gradient."""
+        gate, shift = self.modulation(t)
+        y = product(x, self.linear.weight, self.linear.bias)
+        return y.add_(shift) if gate is None else torch.addcmul(shift, y, gate)
+
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
         """Returns y and (dy/dx) e for each tangent e. `modulation` is called only once."""
         gate, shift = self.modulation(t)
@@ -326,6 +333,13 @@ class ConcatSquash(TimedLinear):
     def modulation(self, t: Tensor) -> tuple[Tensor, Tensor]:
         column = t.unsqueeze(-1)
         return torch.sigmoid(self.gate(column)), self.shift(column)
+
+    def values(self, t: Tensor, x: Tensor) -> Tensor:
+        # products with one column are slower than elementwise operations
+        column, gate = t.unsqueeze(-1), self.gate
+        factor = torch.addcmul(gate.bias, column, gate.weight.T).sigmoid_()
+        y = product(x, self.linear.weight, self.linear.bias)
+        return y.mul_(factor).addcmul_(column, self.shift.weight.T)
 
 
 class TimeEmbedding(TimedLinear, TimeEmbedded):
@@ -385,6 +399,8 @@ class MLPField(LayeredField[TimedLinear]):
             spread_units(layers[0].linear, number("model.init_scale", init_scale))
 
     def forward(self, t: Tensor, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        if not torch.is_grad_enabled() and x.dim() == 2 and t.dim() < 2 and x.numel() and not needs_autograd(x):
+            return self._values(t, x, shift)
         first, *layers = self.layers
         if not isinstance(first, TimeEmbedding):
             return super().forward(t, x, shift)
@@ -395,6 +411,17 @@ class MLPField(LayeredField[TimedLinear]):
             assert isinstance(layer, TimeEmbedding)
             x = layer.with_waves(t, self.activation(x), waves)
         return x
+
+    def _values(self, t: Tensor, x: Tensor, shift: Tensor | None) -> Tensor:
+        """Returns v (B, d) for x (B, d) and times () or (B,), without a gradient."""
+        *body, head = self.layers
+        gain = self.activation.gain(x.device)
+        for layer in body:
+            a = layer.values(t, x)
+            if shift is not None:
+                a, shift = a.add_(shift), None
+            x, _ = self.activation.replace(a if gain == 1 else a.mul_(gain))
+        return head.values(t, x)
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self.can_use_kernels(t, x):

@@ -120,6 +120,8 @@ class MaskedMLP(ResidualMLP):
         lowest = -1 if classes or int(outputs.max()) == 0 else 0
         highest = max(int(outputs.max()) - 1, lowest)
         units = lowest + torch.arange(hidden[0], device="cpu") % (highest - lowest + 1)
+        # the groups of the inputs without the context, of the hidden units, and of the outputs
+        self.groups: tuple[list[int], list[int], list[int]] = inputs.tolist(), units.tolist(), outputs.tolist()
         if classes:
             inputs = torch.cat([inputs, inputs.new_full((classes,), -1)])
         self.first = MaskedLinear(inputs, units)

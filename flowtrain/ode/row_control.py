@@ -110,6 +110,9 @@ class _RowRun:
     ) -> None:
         self.solver, self.tableau, self.problem, self.statistics = solver, tableau, problem, statistics
         self.weights = Weights(tableau, problem.x)
+        self.coefficients = [self.weights.a[i, :i] for i in range(len(tableau.b))]
+        c = torch.tensor([tableau.c[i] for i in range(len(tableau.b))], dtype=torch.float64)
+        self.fractions = c.to(problem.x.device, non_blocking=True).unsqueeze(1)
         self.smallest = 2 * torch.finfo(problem.x.dtype).eps * max(1.0, abs(problem.t0), abs(problem.t1))
         x = problem.x.detach()
         n, n_integrals = len(x), 0 if problem.integrand is None else problem.n_integrals
@@ -198,8 +201,12 @@ class _RowRun:
             ratio,
             torch.zeros_like(rows.tries),
         )
-        stayed = replace(rows, v=slopes[0], q=q[0], tries=torch.where(torch.isfinite(ratio), 0, rows.tries + 1))
-        found = replace(moved.where(accepted, stayed), h=h * step_factors(ratio, rows.ratio, tableau.order))
+        found = moved
+        # on a GPU, this check would wait for the device
+        if x.device.type != "cpu" or not bool(accepted.all()):
+            stayed = replace(rows, v=slopes[0], q=q[0], tries=torch.where(torch.isfinite(ratio), 0, rows.tries + 1))
+            found = moved.where(accepted, stayed)
+        found.h = h * step_factors(ratio, rows.ratio, tableau.order)
         return found, accepted & (end == self.problem.t1), too_short | (found.tries > NON_FINITE_RETRIES)
 
     def stages(self, problem: Problem, rows: _Rows, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,6 +216,7 @@ class _RowRun:
         """
         tableau, x = self.tableau, rows.x
         n_stages, hx = len(tableau.b), per_row(h, x).to(x.dtype)
+        times = torch.addcmul(rows.t, self.fractions, h).to(x.dtype).unbind()
         slopes, q = x.new_empty(n_stages, *x.shape), x.new_zeros(n_stages, *rows.q.shape)
         flat, x1 = slopes.flatten(1), x
         for i in range(n_stages):
@@ -216,12 +224,11 @@ class _RowRun:
                 slopes[0], q[0] = rows.v, rows.q
                 continue
             if i:
-                x1 = x + hx * (self.weights.a[i, :i] @ flat[:i]).view_as(x)
-            t = (rows.t + tableau.c[i] * h).to(x.dtype)
+                x1 = torch.addcmul(x, hx, (self.coefficients[i] @ flat[:i]).view_as(x))
             if problem.integrand is not None and i in tableau.used:
-                slopes[i], q[i] = problem.integrand(t, x1)
+                slopes[i], q[i] = problem.integrand(times[i], x1)
             else:
-                slopes[i] = problem.velocity(t, x1)
+                slopes[i] = problem.velocity(times[i], x1)
         if not tableau.first_same_as_last:
             x1 = x + hx * weighted_sum(self.weights.b, slopes)
         return x1, slopes, q

@@ -1,7 +1,7 @@
 """Context managers for TF32 and autocast."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,18 +10,25 @@ import torch
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
+# a context that changes nothing. It has no state, so that it can be entered many times
+UNCHANGED: AbstractContextManager[None] = nullcontext()
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Turns off autocast and, on a GPU, TF32.
 
     TF32 products have a mantissa of 10 bits, which gives velocities a relative error of 5e-4. At rtol 1e-5 the error
     estimate of an ODE solver would measure this noise. A smaller step does not reduce the noise, so the step size would
     collapse. By default, torch uses TF32 in convolutions.
     """
-    if torch.compiler.is_exporting():
-        # torch.export would put each such block into a subgraph, for which ONNX has no operator
-        yield
-        return
+    # torch.export would put each such block into a subgraph, for which ONNX has no operator
+    if torch.compiler.is_exporting() or (device.type == "cpu" and not torch.is_autocast_enabled("cpu")):
+        return UNCHANGED
+    return _full_precision(device)
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
     with _products(device, tf32=False), torch.autocast(device.type, enabled=False):
         yield
 

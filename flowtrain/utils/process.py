@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from flowtrain.utils import ranks
 from flowtrain.utils.arguments import whole
 from flowtrain.utils.errors import ConfigError
-from flowtrain.utils.precision import default_precision
+from flowtrain.utils.precision import UNCHANGED, default_precision
 
 _SEEDED: ContextVar[bool] = ContextVar("seeded", default=False)
 
@@ -153,8 +153,7 @@ def choose_threads(threads: int | None, event_shape: tuple[int, ...]) -> None:
 _COUNTS: dict[int, int] = {}
 
 
-@contextmanager
-def one_thread_if_small(event_shape: tuple[int, ...], device: torch.device) -> Iterator[None]:
+def one_thread_if_small(event_shape: tuple[int, ...], device: torch.device) -> AbstractContextManager[None]:
     """Sets one CPU thread inside the context if samples have at most 16 elements (SMALL), and restores the count.
 
     Small matrices are slower on several threads: log p of a 200 x 200 grid takes three times as long on two threads.
@@ -164,14 +163,19 @@ def one_thread_if_small(event_shape: tuple[int, ...], device: torch.device) -> I
     new Python thread first uses torch, its count becomes the count that any thread has set last. If the new thread gets
     the count 1 of a thread inside the context, it restores the count that this other thread had before.
     """
+    if device.type != "cpu" or math.prod(event_shape) > SMALL:
+        return UNCHANGED
     # a compiler traces this code, and its program does not contain the thread count
-    if torch.compiler.is_compiling():
-        yield
-        return
+    if torch.compiler.is_compiling() or _THREADS_CHOSEN.get() or threading.get_ident() in _COUNTS:
+        return UNCHANGED
+    if not _COUNTS and torch.get_num_threads() == 1:
+        return UNCHANGED
+    return _one_thread()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
     me = threading.get_ident()
-    if device.type != "cpu" or math.prod(event_shape) > SMALL or _THREADS_CHOSEN.get() or me in _COUNTS:
-        yield
-        return
     with _LOCK:
         count = torch.get_num_threads()
         if count == 1 and _COUNTS:

@@ -33,11 +33,50 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> product(torch.ones(2, 3), torch.ones(1, 3), torch.ones(1)).tolist()
         [[4.0], [4.0]]
     """
-    large = a.shape[0] * a.shape[1] * b.shape[0] >= LARGE
-    if large and a.dtype == torch.float32 and a.device.type == "cpu" and has_onednn():
+    if prefers_onednn(a, b):
         found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
         return found
     return a @ b.T if bias is None else torch.addmm(bias, a, b.T)
+
+
+def prefers_onednn(a: Tensor, b: Tensor) -> bool:
+    """Whether oneDNN is faster for the product a b^T of a (m, k) and b (n, k)."""
+    return bool(
+        a.shape[0] * a.shape[1] * b.shape[0] >= LARGE
+        and a.dtype == torch.float32
+        and a.device.type == "cpu"
+        and has_onednn()
+        # oneDNN copies a, but a slice b of columns would make it a thousand times slower
+        and (b.is_contiguous() or b.T.is_contiguous())
+    )
+
+
+def relu_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Computes relu(x W^T + bias), (B, m), for x (B, k), W (m, k) and bias (m,), without a gradient.
+
+    Example:
+        >>> relu_product(torch.tensor([[1.0], [-1.0]]), torch.ones(1, 1), torch.zeros(1)).tolist()
+        [[1.0], [0.0]]
+    """
+    if prefers_onednn(x, weight):
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu", [], "")
+        return found
+    return torch.addmm(bias, x, weight.T).relu_()
+
+
+def sum_product(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Computes h + x W^T + bias, (B, m), for h (B, m), x (B, k), W (m, k) and bias (m,), without a gradient.
+
+    h may be modified.
+
+    Example:
+        >>> sum_product(torch.ones(1, 1), torch.ones(1, 2), torch.ones(1, 2), torch.ones(1)).tolist()
+        [[4.0]]
+    """
+    if prefers_onednn(x, weight):
+        found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, h, weight, bias, "add")
+        return found
+    return h.add_(bias).addmm_(x, weight.T)
 
 
 def columns_product(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:

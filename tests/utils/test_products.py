@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowtrain.nn.residual_mlp import ResidualMLP
-from flowtrain.utils.products import LARGE, product
+from flowtrain.utils.products import LARGE, prefers_onednn, product, relu_product, sum_product
 
 
 @pytest.mark.parametrize("rows", [0, 7, 600])
@@ -37,3 +37,18 @@ def test_float32_gradients_of_a_large_network_match_float64() -> None:
     for a, b in zip(*found, strict=True):
         # rounding may put a unit near the kink of its relu on either side
         assert (a - b.double()).norm() < 1e-4 * a.norm()
+
+
+@pytest.mark.parametrize("rows", [3, 2000])
+def test_products_with_relu_and_with_a_sum_match_float64(rows: int) -> None:
+    torch.manual_seed(0)
+    x, h, weight, bias = torch.randn(rows, 64), torch.randn(rows, 32), torch.randn(32, 64), torch.randn(32)
+    exact = x.double() @ weight.double().T + bias
+    torch.testing.assert_close(relu_product(x, weight, bias).double(), exact.relu(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sum_product(h.clone(), x, weight, bias).double(), h + exact, rtol=1e-4, atol=1e-4)
+
+
+def test_slices_of_columns_are_not_multiplied_by_onednn() -> None:
+    # oneDNN would be a thousand times slower
+    x = torch.randn(2000, 128)[:, ::2]
+    assert not prefers_onednn(torch.randn(64, 64), x)

@@ -1,0 +1,103 @@
+"""Couplings and autoregressive maps of vectors without gradients, in both directions.
+
+Without gradients, no activation is kept, and less Python code is run. Vectors have one column for each row of x.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowtrain.bijections.elementwise import ScaleShift
+from flowtrain.bijections.spline import Spline
+from flowtrain.nn.column_networks import ColumnNetwork, Layer, is_hooked, masked
+from flowtrain.nn.conditioners import MLP
+from flowtrain.nn.residual_mlp import MaskedLinear, MaskedMLP, ResidualMLP
+from flowtrain.nn.row_networks import hidden_rows, last_columns
+from flowtrain.utils.autograd import needs_autograd
+
+if TYPE_CHECKING:
+    from flowtrain.bijections.conditioned_gradient import Conditioned
+
+# the networks and elementwise maps that are evaluated here; a subclass may compute another function
+NETWORKS = (MLP, ResidualMLP, MaskedMLP)
+TRANSFORMS = (ScaleShift, Spline)
+# the number of elements that are mapped at once on a CPU, so that their parameters stay in the cache
+ELEMENTS: dict[type, int] = {ScaleShift: 2**16, Spline: 2**12}
+
+
+class Parts(NamedTuple):
+    """The modules of a bijection, and the layers of its conditioner. `linear` is W with its mask, or None."""
+
+    network: type[ColumnNetwork]
+    transform: ScaleShift | Spline
+    linear: Tensor | None
+    layers: list[Layer]
+
+
+def parts_of(of: "Conditioned", x: Tensor) -> Parts | None:
+    """Returns the parts of a bijection if this file can evaluate it at x without gradients and context, else None."""
+    if torch.is_grad_enabled() or x.dim() != 2 or not x.numel() or of.has_angles() or needs_autograd(x):
+        return None
+    # nn.Module finds attributes that are modules ten times more slowly
+    modules: Any = of._modules
+    net, transform, linear = modules["conditioner"], modules["transform"], modules.get("linear")
+    if type(net) not in NETWORKS or type(transform) not in TRANSFORMS or is_hooked(transform):
+        return None
+    if linear is not None and is_hooked(linear):
+        return None
+    layers = net.plain_layers()
+    if layers is None or layers[0][0].dtype != x.dtype:
+        return None
+    weight = None
+    if linear is not None:
+        weight = masked(linear.weight, linear.mask if isinstance(linear, MaskedLinear) else None)
+    return Parts(net.network, transform, weight, layers)
+
+
+def mapped(of: "Conditioned", x: Tensor, to_base: bool) -> tuple[Tensor, Tensor] | None:
+    """Computes `inverse` of a bijection at x (B, C) if `to_base`, else `forward` of a coupling.
+
+    Returns None if this file cannot evaluate the bijection.
+    """
+    parts = parts_of(of, x)
+    indices = None if parts is None else of.column_parts()
+    if parts is None or indices is None:
+        return None
+    kept, changed = indices
+    columns = x.T.contiguous()
+    a, b = columns if kept is None else columns[kept], columns if changed is None else columns[changed]
+    bound = of.input_bound
+    inputs = a if bound is None else (a / bound).tanh_().mul_(bound)
+    h = hidden_rows(parts.network, inputs, parts.layers)
+    if to_base and parts.linear is not None:
+        b = torch.addmm(b, parts.linear, a, alpha=-1)
+    y, log_slope = elementwise(parts.transform, b, h, parts.layers[-1], to_base)
+    if not to_base and parts.linear is not None:
+        y = torch.addmm(y, parts.linear, a)
+    log_det = log_slope.sum(0)
+    if changed is None:
+        return y.T, log_det
+    found = columns.clone()
+    found[changed] = y
+    return found.T, log_det
+
+
+def elementwise(
+    transform: ScaleShift | Spline, b: Tensor, h: Tensor, last: Layer, to_base: bool
+) -> tuple[Tensor, Tensor]:
+    """Maps b (n, B) elementwise, with the parameters of the last layer for its inputs h (B, k).
+
+    Returns the result and its log-slopes, each (n, B).
+    """
+    n, rows = b.shape
+    function = transform.values_to_base if to_base else transform.values_to_data
+    size = max(1, ELEMENTS[type(transform)] // n)
+    if size >= rows or b.device.type != "cpu":
+        return function(b, last_columns(h, last))
+    weight = masked(last[0], last[1])
+    y, log_slope = b.new_empty(n, rows), b.new_empty(n, rows)
+    for start in range(0, rows, size):
+        part = slice(start, start + size)
+        y[:, part], log_slope[:, part] = function(b[:, part], last_columns(h[part], last, weight))
+    return y, log_slope

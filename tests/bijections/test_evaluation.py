@@ -1,0 +1,121 @@
+"""Couplings and autoregressive maps without gradients agree with float64 and with the direct algorithms."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from flowtrain.bijections import evaluation, sequential
+from flowtrain.bijections.autoregressive import Autoregressive
+from flowtrain.bijections.coupling import IndexCoupling, as_slice
+from flowtrain.bijections.linear import InvertibleLinear
+from flowtrain.flow import Flow
+from flowtrain.models import glow, maf, nsf, realnvp
+from flowtrain.nn.conditioners import MLP
+from flowtrain.nn.residual_mlp import MaskedMLP
+
+# the number of rows is large enough for the functions and the products for many numbers
+ROWS = 300
+FLOWS = {
+    "realnvp": lambda: realnvp(5, layers=2, hidden=[16, 16]),
+    "realnvp, without hidden layers": lambda: realnvp(5, layers=2, hidden=[]),
+    "realnvp, bounded": lambda: realnvp(6, layers=2, mixing="permutation", input_bound=2.0),
+    "realnvp, many columns": lambda: realnvp(300, layers=2),
+    "glow": lambda: glow(6, steps=2),
+    "nsf": lambda: nsf(7, layers=2, bins=5),
+    "nsf, many columns": lambda: nsf(64, layers=2, input_bound=2.0),
+    "maf": lambda: maf(6, layers=2),
+    "maf, splines": lambda: maf(20, layers=2, transform="spline", mixing="linear"),
+    "maf, bounded": lambda: maf(9, layers=2, hidden=[32, 32], passes=4, input_bound=2.0),
+}
+
+
+def randomized(flow: Flow) -> Flow:
+    torch.manual_seed(0)
+    for p in flow.parameters():
+        nn.init.normal_(p, std=0.5 / max(p.shape[-1:], default=1) ** 0.5)
+    return flow.eval()
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("rows", [1, ROWS])
+def test_values_without_gradients_agree_with_float64(name: str, rows: int) -> None:
+    flow = randomized(FLOWS[name]())
+    exact = copy.deepcopy(flow).double()
+    x = torch.randn(rows, *flow.event_shape)
+    with torch.no_grad():
+        log_p, z = flow.log_prob_and_latents(x)
+        again = flow.forward(z)
+    true_log_p, true_z = exact.log_prob_and_latents(x.double())
+    torch.testing.assert_close(z.double(), true_z, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(log_p.double(), true_log_p, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(again, x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [3, sequential.FEW + 1])
+@pytest.mark.parametrize("d", [1, 2, 7, 40])
+@pytest.mark.parametrize("settings", [{}, {"input_bound": 2.0}, {"passes": 3}, {"transform": "spline"}])
+def test_samples_by_steps_equal_the_direct_algorithm(rows: int, d: int, settings: dict[str, object]) -> None:
+    passes = {"passes": min(3, d)} if "passes" in settings else {}
+    flow = randomized(maf(d, layers=2, hidden=[8], **{**settings, **passes})).double()  # type: ignore[arg-type]
+    for part in flow.modules():
+        if not isinstance(part, Autoregressive):
+            continue
+        z = torch.randn(rows, d, dtype=torch.float64)
+        with torch.no_grad():
+            found = sequential.to_data(part, z)
+        assert found is not None
+        torch.testing.assert_close(found, part.forward(z), rtol=1e-10, atol=1e-10)
+
+
+def test_columns_that_need_the_same_units_are_computed_in_one_step() -> None:
+    groups = torch.arange(100)
+    steps = sequential.plan(groups, MaskedMLP(groups, [4], groups.repeat(2)), merge=True)
+    assert steps is not None
+    assert steps.n_elements == [1, 1, 1, 1, 96]
+    assert steps.n_units == [0, 1, 1, 1, 1]
+
+
+def test_a_network_with_other_groups_has_no_steps() -> None:
+    groups = torch.arange(3)
+    assert sequential.plan(groups.flip(0), MaskedMLP(groups, [4], groups.repeat(2)), merge=True) is None
+
+
+def test_hooks_of_a_conditioner_run_without_gradients() -> None:
+    coupling, calls = IndexCoupling(torch.tensor([True, False]), MLP(1, [4], 2)), []
+    assert evaluation.parts_of(coupling, torch.ones(1, 2)) is None  # gradients are enabled
+    coupling.conditioner.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        coupling.inverse(torch.ones(1, 2))
+        coupling(torch.ones(1, 2))
+    assert len(calls) == 2
+
+
+def test_the_parts_of_a_coupling_follow_its_buffers() -> None:
+    coupling = IndexCoupling(torch.tensor([True, False, True]), MLP(2, [4], 2))
+    assert coupling.column_parts() == (slice(0, 3, 2), slice(1, 2, 1))
+    other = IndexCoupling(torch.tensor([False, True, True]), MLP(2, [4], 2))
+    coupling.load_state_dict(other.state_dict())
+    assert coupling.column_parts() == (slice(1, 3, 1), slice(0, 1, 1))
+
+
+def test_unequal_spaces_are_no_slice() -> None:
+    index = torch.tensor([0, 1, 3])
+    assert as_slice(index) is index
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_a_linear_map_is_inverted_without_gradients(rows: int) -> None:
+    torch.manual_seed(0)
+    linear = InvertibleLinear(6)
+    with torch.no_grad():
+        for p in linear.parameters():
+            # elements outside of the triangles must not count
+            p.add_(0.3 * torch.randn_like(p))
+        x = torch.randn(rows, 6)
+        z, log_det = linear.inverse(x)
+        again, back = linear(z)
+    torch.testing.assert_close(z, linear.inverse(x)[0].detach())
+    torch.testing.assert_close(again, x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(log_det + back, torch.zeros(rows))
