@@ -133,6 +133,8 @@ class _Run:
         self.replay = solver.replays(problem.x)
         self.t, self.x = problem.t0, problem.x.detach()
         self.first: tuple[Tensor, Stage | None] | None = None
+        # the stages of the planned steps that have not been attempted
+        self.planned: list[list[Stage]] = []
         self.steps: list[AcceptedStep] = []
         self.integrand = problem.integrand
         # with control=all the error of the integrals is part of the step control
@@ -167,17 +169,35 @@ class _Run:
     def record(self, times: list[float], keep: bool) -> list[Stage]:
         return record(self.recorder, times, self.x, keep)
 
+    def record_plan(self, ends: list[float]) -> None:
+        """Records the stages of steps to the given ends on one tape, because a tape has an overhead."""
+        # in a replay, the tapes of the steps are needed one after another
+        if self.replay or not ends:
+            return
+        # the number of stages that a step shares with the next step
+        shared = int(self.tableau.first_same_as_last)
+        times, t = [], self.t
+        for i, end in enumerate(ends):
+            times += [t + c * (end - t) for c in self.tableau.c[shared if i else 0 :]]
+            t = end
+        stages = self.record(times, keep=self.graph)
+        n = len(self.tableau.c) - shared
+        self.planned = [stages[i * n : (i + 1) * n + shared] for i in range(len(ends))]
+
     def attempt(self, h: float) -> TriedStep:
         """Computes a step of size h from the current state, without accepting it."""
         tableau, t, x = self.tableau, self.t, self.x
         if self.replay and self.steps:
             # a replay keeps the stages of only one step for the backward pass
             self.steps[-1].stages = None
+        planned = self.planned.pop(0) if self.planned else None
+        if self.first is None and planned is not None:
+            self.first = self.velocity(planned[0], t, h, x), planned[0]
         if self.first is None:
             # this stage has a separate tape, because it is used again after a rejected attempt
             first = self.record([t], keep=self.graph)[0]
             self.first = self.velocity(first, t, h, x), first
-        stages = self.record([t + c * h for c in tableau.c], keep=self.graph)
+        stages = planned or self.record([t + c * h for c in tableau.c], keep=self.graph)
         stages[0] = self.first[1] or stages[0]
 
         def velocity(i: int, x: Tensor) -> Tensor:
@@ -229,6 +249,7 @@ class _Run:
         t1 = self.problem.t1
         smallest = 2 * torch.finfo(self.x.dtype).eps * max(1.0, abs(self.problem.t0), abs(t1))
         plan = self.problem.step_plan.plan(self.t, t1) if self.problem.step_plan is not None else []
+        self.record_plan(plan)
         h = 0.0 if plan else self.first_step_size(10 * smallest)
         taken: list[tuple[float, float]] = []
         non_finite_tries = 0
@@ -250,7 +271,7 @@ class _Run:
                 if non_finite_tries > NON_FINITE_RETRIES:
                     raise self.solver.non_finite(self.t, h)
                 # the steps of the last solve do not suit this solve
-                plan = []
+                plan, self.planned = [], []
             h = next_h
         if self.graph:
             # solves without gradients, such as the accurate solves of the solver guard, must not change the plan
