@@ -532,21 +532,21 @@ class Density(Recorded, nn.Module):
         real columns have their mean, and categorical columns their first category.
         """
         if not self.context:
-            return None if self.classes is None else self.in_turn(n)
+            return None if self.classes is None else self.cycled_labels(n)
         rows = self.context_rows or (tuple(column.mean for column in self.context),)
         found = torch.tensor(rows, dtype=torch.float64, device=self.like.device)
         return found[torch.arange(n, device=found.device) % len(found)]
 
     @property
-    def seen(self) -> list[int]:
+    def classes_with_rows(self) -> list[int]:
         """The classes of a conditional flow that have training rows, or all classes if this is unknown."""
         assert self.classes is not None
         return [y for y in range(self.classes) if not self.class_counts or self.class_counts[y]]
 
-    def in_turn(self, n: int) -> Tensor:
+    def cycled_labels(self, n: int) -> Tensor:
         """Returns labels (n,) that cycle through the classes with training rows."""
-        seen = torch.tensor(self.seen, device=self.like.device)
-        return seen[torch.arange(n, device=seen.device) % len(seen)]
+        labels = torch.tensor(self.classes_with_rows, device=self.like.device)
+        return labels[torch.arange(n, device=labels.device) % len(labels)]
 
     def drawn_labels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws labels (n,) with the class frequencies in training.
@@ -554,7 +554,7 @@ class Density(Recorded, nn.Module):
         If the frequencies are unknown, as in checkpoints of earlier versions, the labels cycle through all classes.
         """
         if not self.class_counts:
-            return self.in_turn(n)
+            return self.cycled_labels(n)
         weights = torch.tensor(self.class_counts, dtype=torch.float64, device=self.like.device)
         return torch.multinomial(weights, n, replacement=True, generator=generator)
 
@@ -617,7 +617,8 @@ class Density(Recorded, nn.Module):
         bad = [y for y in sorted(set(labels.tolist())) if not self.class_counts[y]]
         if bad:
             raise FlowtrainError(
-                f"label={bad[0]}: the training data have no rows of this class, only of classes {as_ranges(self.seen)}"
+                f"label={bad[0]}: the training data have no rows of this class, only of classes "
+                f"{as_ranges(self.classes_with_rows)}"
             )
 
     @contextmanager

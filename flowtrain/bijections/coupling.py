@@ -1,5 +1,7 @@
 """Couplings: one part of the dimensions determines the map of the other part (Dinh et al. 2017, Real NVP, eq. 7-8)."""
 
+from math import ceil
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -241,3 +243,13 @@ class CheckerboardCoupling(Coupling):
 
     def join(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return torch.where(self.mask, x, b)
+
+
+def coupling_order(i: int, d: int, changed: int, shift: int) -> Tensor:
+    """Returns the permutation (d,) of the columns before coupling i, of couplings that transform `changed` columns.
+
+    The permutation is random for i = 0, n, 2n, ... with n = ceil(d / changed), and otherwise a shift. If the shift
+    moves the transformed columns to columns that are kept, each group of n couplings transforms all columns. With a
+    random permutation before each coupling, some columns are transformed too rarely in a flow of few layers.
+    """
+    return torch.randperm(d) if i % ceil(d / changed) == 0 else torch.arange(d).roll(shift)

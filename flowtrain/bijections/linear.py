@@ -247,7 +247,7 @@ class InvertibleLinear(Bijection):
     Args:
         channels: C.
         start: the initial W. `rotation`: a random rotation. `permutation`: a random permutation, so that the columns of
-            a table are not mixed before training.
+            a table are not mixed before training. Or a permutation (C,): z_i is then x_{start(i)}.
 
     Raises:
         FlowtrainError: an unknown `start`.
@@ -259,14 +259,17 @@ class InvertibleLinear(Bijection):
         (True, True)
     """
 
-    def __init__(self, channels: int, start: str = "rotation") -> None:
+    def __init__(self, channels: int, start: str | Tensor = "rotation") -> None:
         super().__init__()
-        if start not in ("rotation", "permutation"):
-            raise FlowtrainError(f"InvertibleLinear(start={start!r}): choose 'rotation' or 'permutation'")
+        if isinstance(start, str) and start not in ("rotation", "permutation"):
+            raise FlowtrainError(
+                f"InvertibleLinear(start={start!r}): choose 'rotation', 'permutation' or a tensor with a permutation"
+            )
         if start == "rotation":
             first = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
         else:
-            first = torch.eye(channels, dtype=torch.float64)[torch.randperm(channels)]
+            order = torch.randperm(channels) if isinstance(start, str) else start
+            first = torch.eye(channels, dtype=torch.float64)[order]
         p, lower, upper = torch.linalg.lu(first)
         s, dtype = upper.diagonal(), torch.get_default_dtype()
         self.register_buffer("permutation", p.to(dtype))

@@ -176,7 +176,7 @@ def evaluate(
         data, split, fitted = dataset_of(flow, data, context, seed, weights=weights), "all", trained_on
     if not isinstance(fitted, Dataset | None):
         # any context is valid here, because the baseline does not use it
-        one = flow.some_context(1) if flow.classes is None else flow.seen[0]
+        one = flow.some_context(1) if flow.classes is None else flow.classes_with_rows[0]
         fitted = dataset_of(flow, fitted, one, seed, "trained_on")
     typical = trained_on if isinstance(trained_on, Dataset) else None
     device = flow.like.device

@@ -278,7 +278,7 @@ def marginal(flow: Density, x: Tensor, options: SolveOptions = AS_CONFIGURED) ->
     """
     if flow.classes is None:
         return _passed(flow, x, None, options)[0]
-    log_p = _same_probes([(flow, x, y) for y in flow.seen], options).log_p
+    log_p = _same_probes([(flow, x, y) for y in flow.classes_with_rows], options).log_p
     counts = torch.tensor([n for n in flow.class_counts if n] or [1] * flow.classes, dtype=log_p.dtype)
     weights = (counts / counts.sum()).log().to(log_p.device)
     return (log_p + weights[:, None]).logsumexp(0)

@@ -100,7 +100,7 @@ def maf(
         f = by_kind(d - m, m, chosen, CircularSpline(bins))
         inputs = torch.cat([order, order[d - m :]])
         net = MaskedMLP(inputs, residual, order[f.owners(d)], activation, given, drop)
-        parts += [*mixed_real(mixing, d - m), *permuted(mixing, d - m, m)] if m else mixed(mixing, d)
+        parts += [*mixed_real(mixing, d - m), *permuted(mixing, d - m, m)] if m else mixed(mixing, torch.randperm(d))
         parts.append(Autoregressive(order, net, input_bound=limit, transform=f, n_circular=m))
     return assembled(d, angles, parts, kind)
 

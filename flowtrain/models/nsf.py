@@ -18,7 +18,7 @@ from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.circular import CircularSpline, WrapAngles, by_kind
 from flowtrain.bijections.columns import OnColumns
-from flowtrain.bijections.coupling import HalfCoupling, IndexCoupling
+from flowtrain.bijections.coupling import HalfCoupling, IndexCoupling, coupling_order
 from flowtrain.bijections.linear import InvertibleLinear, Permutation
 from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.spline import Spline
@@ -61,9 +61,9 @@ def nsf(
         bins: the number of bins of each spline.
         bound: B. Outside of [-B, B] a spline is the identity. ActNorm gives the data zero mean and unit variance.
         activation: relu | tanh | swish, in the conditioners.
-        mixing: `linear`: an invertible matrix before each coupling (LU layers). `permutation`: a fixed random
-            permutation before each coupling, drawn at construction and saved with the weights. `alternate`: the two
-            halves swap from layer to layer.
+        mixing: `linear`: an invertible matrix before each coupling (LU layers), which is initially a permutation.
+            `permutation`: a fixed permutation before each coupling, drawn at construction and saved with the weights.
+            Both draw random halves, see `coupling_order`. `alternate`: the two halves swap from layer to layer.
         input_bound: a bound on the inputs of the conditioners, see `Coupling`. None: no bound.
         dropout: the dropout probability in the conditioners.
         conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
@@ -106,7 +106,7 @@ def nsf(
             parts += mixed_real(mixing, d - m)
             parts.append(IndexCoupling(mask, net, input_bound=limit, transform=f, n_circular=m))
         else:
-            parts += mixed(mixing, d)
+            parts += mixed(mixing, coupling_order(i, d, d - half, shift=d - half))
             swap = mixing == "alternate" and i % 2 == 1
             kept = d - half if swap else half
             net = ResidualMLP(kept, residual, transform.size * (d - kept), activation, given, drop)
@@ -114,12 +114,17 @@ def nsf(
     return assembled(d, angles, parts, kind)
 
 
-def mixed(mixing: str, d: int) -> list[Bijection]:
-    """Returns the map that mixes or permutes d columns before a layer, if there is one."""
-    if mixing == "alternate" or d == 1:
+def mixed(mixing: str, order: Tensor) -> list[Bijection]:
+    """Returns the map that mixes or permutes the columns before a layer, if there is one.
+
+    Args:
+        mixing: see `nsf`.
+        order: the permutation (d,), or the initial permutation of the matrix.
+    """
+    if mixing == "alternate" or len(order) == 1:
         return []
     # a rotation would mix columns that are better modelled separately, such as columns of rounded values
-    return [InvertibleLinear(d, "permutation") if mixing == "linear" else Permutation(torch.randperm(d))]
+    return [InvertibleLinear(len(order), order) if mixing == "linear" else Permutation(order)]
 
 
 def mixed_real(mixing: str, n: int) -> list[Bijection]:

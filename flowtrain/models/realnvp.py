@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from flowtrain.bijections.base import Bijection, Chain
-from flowtrain.bijections.coupling import CheckerboardCoupling, HalfCoupling, IndexCoupling
+from flowtrain.bijections.coupling import CheckerboardCoupling, HalfCoupling, IndexCoupling, coupling_order
 from flowtrain.bijections.linear import Permutation
 from flowtrain.bijections.scale import ActNorm, BatchNorm
 from flowtrain.bijections.squeeze import FactorOut, Squeeze
@@ -52,7 +52,8 @@ def realnvp(
         hidden: for vectors, the widths of the MLP in each conditioner. For images, the channels of each residual block.
         activation: relu | tanh | swish, in the conditioners.
         mixing: for vectors. `alternate` swaps the halves (even and odd columns) from layer to layer. `permutation` puts
-            a fixed random permutation before each layer, drawn at construction and saved with the weights.
+            a fixed permutation before each layer, drawn at construction and saved with the weights. The halves are then
+            random, see `coupling_order`.
         actnorm: whether an ActNorm follows each coupling. For images, there is also an ActNorm of each pixel at the
             data end.
         batch_norm: whether a BatchNorm replaces the ActNorm after each coupling. For images, the conditioners then have
@@ -125,7 +126,7 @@ class Couplings:
             mask = even if i % 2 == 0 or permuted else ~even
             n_kept = int(mask.sum())
             if permuted:
-                bijections.append(Permutation(torch.randperm(d)))
+                bijections.append(Permutation(coupling_order(i, d, d - n_kept, shift=1)))
             net = MLP(n_kept, self.hidden, 2 * (d - n_kept), self.activation, self.classes, self.dropout)
             bijections += [IndexCoupling(mask, net, self.cap, self.input_bound), *self.norm(d)]
         return Chain(bijections)

@@ -41,8 +41,8 @@ class Objective(nn.Module, ABC):
         super().__init__()
         self.flow, self.regularizer = flow, regularizer
 
-    def take_over(self, step: int) -> bool:
-        """Moves `likelihood_from` to an earlier step. Returns False if the objective does not support this."""
+    def switch_to_likelihood(self, step: int) -> bool:
+        """Moves `likelihood_from` to `step`, an earlier step. Returns False if the objective does not support this."""
         return False
 
     def follow_schedule(self, position: float) -> None:

@@ -231,7 +231,7 @@ class FlowMatching(Matching):
             return x0
         if context is None or context.is_floating_point():
             return self.coupling(x0, x1, context, circular)
-        for y in self.flow.seen:
+        for y in self.flow.classes_with_rows:
             rows = context == y
             x0[rows] = self.coupling(x0[rows], x1[rows], None, circular)
         return x0
@@ -356,7 +356,7 @@ class Hybrid(Objective):
         self.after = Likelihood(flow, regularizer)
         self.current: Objective = self.before
 
-    def take_over(self, step: int) -> bool:
+    def switch_to_likelihood(self, step: int) -> bool:
         self.likelihood_from = step
         self.pinned = {"matching": step}
         return True

@@ -109,7 +109,7 @@ def typical_context(flow: Density, data: Dataset) -> Tensor:
     For a flow with labels, the result is the first class with training rows, (1,).
     """
     if flow.classes is not None:
-        return torch.tensor(flow.seen[:1], device=flow.like.device)
+        return torch.tensor(flow.classes_with_rows[:1], device=flow.like.device)
     columns, values = _test_contexts(flow, data)
     f = features(columns, values, values.dtype)
     middle = torch.stack([c.median() if len(torch.unique(c)) > 2 else c.mean() for c in f.unbind(1)])

@@ -50,7 +50,7 @@ def draw_other_figures(
 ) -> list[Path]:
     """Draws reconstructions, interpolations, temperatures and classes. See `pictures.draw_other_figures`."""
     show = UnitRange(flow, data)
-    classes_of_columns = [] if flow.classes is None else [f"class {y}" for y in flow.in_turn(SAMPLED).tolist()]
+    classes_of_columns = [] if flow.classes is None else [f"class {y}" for y in flow.cycled_labels(SAMPLED).tolist()]
     figures = {
         "interpolation": RowsFigure(
             interpolations,
@@ -214,7 +214,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 def temperatures(flow: Flow, data: Dataset) -> Rows:
     """Draws samples from the same base noise at several temperatures, with the contexts of the first test images."""
-    context, rows = None if flow.classes is None else flow.in_turn(SAMPLED), []
+    context, rows = None if flow.classes is None else flow.cycled_labels(SAMPLED), []
     if flow.context:
         _, context = first_test_samples(flow, data, SAMPLED)
     n = SAMPLED if context is None else len(context)
@@ -228,4 +228,4 @@ def temperatures(flow: Flow, data: Dataset) -> Rows:
 def classes(flow: Flow, data: Dataset) -> Rows:
     """Draws samples of each class with training rows, from the same base noise."""
     z = draw_latents(flow, SAMPLED)
-    return [(f"class {label}", flow(z, label)) for label in flow.seen]
+    return [(f"class {label}", flow(z, label)) for label in flow.classes_with_rows]

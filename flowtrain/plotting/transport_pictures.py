@@ -256,7 +256,7 @@ def _animate_images(
     label: int | None,
     options: PlotOptions,
 ) -> None:
-    labels = flow.in_turn(len(z)) if flow.classes is not None and label is None else flow.labels(label, z)
+    labels = flow.cycled_labels(len(z)) if flow.classes is not None and label is None else flow.labels(label, z)
     trajectory, show = Trajectory(flow, FRAMES), UnitRange(flow, data)
     with status("moving samples"):
         states = trajectory.states(z, labels)

@@ -254,7 +254,7 @@ class Trainer:
         if (
             self.schedule_clock.advance(position, elapsed)
             and not self.stopped_by
-            and self.objective.take_over(self.step)
+            and self.objective.switch_to_likelihood(self.step)
         ):
             log.info("step %d: half of the time limit has passed; training continues with the likelihood", self.step)
             self.schedule_clock.change_now(elapsed)

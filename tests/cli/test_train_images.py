@@ -56,7 +56,7 @@ def test_train_evaluate_and_sample_by_the_commands(run: Run, tmp_path: Path, nam
     assert ("0 to 9" if conditional else "not conditional") in err
     flow = flowtrain.load(run_dir)
     x = flow.sample(6)
-    given = (flow.in_turn(6),) if conditional else ()
+    given = (flow.cycled_labels(6),) if conditional else ()
     torch.testing.assert_close(flow(flow.inverse(x, *given), *given), x, atol=0.05, rtol=1e-3)
     assert root.exists()
 

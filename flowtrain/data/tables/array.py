@@ -42,6 +42,7 @@ from flowtrain.data.tables.table_checks import (
     row_hashes,
     warn_of_copies,
     warn_of_dependence,
+    warn_of_rare_categories,
     warn_of_repeats,
     warn_of_sentinels,
     warn_of_signed_weights,
@@ -143,14 +144,14 @@ class InMemoryTable:
             held=[self._part(spec, mine) for mine in rows[1:]],
             mean=moments.mean,
             variance=moments.variance,
-            look=values,
+            subset=values,
             whole=whole_columns(self.table.values),
             hashes=np.empty(0, np.uint64) if spec.integer_valued else row_hashes(train.x.numpy()),
             hash_step=1,
             class_counts=np.bincount(labels),
             checksum=self._checksum(),
             context=None if of_context is None else np.stack([of_context.mean, of_context.variance]),
-            look_extras=extras,
+            subset_extras=extras,
             mean_weight=mean_weight,
             on_line=np.stack([on_line.mean, on_line.variance]) if spec.types else None,
         )
@@ -326,10 +327,10 @@ class ArrayData(Finite):
         self.record = record_of((first.n, training.checksum), ((name, part.rows) for name, part in sets.items()))
         self.held_rows = {n: first.in_file(part.rows) for n, part in sets.items() if not isinstance(part.rows, tuple)}
         self._check_held_out(first.table, training, spec, sets)
-        if training.look_extras.weights is not None:
+        if training.subset_extras.weights is not None:
             held_weights = {n: p.extras.weights.numpy() for n, p in sets.items() if p.extras.weights is not None}
             check_held_out_weights(first.table.path, held_weights)
-            warn_of_signed_weights(first.table.path, [training.look_extras.weights.numpy(), *held_weights.values()])
+            warn_of_signed_weights(first.table.path, [training.subset_extras.weights.numpy(), *held_weights.values()])
         self.n_train = training.n
         if cap in sizes:
             _log.info(
@@ -352,7 +353,7 @@ class ArrayData(Finite):
         if len(self.event_shape) == 1:
             check_enough_rows(first.table.path, training.n, len(self._mean))
         noisy = range(len(self._mean)) if self.integer_valued else self.noisy
-        weights = training.look_extras.weights
+        weights = training.subset_extras.weights
         if weights is not None:
             check_several_weighted(first.table.path, weights.numpy())
         check_spread(first.table, self._mean, self._std, training.whole, noisy, self._centers)
@@ -381,14 +382,14 @@ class ArrayData(Finite):
             counts[: len(training.class_counts)] = training.class_counts
             self.class_counts = tuple(counts.tolist())
             warn_of_unseen(table.path, counts, labels)
-        codes = warn_of_sentinels(table, training.look) if self.levels is None else {}
+        codes = warn_of_sentinels(table, training.subset) if self.levels is None else {}
         if self.integer_valued:
             return
         if len(self.event_shape) == 1:
-            hint_of_types(table, training.look, self.types, {*self.noisy, *codes})
-        few = warn_of_repeats(table, training.look, training.whole, set(self.noisy), codes, bool(self.types))
+            hint_of_types(table, training.subset, self.types, {*self.noisy, *codes})
+        few = warn_of_repeats(table, training.subset, training.whole, set(self.noisy), codes, bool(self.types))
         if len(self.event_shape) == 1:
-            warn_of_dependence(table, training.look, spec.noise(len(table.columns)))
+            warn_of_dependence(table, training.subset, spec.noise(len(table.columns)))
         if len(few | set(self.noisy)) < len(table.columns):
             hashes = {name: row_hashes(part.x.numpy(), training.hash_step) for name, part in held.items()}
             warn_of_copies(table.path, training.hashes, hashes)
@@ -409,7 +410,9 @@ class ArrayData(Finite):
             else ContextColumn(name, mean=float(m), std=float(s))
             for name, m, s, one in zip(table.columns, mean, std, types, strict=True)
         )
-        rows = training.look_extras.context
+        sizes = {one.name: one.size for one in self.context if one.kind == CATEGORICAL}
+        warn_of_rare_categories(table.path, sizes, training.n)
+        rows = training.subset_extras.context
         assert rows is not None
         self.context_rows = tuple(
             tuple(row) for row in rows[:: max(1, len(rows) // CONTEXT_ROWS)][:CONTEXT_ROWS].tolist()

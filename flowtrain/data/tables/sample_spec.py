@@ -129,13 +129,13 @@ class TrainingSplit:
         n: the number of training rows.
         held: the held-out sets.
         mean, variance: of each column over the training rows, (d,).
-        look: a random subset of the training rows, (k, d).
+        subset: a random subset of the training rows, (k, d).
         whole: whether each column contains only whole numbers that noise can be added to, (d,).
         hashes: hashes of about one in `hash_step` training rows, see `row_hashes`.
         class_counts: the number of training rows of each label from 0 to the largest; empty without labels.
         checksum: the checksum of the file, including labels, context and weights.
         context: mean and variance of each context column over the training rows, (2, k); None without context.
-        look_extras: labels, context and weights of `look`.
+        subset_extras: labels, context and weights of `subset`.
         mean_weight: the mean weight of the training rows. 1 without weights.
         on_line: mean and variance of the training rows on the real line, (2, d), see `SampleSpec.on_line`. None
             without types.
@@ -146,14 +146,14 @@ class TrainingSplit:
     held: list[Part]
     mean: Values
     variance: Values
-    look: NDArray[Any]
+    subset: NDArray[Any]
     whole: NDArray[np.bool_]
     hashes: NDArray[np.uint64]
     hash_step: int
     class_counts: NDArray[np.int64]
     checksum: str
     context: Values | None
-    look_extras: Extras
+    subset_extras: Extras
     mean_weight: float
     on_line: Values | None = None
 

@@ -280,7 +280,7 @@ LARGE = 2**28
 # Bytes of float64 in a chunk of the pass over the whole file
 CHUNK = 2**20
 # Number of training rows for checks such as the check for repeated values
-LOOK = 10_000
+SUBSET = 10_000
 # Approximate number of training rows whose hashes are compared with the hashes of held-out rows, to find copies
 HASHES = 200_000
 
@@ -388,8 +388,8 @@ class StreamedTable:
         rows = [r.numpy() for r in torch.split(torch.from_numpy(held), sizes)]
         parts = [Part(*each) for each in zip(torch.split(part.x, sizes), part.extras.split(sizes), rows, strict=True)]
         # the rows are random, because the first rows of a file may not represent the others
-        n_look = min(store.n, LOOK, store.in_window)
-        look = store.values(n_look).astype(np.float64)
+        n_subset = min(store.n, SUBSET, store.in_window)
+        subset = store.values(n_subset).astype(np.float64)
         of_context = statistics.of_context
         return TrainingSplit(
             store=store,
@@ -397,14 +397,14 @@ class StreamedTable:
             held=parts,
             mean=statistics.moments.mean,
             variance=statistics.moments.variance,
-            look=look,
+            subset=subset,
             whole=statistics.whole,
             hashes=np.concatenate([np.empty(0, np.uint64), *statistics.hashes]),
             hash_step=statistics.hash_step,
             class_counts=statistics.class_counts,
             checksum=str(statistics.checksum),
             context=None if of_context is None else np.stack([of_context.mean, of_context.variance]),
-            look_extras=Extras(*(store.extra(role, 0, n_look, 0, slice(None)) for role in Extras._fields)),
+            subset_extras=Extras(*(store.extra(role, 0, n_subset, 0, slice(None)) for role in Extras._fields)),
             mean_weight=mean_weight,
             on_line=statistics.on_line_moments,
         )

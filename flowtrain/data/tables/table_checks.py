@@ -108,6 +108,8 @@ def warn_of_sentinels(table: Table, values: NDArray[np.float64]) -> dict[int, fl
 
 _FLOAT32, _FLOAT64 = np.finfo(np.float32), np.finfo(np.float64)
 _MOST_CLASSES = 10_000
+# categories of a context column have at least this number of training rows on average
+_FEW_ROWS = 5
 # float64 represents sums of squares of weights up to this one, and of their inverses
 _LARGEST_WEIGHT = 1e100
 # The other rows have no weight if one row has at least 1 - _ROUNDING of it
@@ -314,6 +316,22 @@ def check_context(table: Table, mean: NDArray[np.float64], std: NDArray[np.float
             f"{table.path}: the context {listed(constant)} is constant in the training rows: leave it out of "
             "data.context"
         )
+
+
+def warn_of_rare_categories(path: str, sizes: Mapping[str, int], n: int) -> None:
+    """Warns of context columns with fewer than _FEW_ROWS training rows for each category.
+
+    Args:
+        path: the file, for the message.
+        sizes: the number of categories of each categorical context column, by name.
+        n: the number of training rows.
+    """
+    for name, size in sizes.items():
+        if n < _FEW_ROWS * size:
+            _log.warning(
+                f"{path}: the context {name!r} has {size:,} categories in {n:,} training rows, {n / size:.1f} rows for "
+                "each on average, so p(x | context) is hardly learned. Combine rare categories in the file"
+            )
 
 
 def check_spread(

@@ -206,3 +206,17 @@ def test_extras_are_split_and_normalized() -> None:
     halved = extras.normalized(2.0).weights
     assert halved is not None
     assert halved.tolist() == [0, 0.5, 1, 1.5, 2]
+
+
+@pytest.mark.parametrize(("categories", "warned"), [(200, True), (20, False)])
+def test_rare_categories_of_a_context_are_warned_of(
+    categories: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [
+        f"{float(x)!r},{-float(x * x)!r},id{i % categories}"
+        for i, x in enumerate(np.random.default_rng(0).normal(size=600))
+    ]
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(["a,b,c", *rows]))
+    ArrayData(path=str(path), context=["c"])
+    assert ("'c'" in caplog.text) == warned

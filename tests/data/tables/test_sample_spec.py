@@ -197,7 +197,7 @@ def test_held_out_class_without_training_rows_is_reported(tmp_path: Path, caplog
 def test_labels_are_sampled_by_class_frequency() -> None:
     flow = realnvp((2,), layers=1, hidden=[4], conditional=True, classes=4).eval()
     flow.class_counts = (0, 30, 0, 10)
-    assert flow.in_turn(5).tolist() == [1, 3, 1, 3, 1]
+    assert flow.cycled_labels(5).tolist() == [1, 3, 1, 3, 1]
     labels = flow.drawn_labels(4000)
     assert torch.bincount(labels, minlength=4).tolist() == pytest.approx([0, 3000, 0, 1000], abs=150)
     assert not torch.equal(labels, flow.drawn_labels(4000))
@@ -213,7 +213,7 @@ def test_labels_are_sampled_by_class_frequency() -> None:
     assert flow.log_prob(torch.zeros(1, 2), 0).isfinite().all()
     # checkpoints of earlier versions have no class counts
     flow.class_counts = ()
-    assert flow.drawn_labels(5).tolist() == flow.in_turn(5).tolist() == [0, 1, 2, 3, 0]
+    assert flow.drawn_labels(5).tolist() == flow.cycled_labels(5).tolist() == [0, 1, 2, 3, 0]
 
 
 def test_marginal_weights_classes_by_frequency() -> None:
