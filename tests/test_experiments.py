@@ -9,7 +9,9 @@ from helpers import Run
 from helpers.files import write_set
 
 from flowtrain.cli.config_files import compose_defaults
+from flowtrain.data.base import Samples
 from flowtrain.runs.auto_settings import resolve_auto
+from flowtrain.runs.build import build_flow
 from flowtrain.utils.files import config_dir
 
 
@@ -28,6 +30,14 @@ def test_every_image_experiment_trains(experiment: str, run: Run, tmp_path: Path
     code, out, err = run("flowtrain", f"experiment={experiment}", *small)
     assert code == 0, err
     assert json.loads((Path(out.splitlines()[-1]) / "result.json").read_text())["bits_per_dim"] > 0
+
+
+@pytest.mark.parametrize("model", ["realnvp", "glow", "ffjord"])
+def test_checkpoints_of_image_experiments_are_below_16_mib(model: str) -> None:
+    # last.pt contains the weights, their average and two moments of the optimizer in float32, the NLL of each of 10,000
+    # validation images, and names. These take up to 0.5 MiB
+    flow = build_flow(compose_defaults([f"experiment=mnist_{model}"]), Samples((1, 28, 28), True, levels=256))
+    assert 4 * 4 * sum(v.numel() for v in flow.state_dict().values()) < 15.5 * 2**20
 
 
 def test_runs_have_more_validations_than_patience() -> None:

@@ -71,6 +71,31 @@ def test_gradients_match_the_cpu(gradient: str, images: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_cuda_graphs_have_the_gradients_of_ordinary_solves() -> None:
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    field = MLPField(2, [32, 32])
+    for p in field.parameters():
+        nn.init.normal_(p, std=0.5)
+    batches = [torch.randn(64, 2, device="cuda") for _ in range(6)]
+    found = []
+    for graphs in (True, False):
+        flow = Continuous(copy.deepcopy(field), ode_solver("dopri5", rtol=1e-4, cuda_graphs=graphs)).to("cuda")
+        for x in batches:
+            z, log_det = flow.inverse(x)
+            loss = (z.square().sum(1) - 2 * log_det).mean()
+            loss.backward()
+            found += [loss.detach(), *(p.grad for p in flow.parameters() if p.grad is not None)]
+            with torch.no_grad():
+                for p in flow.parameters():
+                    assert p.grad is not None
+                    p -= 0.01 * p.grad
+                    p.grad = None
+        assert graphs == bool(flow.graphs.calls)
+    for a, b in zip(found[: len(found) // 2], found[len(found) // 2 :], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["realnvp", "glow", "ffjord"])
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 def test_image_training_works_and_log_prob_matches_the_cpu(name: str, precision: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from flowtrain.bijections.scale import ActNorm, BatchNorm, Standardize
 from flowtrain.bijections.spline import Spline
 from flowtrain.bijections.squeeze import FactorOut, Squeeze, Wrapped
 from flowtrain.bijections.support import ToSupport
+from flowtrain.bijections.table_chain import TableChain
 
 __all__ = [
     "ActNorm",
@@ -54,6 +55,7 @@ __all__ = [
     "Spline",
     "Squeeze",
     "Standardize",
+    "TableChain",
     "ToSupport",
     "WrapAngles",
     "Wrapped",

@@ -49,14 +49,17 @@ class CircularSpline(Spline):
     def __init__(self, bins: int = 8, least_slope: float = 1e-3) -> None:
         super().__init__(bins, math.pi, least_slope)
         self.n_numbers = 3 * bins
+        self.first_knot = 0
         self.size = self.n_numbers + 2
 
     def at_knots(self, inner: Tensor) -> Tensor:
         return torch.cat([inner, inner[:1]])
 
-    def from_knots(self, gradient: Tensor) -> Tensor:
+    def fill_knots(self, knots: Tensor) -> None:
+        knots[-1] = knots[0]
+
+    def add_equal_knots(self, gradient: Tensor) -> None:
         gradient[0] += gradient[-1]
-        return gradient[:-1]
 
     def to_base(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         numbers, phase = self._parts(x, theta)

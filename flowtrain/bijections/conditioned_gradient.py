@@ -14,7 +14,7 @@ from torch._C import _functorch
 
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.elementwise import Elementwise
-from flowtrain.nn.column_networks import ColumnNetwork, Parts, in_layers, in_turn, is_hooked, masked
+from flowtrain.nn.column_networks import ColumnNetwork, Layer, Parts, in_layers, in_turn, is_hooked, masked
 from flowtrain.nn.conditioners import MLP
 from flowtrain.nn.residual_mlp import MaskedLinear, MaskedMLP, ResidualMLP
 from flowtrain.utils.autograd import needs_autograd
@@ -64,26 +64,72 @@ class Conditioned(Bijection):
         """Returns the gradient of the new part b, (B, n), for the gradient g of the result of `join`."""
         return self.split(g)[1]
 
-    def by_hand(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Computes `inverse` as one operation of autograd, or returns None if this is not possible."""
+    @property
+    def network(self) -> type[ColumnNetwork]:
+        """The functions that compute the conditioner."""
         net = self.conditioner
-        if x.dim() != 2 or context is not None or not x.numel() or self.has_angles() or needs_autograd(x):
-            return None
-        # a subclass may override other methods
-        if not self.transform.has_gradient or "gradient_of_split" not in vars(type(self)):
-            return None
-        if type(net) not in NETWORKS or is_hooked(self.transform):
+        assert isinstance(net, MLP | ResidualMLP)
+        return net.network
+
+    @property
+    def n_drops(self) -> int:
+        """The number of factors of dropout of the conditioner."""
+        net = self.conditioner
+        assert isinstance(net, MLP | ResidualMLP)
+        return net.n_drops
+
+    def plain_layers(self, x: Tensor) -> list[Layer] | None:
+        """Returns the linear layers of the conditioner for vectors x, or None if there is no hand-written gradient.
+
+        There is none for contexts, dropout, angles, hooks, transforms without a gradient, and for networks that are not
+        in NETWORKS.
+        """
+        net, linear = self.conditioner, self.linear
+        if (
+            type(net) not in NETWORKS
+            or not self.transform.has_gradient
+            or self.has_angles()
+            or is_hooked(self.transform)
+        ):
             return None
         assert isinstance(net, MLP | ResidualMLP)
         layers = net.plain_layers()
-        if layers is None or (self.linear is not None and is_hooked(self.linear)):
+        if layers is None or layers[0][0].dtype != x.dtype or (linear is not None and is_hooked(linear)):
             return None
-        drops = [None] * net.n_drops
+        return layers
+
+    def linear_weight(self) -> Tensor | None:
+        """Returns W, or None if there is no W."""
+        linear = self.linear
+        if linear is None:
+            return None
+        weight: Any = linear.weight
+        return masked(weight, linear.mask if isinstance(linear, MaskedLinear) else None)
+
+    def bounded(self, a: Tensor) -> Tensor:
+        """Returns B tanh(a / B), or a if there is no bound."""
+        return a if self.input_bound is None else self.input_bound * torch.tanh(a / self.input_bound)
+
+    def network_inputs(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns `bounded(a)` and tanh(a / B), which is None if there is no bound, without autograd."""
+        bound = self.input_bound
+        if bound is None:
+            return a, None
+        tanh = (a / bound).tanh_()
+        return tanh * bound, tanh
+
+    def by_hand(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Computes `inverse` as one operation of autograd, or returns None if this is not possible."""
+        if x.dim() != 2 or context is not None or not x.numel() or needs_autograd(x):
+            return None
+        # a subclass may override other methods
+        layers = self.plain_layers(x) if "gradient_of_split" in vars(type(self)) else None
+        if layers is None:
+            return None
+        drops = [None] * self.n_drops
         weight = None if self.linear is None else self.linear.weight
         mask = self.linear.mask if isinstance(self.linear, MaskedLinear) else None
-        if layers[0][0].dtype != x.dtype:
-            return None
-        return ToBase.apply(x, self, net.network, drops, weight, mask, *in_turn(layers))  # type: ignore[no-untyped-call,no-any-return]
+        return ToBase.apply(x, self, self.network, drops, weight, mask, *in_turn(layers))  # type: ignore[no-untyped-call,no-any-return]
 
     @abstractmethod
     def has_angles(self) -> bool:
@@ -105,9 +151,7 @@ class ToBase(torch.autograd.Function):
         *parts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         a, b = (part.T.contiguous() for part in of.split(x))
-        bound = of.input_bound
-        tanh = a if bound is None else (a / bound).tanh_()
-        inputs = a if bound is None else tanh * bound
+        inputs, tanh = of.network_inputs(a)
         theta, hidden = network.values(inputs, in_layers(parts), drops)
         if weight is not None:
             b = torch.addmm(b, masked(weight, mask), a, alpha=-1)
@@ -146,8 +190,7 @@ class ToBase(torch.autograd.Function):
         needed = ctx.needs_input_grad
         with torch.enable_grad():
             a, b = of.split(x)
-            inputs = a if of.input_bound is None else of.input_bound * torch.tanh(a / of.input_bound)
-            theta = ctx.network.evaluated(inputs, in_layers(parts), ctx.drops, nn.ReLU())
+            theta = ctx.network.evaluated(of.bounded(a), in_layers(parts), ctx.drops, nn.ReLU())
             if weight is not None:
                 b = b - F.linear(a, masked(weight, mask))
             z, log_slope = of.transform.to_base(b, theta)

@@ -1,6 +1,6 @@
 """The continuous flow: dx/dt = v(t, x) from t = 0 (base) to t = 1 (data), solved as an ODE."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -14,6 +14,7 @@ from flowtrain.bijections.regularizers import Integral, integrands
 from flowtrain.nn.divergence import Probes, TraceRule
 from flowtrain.nn.velocity_field import Field, LayeredField
 from flowtrain.ode import AS_CONFIGURED, Problem, Solution, SolveOptions, Solver, StepPlan, ode_solver
+from flowtrain.ode.captured_solve import Capturable, SolveGraphs
 from flowtrain.utils.autograd import transforms_active
 from flowtrain.utils.errors import ConfigError
 
@@ -48,10 +49,11 @@ class Continuous(Bijection):
         # the plan of each direction: True is from base to data, False is from data to base
         self.step_plans = {True: StepPlan(), False: StepPlan()}
         self.compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+        self.graphs = SolveGraphs()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns the state without the compiled functions, which use this field and cannot be pickled."""
-        return {**self.__dict__, "compiled": None}
+        """Returns the state without compiled functions and graphs, which use this field and cannot be pickled."""
+        return {**self.__dict__, "compiled": None, "graphs": SolveGraphs()}
 
     def compile_field(self) -> None:
         """Compiles the evaluations of the field in training: with CUDA graphs on a GPU, to C++ on a CPU.
@@ -169,7 +171,45 @@ class Continuous(Bijection):
             step_plan=self.step_plans[t0 < t1] if self.training else None,
             rows=None if self.training else rows,
             unsolved=options.unsolved,
+            capturable=self._capturable(x, context, t0, t1, probes, options),
         )
+
+    def _capturable(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        t0: float,
+        t1: float,
+        probes: Probes | None,
+        options: SolveOptions,
+    ) -> Capturable | None:
+        if not self.solver.cuda_graphs or not self.training or probes is None or self.compiled is not None:
+            return None
+
+        def call(inputs: Sequence[Tensor], parameters: Sequence[Tensor], function: Callable[[Problem], Any]) -> Any:
+            x, tangents, *rest = inputs
+
+            def run() -> Any:
+                again = replace(probes, tangents=tangents)
+                return function(self._problem(x, rest[0] if rest else None, t0, t1, again, options))
+
+            names = [f"field.{name}" for name, _ in self.field.named_parameters()]
+            return torch.func.functional_call(_With(self.field), dict(zip(names, parameters, strict=True)), (run,))
+
+        inputs = (x, probes.tangents, *(() if context is None else (context,)))
+        key = probes.weight, probes.is_basis, tuple(options.integrals.items())
+        return Capturable(inputs, key, call, self.graphs)
+
+
+class _With(nn.Module):
+    """Calls a function, which uses the parameters that functional_call gives to the field."""
+
+    def __init__(self, field: nn.Module) -> None:
+        super().__init__()
+        self.field = field
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
 
 
 def given(field: nn.Module, context: Tensor) -> Field:

@@ -25,7 +25,8 @@ class Elementwise(Recorded, nn.Module, ABC):
     def columns_to_base(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Computes `to_base` for vectors without autograd.
 
-        Returns (z, log dz/dx, tensors for `columns_gradient`) for contiguous x (n, B) and theta (size * n, B).
+        Returns (z, log dz/dx, tensors for `columns_gradient`) for contiguous x (n, B) and theta (size * n, B). It may
+        overwrite theta.
         """
         raise NotImplementedError
 

@@ -60,6 +60,8 @@ class Spline(Elementwise):
         self.size = 3 * bins - 1
         # the size of the first axis of the result of `first_axis`
         self.n_numbers = self.size
+        # the first knot that has a number in theta
+        self.first_knot = 1
         # 1 / c. The slope of a chord is a ratio of two softmax outputs, so c is half as large for widths and heights
         self.clip_slope = -1 / math.log(least_slope)
         self.clip_size = 2 * self.clip_slope
@@ -96,13 +98,10 @@ class Spline(Elementwise):
         return (x.T, log_slope.T) if z.dim() == 2 else (x, log_slope)
 
     def columns_to_base(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        theta = theta.view(self.n_numbers, *x.shape)
-        z, log_slope, kept = _values(self, x, theta)
-        return z, log_slope, (theta, *kept)
+        return _values(self, x, theta.view(self.n_numbers, *x.shape), overwrite=True)
 
     def columns_gradient(self, kept: Sequence[Tensor], g_z: Tensor, g_log: Tensor) -> tuple[Tensor, Tensor]:
-        theta, *kept = kept
-        g_x, g_theta = _gradients(self, theta, kept, g_z, g_log)
+        g_x, g_theta = _gradients(self, kept, g_z, g_log)
         assert g_x is not None
         assert g_theta is not None
         return g_x, g_theta.flatten(0, 1)
@@ -124,9 +123,12 @@ class Spline(Elementwise):
         """
         return F.pad(inner, ((0, 0) * (inner.dim() - 1) + (1, 1)))
 
-    def from_knots(self, gradient: Tensor) -> Tensor:
-        """Returns the gradient of the argument of `at_knots` for the gradient of the result, which may be modified."""
-        return gradient[1:-1]
+    def fill_knots(self, knots: Tensor) -> None:
+        """Completes the numbers of `at_knots`, (K + 1, ...), of which `first_knot` and the further ones are given."""
+        knots[0], knots[-1] = 0, 0
+
+    def add_equal_knots(self, gradient: Tensor) -> None:
+        """Adds up the gradients of the numbers of `at_knots`, (K + 1, ...), that are the same number in theta."""
 
     def evaluated(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Computes (z, log dz/dx) by differentiable operations of torch. theta is (3 K - 1, *x.shape)."""
@@ -142,8 +144,9 @@ class Spline(Elementwise):
     def bin_of(self, y: Tensor, theta: Tensor, axis: int) -> "_Bin":
         """Finds the bin that contains y, which is x for axis 0 and z for axis 1, -B <= y <= B."""
         k = self.bins
-        kept = 1 / (1 + self.clip_size * theta[: 2 * k].abs())
-        share = (theta[: 2 * k] * kept).reshape(2, k, *y.shape).softmax(1)
+        theta_of_shares, theta_of_slopes = theta[: 2 * k], theta[2 * k :]
+        bounded = theta_of_shares / (theta_of_shares.abs() * self.clip_size + 1)
+        share = bounded.reshape(2, k, *y.shape).softmax(1)
         sums = share.cumsum(1)
         index = (sums[axis, :-1] <= (y + self.bound) / (2 * self.bound)).sum(0, keepdim=True)
         ends = torch.cat([index, index + 1])
@@ -151,15 +154,14 @@ class Spline(Elementwise):
         # (2 axes, 2 ends, ...)
         sums = F.pad(sums, (*padding, 1, 0)).gather(1, ends.expand(2, *ends.shape))
         corners = sums * (2 * self.bound) - self.bound
-        raw = self.at_knots(theta[2 * k :]).gather(0, ends)
-        kept_slope = 1 / (1 + self.clip_slope * raw.abs())
-        left, right = slopes = (raw * kept_slope).exp()
+        raw = self.at_knots(theta_of_slopes / (theta_of_slopes.abs() * self.clip_slope + 1))
+        left, right = raw.gather(0, ends).exp()
         x, z = corners[:, 0]
         width, height = corners[:, 1] - corners[:, 0]
         chord = height / width
         bend = left + right - 2 * chord
         offset = y - (z if axis else x)
-        return _Bin(x, z, width, height, left, right, chord, bend, offset, ends, sums, slopes, kept_slope, share, kept)
+        return _Bin(x, z, width, height, left, right, chord, bend, offset)
 
 
 class _Bin(NamedTuple):
@@ -172,12 +174,6 @@ class _Bin(NamedTuple):
         chord: height / width.
         bend: left + right - 2 chord.
         offset: the distance of the given value from the lower end of the bin.
-        ends: the indices of the two knots, (2, ...).
-        sums: the sum of `share` up to each of the two knots, (2 axes, 2 ends, ...).
-        slopes: left and right, (2, ...).
-        kept_slope: 1 / (1 + |v| / c) for the numbers v in theta that give the slopes, (2, ...).
-        share: the softmax of widths and heights, (2, K, ...).
-        kept: 1 / (1 + |v| / c) for the numbers v in theta that give widths and heights, (2 K, ...).
     """
 
     x: Tensor
@@ -189,12 +185,6 @@ class _Bin(NamedTuple):
     chord: Tensor
     bend: Tensor
     offset: Tensor
-    ends: Tensor
-    sums: Tensor
-    slopes: Tensor
-    kept_slope: Tensor
-    share: Tensor
-    kept: Tensor
 
 
 def _is_empty(x: Tensor) -> bool:
@@ -235,8 +225,8 @@ class _ToBase(torch.autograd.Function):
         batched = any(_functorch.is_legacy_batchedtensor(g) for g in (grad_z, grad_log))
         if torch.is_grad_enabled() or batched or _transformed():
             return _ToBase.by_autograd(ctx, grad_z, grad_log)
-        _, theta, *kept = ctx.saved_tensors
-        grad_x, grad_theta = _gradients(ctx.spline, theta, kept, grad_z, grad_log, *ctx.needs_input_grad[:2])
+        kept = ctx.saved_tensors[2:]
+        grad_x, grad_theta = _gradients(ctx.spline, kept, grad_z, grad_log, *ctx.needs_input_grad[:2])
         return grad_x, grad_theta, None
 
     @staticmethod
@@ -252,29 +242,63 @@ class _ToBase(torch.autograd.Function):
         return x, theta, None
 
 
-def _values(spline: Spline, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Returns z, log dz/dx and tensors for `_gradients`. theta is (n_numbers, *x.shape)."""
-    inside = (x.abs() <= spline.bound).to(x.dtype)
-    found = spline.bin_of(x.clamp(-spline.bound, spline.bound), theta, axis=0)
+def _values(
+    spline: Spline, x: Tensor, theta: Tensor, overwrite: bool = False
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Returns z, log dz/dx and tensors for `_gradients`. theta is (n_numbers, *x.shape), and may be overwritten.
+
+    The operations are the ones of `Spline.evaluated`, arranged so that there are few. For the batches of tables, the
+    time of an operation hardly depends on its size.
+    """
+    k, bound = spline.bins, spline.bound
+    # v is bounded to v / (1 + |v| / c)
+    divisor = theta.abs()
+    divisor[: 2 * k].mul_(spline.clip_size)
+    divisor[2 * k :].mul_(spline.clip_slope)
+    divisor.add_(1)
+    bounded = theta.div_(divisor) if overwrite else theta / divisor
+    share = bounded[: 2 * k].view(2, k, *x.shape).softmax(1)
+    # for each knot: the sums of widths and heights, and the number whose exponential is the slope
+    knots = theta.new_empty(3, k + 1, *x.shape)
+    torch.cumsum(share, 1, out=knots[:2, 1:])
+    knots[:2, 0] = 0
+    knots[2, spline.first_knot :][: len(theta) - 2 * k] = bounded[2 * k :]
+    spline.fill_knots(knots[2])
+    y = x.clamp(-bound, bound)
+    is_inside = y == x
+    inside = is_inside.to(x.dtype)
+    # 1 for each bin before the one that contains x
+    before = torch.empty_like(share[0])
+    torch.le(knots[0, 1:], (y + bound).div_(2 * bound), out=before)
+    before[-1] = 0
+    index = before.sum(0, keepdim=True).to(torch.int64)
+    ends = torch.cat([index, index + 1])
+    at_ends = knots.gather(1, ends.expand(3, *ends.shape))
+    end_slopes = at_ends[2].exp()
+    left, right = end_slopes
+    corners = (at_ends[:2] * (2 * bound)).sub_(bound)
+    size = corners[:, 1] - corners[:, 0]
+    width, height = size
+    chord = height / width
+    bend = (left + right).sub_(chord, alpha=2)
     # rounding may put x outside of its bin
-    t = (found.offset / found.width).clamp_(0, 1)
+    t = y.sub_(corners[0, 0]).div_(width).clamp_(0, 1)
     v = 1 - t
-    u = t * v
-    denominator = torch.addcmul(found.chord, found.bend, u)
-    ratio = (found.left * u).addcmul_(found.chord, t.square()).div_(denominator)
-    slopes = (found.chord * u).mul_(2).addcmul_(found.right, t.square()).addcmul_(found.left, v.square())
-    z = torch.addcmul(found.z, found.height, ratio)
-    log_slope = (slopes * (found.chord / denominator).square_()).log_().mul_(inside)
+    u, t2, v2 = t * v, t * t, v * v
+    denominator = torch.addcmul(chord, bend, u)
+    ratio = (left * u).addcmul_(chord, t2).div_(denominator)
+    slopes = (right * t2).addcmul_(chord, u, value=2).addcmul_(left, v2)
+    z = torch.addcmul(corners[1, 0], height, ratio)
+    log_slope = (chord / denominator).square_().mul_(slopes).log_().mul_(inside)
     kept = (
-        inside, t, u, v, denominator, ratio, slopes, found.width, found.height, found.left, found.right,
-        found.chord, found.bend, found.ends, found.sums, found.slopes, found.kept_slope, found.share, found.kept,
+        inside, t, u, v, t2, v2, denominator, ratio, slopes, width, height, left, right, chord, bend,
+        log_slope, ends, at_ends, end_slopes, before, share, divisor,
     )  # fmt: skip
-    return torch.where(inside.bool(), z, x), log_slope, kept
+    return torch.where(is_inside, z, x), log_slope, kept
 
 
 def _gradients(
     spline: Spline,
-    theta: Tensor,
     kept: Sequence[Tensor],
     grad_z: Tensor,
     grad_log: Tensor,
@@ -282,61 +306,75 @@ def _gradients(
     of_theta: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Returns the gradients of x and theta, or None if `of_x` or `of_theta` is false."""
-    inside, t, u, v, denominator, ratio, slopes, width, height, left, right, *rest = kept
-    chord, bend, ends, sums, end_slopes, kept_slope, *whole = rest
+    inside, t, u, v, t2, v2, denominator, ratio, slopes, width, height, left, right, chord, bend, *rest = kept
+    log_slope, ends, at_ends, end_slopes, *whole = rest
     gz, gl = grad_z * inside, grad_log * inside
-    # gradients of the numerator of `ratio`, of its denominator, and of `slopes`
-    g_top = gz * height / denominator
-    g_bottom = (gl / denominator).mul_(-2).addcmul_(g_top, ratio, value=-1)
+    # gradients of `slopes`, and of the denominator of `ratio` through log_slope
     g_slopes = gl / slopes
-    t2 = t.square()
-    g_left = ((g_top + g_bottom) * u).addcmul_(g_slopes, v.square())
-    g_right = (g_bottom * u).addcmul_(g_slopes, t2)
-    g_chord = (gl / chord).mul_(2).add_(g_bottom).addcmul_(g_top, t2).addcmul_(u, g_slopes - g_bottom, value=2)
-    g_u = (g_bottom * bend).addcmul_(g_top, left).addcmul_(chord, g_slopes, value=2)
-    g_t = (g_u * (v - t)).addcmul_(t, (g_top * chord).addcmul_(right, g_slopes), value=2)
-    g_t.addcmul_(v * left, g_slopes, value=-2)
-    g_x = g_t / width
-    grad_x = torch.addcmul(g_x, grad_z, 1 - inside) if of_x else None
+    g_log_denominator = (gl / denominator).mul_(-2)
+    w = v - t
+    g_t = (chord * w).addcmul_(right, t).addcmul_(left, v, value=-1).mul_(g_slopes)
+    g_t = (g_log_denominator * bend).mul_(w).add_(g_t, alpha=2)
+    # dz/dx is 1 outside
+    grad_x = log_slope.exp().mul_(grad_z).addcdiv_(g_t, width)
     if not of_theta:
         return grad_x, None
-    g_width = (g_chord * chord).addcmul_(g_t, t).div_(width).neg_()
-    g_height = (gz * ratio).addcdiv_(g_chord, width)
-    # the shares before the bin determine its corner, and its own share determines its size
-    moved = torch.stack([-g_x, gz, g_width, g_height]).mul_(2 * spline.bound)
-    slope = torch.stack([g_left, g_right]).mul_(end_slopes).mul_(kept_slope.square())
-    return grad_x, _gradient_of_theta(spline, theta, ends, sums, moved[:2], moved[2:], slope, *whole)
+    # gradients of the numerator and of the denominator of `ratio`
+    g_top = (gz * height).div_(denominator)
+    g_bottom = g_log_denominator.addcmul_(g_top, ratio, value=-1)
+    slope = torch.empty_like(end_slopes)
+    torch.add(g_top, g_bottom, out=slope[0]).mul_(u).addcmul_(g_slopes, v2)
+    torch.mul(g_bottom, u, out=slope[1]).addcmul_(g_slopes, t2)
+    slope.mul_(end_slopes)
+    g_chord = gl.div_(chord).mul_(2).add_(g_bottom).addcmul_(g_top, t2).addcmul_(u, g_slopes.sub_(g_bottom), value=2)
+    # gradients of the corner of the bin, which depends on the shares before it, and of its size, which is its own share
+    moved = grad_x.new_empty(4, *grad_x.shape)
+    torch.mul(grad_x, inside, out=moved[0])
+    moved[1] = gz
+    per_width = g_chord.div_(width)
+    torch.mul(per_width, chord, out=moved[2]).addcmul_(moved[0], t)
+    torch.addcmul(per_width, gz, ratio, out=moved[3])
+    moved.view(2, 2, *grad_x.shape)[:, 0].neg_()
+    moved.mul_(2 * spline.bound)
+    found = _gradient_of_theta(spline, ends, at_ends[:2], moved[:2], moved[2:], slope, *whole)
+    return grad_x if of_x else None, found
 
 
 def _gradient_of_theta(
     spline: Spline,
-    theta: Tensor,
     ends: Tensor,
     sums: Tensor,
+    g_before: Tensor,
+    g_own: Tensor,
+    g_slope: Tensor,
     before: Tensor,
-    own: Tensor,
-    slope: Tensor,
     share: Tensor,
-    kept: Tensor,
+    divisor: Tensor,
 ) -> Tensor:
     """Returns the gradient of theta, (n_numbers, ...).
 
     Args:
         spline: the spline.
-        before, own, slope: gradients of the shares before the bin, of the shares of the bin, and of the numbers in
-            theta that give the slopes of the bin, each (2, ...).
-        theta, ends, sums, share, kept: as in `_Bin`.
+        ends: the indices of the two knots of the bin, (2, ...).
+        sums: the sums of widths and heights up to these knots, (2, 2, ...).
+        g_before, g_own, g_slope: gradients of the shares before the bin, of the shares of the bin, and of the numbers
+            of `Spline.at_knots` at the bin, each (2, ...).
+        before: 1 for each bin before the bin, else 0, (K, ...).
+        share: the softmax of widths and heights, (2, K, ...).
+        divisor: 1 + |v| / c for the numbers v in theta.
     """
-    k = share.shape[1]
-    low, high = sums.unbind(1)
+    k, rest = share.shape[1], divisor.shape[1:]
     # through the softmax: share_j (g_j - sum_i share_i g_i)
-    mean = (before * low).addcmul_(own, high - low)
-    index = ends[:1]
-    number = torch.arange(k, device=theta.device).view(-1, *(1,) * (theta.dim() - 1))
-    parts = torch.addcmul(-mean.unsqueeze(1), (number < index).to(theta.dtype), before.unsqueeze(1))
-    parts.scatter_add_(1, index.expand(2, *index.shape), own.unsqueeze(1))
-    found = torch.empty_like(theta)
-    torch.mul(parts.mul_(share).flatten(0, 1), kept.square(), out=found[: 2 * k])
-    inner = theta.new_zeros(k + 1, *theta.shape[1:]).scatter_(0, ends, slope)
-    found[2 * k :] = spline.from_knots(inner)
-    return found
+    low, high = sums.unbind(1)
+    mean = (g_before - g_own).mul_(low).addcmul_(g_own, high)
+    # the numbers of the first knots that are not in theta are overwritten by the gradients of the shares
+    found = divisor.new_empty(2 * k + 1 + k, *rest)[: 3 * k + 1 - spline.first_knot]
+    of_knots = found[2 * k - spline.first_knot :]
+    of_knots.zero_()
+    of_knots.scatter_(0, ends, g_slope)
+    spline.add_equal_knots(of_knots)
+    found = found[: len(divisor)]
+    parts = found[: 2 * k].view(2, k, *rest)
+    torch.mul(before, g_before.unsqueeze(1), out=parts)
+    parts.sub_(mean.unsqueeze(1)).scatter_add_(1, ends[:1].expand(2, 1, *rest), g_own.unsqueeze(1)).mul_(share)
+    return found.div_(divisor).div_(divisor)

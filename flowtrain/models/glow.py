@@ -14,6 +14,7 @@ from flowtrain.bijections.elementwise import ScaleShift
 from flowtrain.bijections.linear import InvertibleLinear
 from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.squeeze import FactorOut, Squeeze
+from flowtrain.bijections.table_chain import TableChain
 from flowtrain.flow import Flow
 from flowtrain.models.multiscale import Size, conditioned, from_data, halved, of_images, over_images
 from flowtrain.models.nsf import spline
@@ -94,7 +95,7 @@ def glow(
     if of_images("glow", event_shape, least=2):
         return over_images(event_shape, made.scale, scales, pixels=True, kind=kind)
     d = event_shape[0]
-    return Flow(event_shape, from_data([*made.at(d), ActNorm(d)]), **kind)
+    return Flow(event_shape, TableChain(reversed([*made.at(d), ActNorm(d)])), **kind)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from flowtrain.bijections.coupling import HalfCoupling, IndexCoupling, coupling_
 from flowtrain.bijections.linear import InvertibleLinear, Permutation
 from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.spline import Spline
+from flowtrain.bijections.table_chain import TableChain
 from flowtrain.flow import Flow
 from flowtrain.models.multiscale import conditioned, from_data
 from flowtrain.nn.conditioners import ACTIVATIONS
@@ -156,7 +157,7 @@ def assembled(d: int, angles: Sequence[int], layers: Sequence[Bijection], kind: 
         kind: the arguments of `Flow` for a conditional flow, see `conditioned`.
     """
     if not angles:
-        return Flow((d,), from_data([ActNorm(d), *layers]), **kind)
+        return Flow((d,), TableChain([*reversed(layers), ActNorm(d)]), **kind)
     real = [i for i in range(d) if i not in angles]
     order = torch.tensor([*real, *angles], device="cpu")
     norm = [OnColumns(ActNorm(len(real)), list(range(len(real))))] if real else []

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from flowtrain.bijections.base import Bijection, Chain
+from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.coupling import CheckerboardCoupling, HalfCoupling, IndexCoupling, coupling_order
 from flowtrain.bijections.linear import Permutation
 from flowtrain.bijections.scale import ActNorm, BatchNorm
 from flowtrain.bijections.squeeze import FactorOut, Squeeze
+from flowtrain.bijections.table_chain import TableChain
 from flowtrain.flow import Flow
 from flowtrain.models.multiscale import Size, conditioned, from_data, halved, of_images, over_images
 from flowtrain.nn.conditioners import ACTIVATIONS, MLP, ResidualNet
@@ -117,7 +118,7 @@ class Couplings:
             return [BatchNorm(channels)]
         return [ActNorm(channels)] if self.actnorm else []
 
-    def stack(self, d: int, permuted: bool) -> Chain:
+    def stack(self, d: int, permuted: bool) -> TableChain:
         """Builds the couplings for vectors of length d."""
         # the mask is built on the CPU, because it needs values even if the model is built on the meta device
         even = torch.arange(d, device="cpu") % 2 == 0
@@ -129,7 +130,7 @@ class Couplings:
                 bijections.append(Permutation(coupling_order(i, d, d - n_kept, shift=1)))
             net = MLP(n_kept, self.hidden, 2 * (d - n_kept), self.activation, self.classes, self.dropout)
             bijections += [IndexCoupling(mask, net, self.cap, self.input_bound), *self.norm(d)]
-        return Chain(bijections)
+        return TableChain(bijections)
 
     def scale(self, channels: int, size: Size, times: int) -> Bijection:
         """Builds one scale of images, as in Dinh et al. 2017, section 3.6.

@@ -186,6 +186,16 @@ class ColumnFunction(torch.autograd.Function):
         return g_x, None, None, *rest
 
 
+def weights_of(module: Any) -> Layer:
+    """Returns the weight of a linear layer, its mask and its bias."""
+    # a search by attribute takes longer, and is needed only if the parameters have been replaced
+    own = module._parameters
+    weight, bias = own.get("weight"), own.get("bias")
+    if weight is None or bias is None:
+        weight, bias = module.weight, module.bias
+    return weight, vars(module).get("mask"), bias
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether a module has a hook, which only a call of the module runs."""
     return bool(

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowtrain.nn.column_networks import ColumnFunction, Layer, Plain, in_turn, is_hooked
+from flowtrain.nn.column_networks import ColumnFunction, Layer, Plain, in_turn, is_hooked, weights_of
+from flowtrain.nn.conv_columns import ConvColumns, is_faster
 from flowtrain.utils.autograd import needs_autograd, transforms_active
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.recorded import Recorded
@@ -69,9 +70,14 @@ class MLP(Recorded, nn.Sequential):
 
     def layers(self) -> list[Layer] | None:
         """Returns the linear layers, or None with dropout, a hook of a layer, or another activation than relu."""
-        if any(type(one) not in (nn.Linear, nn.ReLU) or is_hooked(one) for one in self):
-            return None
-        return [(one.weight, None, one.bias) for one in self if isinstance(one, nn.Linear)]
+        found: list[Layer] = []
+        # the attributes of a module are found by a slow search
+        for one in self._modules.values():
+            if one is None or type(one) not in (nn.Linear, nn.ReLU) or is_hooked(one):
+                return None
+            if type(one) is nn.Linear:
+                found.append(weights_of(one))
+        return found
 
     def plain_layers(self) -> list[Layer] | None:
         """Returns `layers`, or None if there is a context or a hook."""
@@ -146,11 +152,26 @@ class ConvNet(Recorded, nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns (B, n_out, H, W) for x (B, n_in, H, W) and, with classes, a context (B,) or (B, K)."""
+        if (parts := self.plain_parts()) is not None and is_faster(x, len(parts[-1])):
+            found: Tensor = ConvColumns.apply(x, self.first.places, *parts)  # type: ignore[no-untyped-call]
+            return found
         h = self.first(x, context)
         for layer in self.middle:
             h = layer(self.activation(h))
         y: Tensor = self.last(self.activation(h))
         return y
+
+    def plain_parts(self) -> list[Tensor] | None:
+        """Returns the weight and the bias of each layer in turn.
+
+        None if there is a context, a hook, a replaced layer, or another activation than relu.
+        """
+        layers = (self.first, *self.middle, self.last)
+        if type(self.activation) is not nn.ReLU or self.first.embedding is not None:
+            return None
+        if any(type(one) not in (nn.Conv2d, InformedConv) or is_hooked(one) or one.bias is None for one in layers):
+            return None
+        return [part for layer in layers for part in layer.parameters(recurse=False) if part is not self.first.places]
 
 
 class ResidualNet(Recorded, nn.Module):

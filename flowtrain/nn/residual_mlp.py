@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowtrain.nn.column_networks import ColumnFunction, Layer, Residual, in_turn, is_hooked, masked
+from flowtrain.nn.column_networks import ColumnFunction, Layer, Residual, in_turn, is_hooked, masked, weights_of
 from flowtrain.nn.conditioners import ACTIVATIONS, one_width, with_context, zero
 from flowtrain.utils.autograd import needs_autograd
 from flowtrain.utils.recorded import Recorded
@@ -65,7 +65,11 @@ class ResidualMLP(Recorded, nn.Module):
 
     def layers(self) -> list[Layer]:
         """Returns the first layer, two layers for each block, and the last layer."""
-        return [_layer(module) for module in (self.first, *self.blocks, self.last)]
+        # a search by attribute takes longer
+        own = self._modules
+        blocks = own["blocks"]
+        assert blocks is not None
+        return [weights_of(module) for module in (own["first"], *blocks._modules.values(), own["last"])]
 
     @property
     def n_drops(self) -> int:
@@ -145,8 +149,3 @@ class MaskedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, masked(self.weight, self.mask), self.bias)
-
-
-def _layer(module: nn.Module) -> Layer:
-    assert isinstance(module, nn.Linear)
-    return module.weight, module.mask if isinstance(module, MaskedLinear) else None, module.bias

@@ -42,7 +42,7 @@ class AcceptedStep:
     """
 
     t: float
-    h: float
+    h: float | Tensor
     x: Tensor
     slopes: Tensor
     stages: list[Stage] | None
@@ -73,8 +73,7 @@ class AcceptedSteps:
         self.steps, self.x1, self.statistics = steps, x1, statistics
         rows = nodes.rows if nodes is not None else [np.zeros((0, len(tableau.b)))] * len(steps)
         self.rows = [on_device(each, x1) for each in rows]
-        # whether any node of a step depends on its last slope
-        self.last_used = [bool(each[:, -1].any()) for each in rows]
+        self.last_used = nodes.last_used if nodes is not None else [False] * len(steps)
 
     def points(self) -> Tensor:
         """Returns x at the nodes, (nodes, B, *event). Call this before `forget_slopes`, because it needs all slopes."""
@@ -156,7 +155,7 @@ class AcceptedSteps:
     def recompute(self, k: int) -> list[Stage]:
         """Recomputes the stages of step k, except a first slope that is the last slope of the previous step."""
         step, owns_first = self.steps[k], self.owns_first(k)
-        times = [step.t + c * step.h for c in self.tableau.c]
+        times = [step.t + c * float(step.h) for c in self.tableau.c]
         stages = record(self.recorder, times, step.x, keep=True)
         first = stages[0].velocity(step.x) if owns_first else step.slopes[0]
         compute_stages(step.x, step.h, self.weights, first, lambda i, x: stages[i].velocity(x))

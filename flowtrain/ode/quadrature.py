@@ -41,6 +41,7 @@ class Nodes:
         rows: for each step, (nodes of the step, stages).
         tails: for each panel, the linear functionals of q that measure its error, (functionals, nodes of the panel).
         spectral: whether the tails are Legendre coefficients. The error is then proportional to their square.
+        last_used: for each step, whether a node depends on the last slope.
     """
 
     times: list[float]
@@ -48,6 +49,7 @@ class Nodes:
     rows: list[np.ndarray]
     tails: list[np.ndarray]
     spectral: bool
+    last_used: list[bool]
 
     def integrate(self, q: Tensor) -> Tensor:
         """Returns the integrals (B, Q) of q (nodes, B, Q)."""
@@ -99,6 +101,7 @@ def stage_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]]) -> Nodes
         rows=[rows] * len(steps),
         tails=[np.array([[h * (0.0 if e is None else e[i]) for i in used]]) for _, h in steps],
         spectral=False,
+        last_used=[bool(rows[:, -1].any())] * len(steps),
     )
 
 
@@ -131,7 +134,7 @@ def gauss_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]], noisy: b
             t, h = steps[k]
             mine = here[owner == j]
             rows.append(dense_rows(tableau, (mine - t) / h))
-    return Nodes(times, weights, rows, tails, spectral=True)
+    return Nodes(times, weights, rows, tails, spectral=True, last_used=[bool(each[:, -1].any()) for each in rows])
 
 
 def panels(lengths: Sequence[float]) -> list[np.ndarray]:

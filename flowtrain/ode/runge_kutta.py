@@ -6,13 +6,16 @@ the velocity in the stages, but not evaluations of the integrand.
 """
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from flowtrain.ode.captured_solve import Capturable, PlannedSteps
 from flowtrain.ode.discrete_adjoint import AcceptedStep, AcceptedSteps, differentiable
 from flowtrain.ode.exported_steps import take_steps
 from flowtrain.ode.quadrature import Nodes, gauss_nodes, has_dense_output, stage_nodes
@@ -32,6 +35,7 @@ from flowtrain.ode.tape import (
 )
 from flowtrain.utils.arguments import one_of
 from flowtrain.utils.autograd import plain_max, plain_values, transforms_active
+from flowtrain.utils.cuda_graphs import CapturedCall, GraphMemory
 from flowtrain.utils.errors import ConfigError
 
 # the number of elements of x in a batch of nodes. With gradient=replay, the integrand is evaluated in such batches
@@ -67,6 +71,14 @@ class RungeKutta(Solver):
             raise ConfigError(
                 f"solver.gradient=adjoint: RungeKutta({method!r}) has only the gradients direct and replay"
             )
+        wrong = {
+            f"solver={method} has fixed steps: use an adaptive method such as dopri5": not self.adaptive,
+            "solver.gradient=replay does not keep the stages: use solver.gradient=direct": self.gradient == "replay",
+            "solver.control=all needs the integrals of each step: use solver.control=state": self.control == "all",
+        }
+        if self.cuda_graphs and any(wrong.values()):
+            reasons = "; ".join(reason for reason, applies in wrong.items() if applies)
+            raise ConfigError(f"solver.cuda_graphs=true: a graph is a solve with planned steps, but {reasons}")
 
     def replays(self, x: Tensor) -> bool:
         """Whether the backward pass of a solve from x (B, *event) recomputes the stages instead of keeping them."""
@@ -86,10 +98,82 @@ class RungeKutta(Solver):
             return functional_run.solution()
         if self.adaptive and problem.rows is not None:
             return solve_rows(self, self.tableau, problem, statistics, self.replays(problem.x))
+        if self.cuda_graphs and problem.capturable is not None and torch.is_grad_enabled():
+            found = self._solve_captured(problem, problem.capturable, statistics)
+            if found is not None:
+                return found
         run = _Run(self, problem, statistics, torch.is_grad_enabled())
         with torch.no_grad():
             run.advance()
         return replace(run.solution(), steps=run.next_plan)
+
+    def _solve_captured(self, problem: Problem, capturable: Capturable, statistics: Statistics) -> Solution | None:
+        """Returns the solution from a CUDA graph, or None if there is no graph or a planned step is rejected.
+
+        A rejected solve is not counted in `statistics`, because it is repeated.
+        """
+        plan = problem.step_plan.plan(problem.t0, problem.t1) if problem.step_plan is not None else []
+        parameters, same = problem.parameters, self.tableau.first_same_as_last
+        nfe = 1 + len(plan) * (len(self.tableau.b) - 1) if same else len(plan) * len(self.tableau.b)
+        trained = any(y.requires_grad for y in (problem.x, *parameters))
+        fixed = any(y.requires_grad for y in capturable.inputs[1:]) or self.control == "all" or self.replays(problem.x)
+        if not plan or not trained or fixed or problem.recorder is None or nfe > self.max_nfe:
+            return None
+        planned = self._planned(problem, plan)
+        inputs = (planned.packed(problem.x), *capturable.inputs)
+        key = self._graph_key(planned, inputs, problem, capturable)
+
+        def make(memory: GraphMemory) -> CapturedCall:
+            weights = Weights(self.tableau, problem.x)
+
+            def solve(inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+                def run(problem: Problem) -> tuple[list[Tensor], list[Tensor]]:
+                    return _PlannedRun(self, problem, planned.on_device(inputs[0]), weights).results()
+
+                found: tuple[list[Tensor], list[Tensor]] = capturable.call(inputs[1:], parameters, run)
+                return found
+
+            on_device = inputs[0].to(problem.x.device)
+            return CapturedCall(solve, (on_device, *inputs[1:]), parameters, memory)
+
+        call = capturable.graphs.find(key, problem.x.device, make)
+        if call is None:
+            return None
+        (x1, integrals), (error, ratios) = call(inputs, parameters)
+        # the only synchronization with the device
+        values = ratios.tolist()
+        if not all(ratio <= 1 for ratio in values):
+            return None
+        statistics.nfe_forward += nfe
+        statistics.accepted += len(plan)
+        h = planned.h.tolist()
+        steps = [(abs(a), abs(a * step_factor(ratio, self.tableau.order))) for a, ratio in zip(h, values, strict=True)]
+        return Solution(x1, integrals, error, statistics, StepPlan(tuple(steps)))
+
+    def _planned(self, problem: Problem, plan: list[float]) -> PlannedSteps:
+        starts = [problem.t0, *plan[:-1]]
+        steps = [(t, end - t) for t, end in zip(starts, plan, strict=True)]
+        return PlannedSteps(
+            tolerance=np.array([self.atol, self.rtol]),
+            h=np.array([h for _, h in steps]),
+            times=np.array([[t + c * h for c in self.tableau.c] for t, h in steps]),
+            nodes=_quadrature(self, steps, problem.noisy),
+        )
+
+    def _graph_key(
+        self, planned: PlannedSteps, inputs: Sequence[Tensor], problem: Problem, capturable: Capturable
+    ) -> Hashable:
+        """Returns everything that a graph of this solve cannot change."""
+        return (
+            planned.structure,
+            self.method,
+            self.tableau,
+            problem.noisy,
+            problem.n_integrals,
+            capturable.key,
+            tuple((y.shape, y.dtype, y.device, y.requires_grad) for y in inputs),
+            tuple((p.data_ptr(), p.shape, p.dtype, p.device, p.requires_grad) for p in problem.parameters),
+        )
 
 
 @dataclass
@@ -104,7 +188,7 @@ class TriedStep:
         integral, error: with solver.control=all, the path integrals over the step and their error, (B, Q).
     """
 
-    h: float
+    h: float | Tensor
     slopes: Tensor
     stages: list[Stage]
     points: list[Tensor]
@@ -126,30 +210,39 @@ class _Run:
 
     compute_stages = staticmethod(compute_stages)
 
-    def __init__(self, solver: RungeKutta, problem: Problem, statistics: Statistics, graph: bool) -> None:
+    def __init__(
+        self,
+        solver: RungeKutta,
+        problem: Problem,
+        statistics: Statistics,
+        graph: bool,
+        weights: Weights | None = None,
+    ) -> None:
         self.solver, self.problem, self.statistics, self.graph = solver, problem, statistics, graph
+        self.atol: float | Tensor = solver.atol
+        self.rtol: float | Tensor = solver.rtol
         self.tableau: Tableau = solver.tableau
         self.recorder = problem.recorder or AutogradRecorder(problem.velocity, problem.parameters)
         self.replay = solver.replays(problem.x)
         self.t, self.x = problem.t0, problem.x.detach()
         self.first: tuple[Tensor, Stage | None] | None = None
         # the stages of the planned steps that have not been attempted
-        self.planned: list[list[Stage]] = []
+        self.recorded: list[list[Stage]] = []
         self.steps: list[AcceptedStep] = []
         self.integrand = problem.integrand
         # with control=all the error of the integrals is part of the step control
         self.controls_all = self.integrand is not None and solver.control == "all" and solver.adaptive
-        self.nodes_are_stages = solver.control == "all" or not solver.adaptive or not has_dense_output(self.tableau)
+        self.nodes_are_stages = _uses_stages(solver)
         # without a gradient the integrals are summed step by step, and no nodes are kept
         self.sums_integrals = self.integrand is not None and self.nodes_are_stages and not graph
         self.total: Tensor | None = None
         self.error: Tensor | None = None
-        self.weights = Weights(self.tableau, self.x)
+        self.weights = weights or Weights(self.tableau, self.x)
         self.next_plan: StepPlan | None = None
 
-    def velocity(self, stage: Stage, t: float, h: float, x: Tensor) -> Tensor:
+    def velocity(self, stage: Stage, t: float, h: float | Tensor, x: Tensor) -> Tensor:
         if self.statistics.nfe_forward >= self.solver.max_nfe:
-            raise self.solver.exhausted(t, h)
+            raise self.solver.exhausted(t, float(h))
         self.statistics.nfe_forward += 1
         v = stage.velocity(x)
         if v.shape != x.shape:
@@ -166,42 +259,47 @@ class _Run:
         else:
             self.fixed()
 
-    def record(self, times: list[float], keep: bool) -> list[Stage]:
+    def record(self, times: Sequence[float] | Tensor, keep: bool) -> list[Stage]:
         return record(self.recorder, times, self.x, keep)
+
+    def stage_times(self, h: Any) -> Any:
+        """Returns the times of the stages of a step of size h from the current state."""
+        return [self.t + c * h for c in self.tableau.c]
 
     def record_plan(self, ends: list[float]) -> None:
         """Records the stages of steps to the given ends on one tape, because a tape has an overhead."""
         # in a replay, the tapes of the steps are needed one after another
         if self.replay or not ends:
             return
-        # the number of stages that a step shares with the next step
+        starts = [self.t, *ends[:-1]]
+        times = [[t + c * (end - t) for c in self.tableau.c] for t, end in zip(starts, ends, strict=True)]
         shared = int(self.tableau.first_same_as_last)
-        times, t = [], self.t
-        for i, end in enumerate(ends):
-            times += [t + c * (end - t) for c in self.tableau.c[shared if i else 0 :]]
-            t = end
-        stages = self.record(times, keep=self.graph)
-        n = len(self.tableau.c) - shared
-        self.planned = [stages[i * n : (i + 1) * n + shared] for i in range(len(ends))]
+        self.record_steps([*times[0][:shared], *(t for of_step in times for t in of_step[shared:])])
 
-    def attempt(self, h: float) -> TriedStep:
+    def record_steps(self, times: Sequence[float] | Tensor) -> None:
+        """Records the stages of several steps on one tape. A stage that two steps share has one time."""
+        shared = int(self.tableau.first_same_as_last)
+        stages, n = self.record(times, keep=self.graph), len(self.tableau.c) - shared
+        self.recorded = [stages[i : i + n + shared] for i in range(0, len(times) - shared, n)]
+
+    def attempt(self, h: float | Tensor) -> TriedStep:
         """Computes a step of size h from the current state, without accepting it."""
-        tableau, t, x = self.tableau, self.t, self.x
+        tableau, x, times = self.tableau, self.x, self.stage_times(h)
         if self.replay and self.steps:
             # a replay keeps the stages of only one step for the backward pass
             self.steps[-1].stages = None
-        planned = self.planned.pop(0) if self.planned else None
-        if self.first is None and planned is not None:
-            self.first = self.velocity(planned[0], t, h, x), planned[0]
+        recorded = self.recorded.pop(0) if self.recorded else None
+        if self.first is None and recorded is not None:
+            self.first = self.velocity(recorded[0], times[0], h, x), recorded[0]
         if self.first is None:
             # this stage has a separate tape, because it is used again after a rejected attempt
-            first = self.record([t], keep=self.graph)[0]
-            self.first = self.velocity(first, t, h, x), first
-        stages = planned or self.record([t + c * h for c in tableau.c], keep=self.graph)
+            first = self.record(times[:1], keep=self.graph)[0]
+            self.first = self.velocity(first, times[0], h, x), first
+        stages = recorded or self.record(times, keep=self.graph)
         stages[0] = self.first[1] or stages[0]
 
         def velocity(i: int, x: Tensor) -> Tensor:
-            return self.velocity(stages[i], t + tableau.c[i] * h, h, x)
+            return self.velocity(stages[i], times[i], h, x)
 
         points, slopes = self.compute_stages(x, h, self.weights, self.first[0], velocity)
         x1 = points[-1] if tableau.first_same_as_last else x + weighted_sum(h * self.weights.b, slopes)
@@ -271,7 +369,7 @@ class _Run:
                 if non_finite_tries > NON_FINITE_RETRIES:
                     raise self.solver.non_finite(self.t, h)
                 # the steps of the last solve do not suit this solve
-                plan, self.planned = [], []
+                plan, self.recorded = [], []
             h = next_h
         if self.graph:
             # solves without gradients, such as the accurate solves of the solver guard, must not change the plan
@@ -308,23 +406,26 @@ class _Run:
 
     def error_ratio(self, tried: TriedStep) -> float:
         """Returns the ratio of the error to the tolerance, with a single synchronization with the device."""
-        solver = self.solver
+        return plain_max(self.ratio(tried))
+
+    def ratio(self, tried: TriedStep) -> Tensor:
+        """Returns the ratio of the error to the tolerance, a scalar."""
         error = weighted_sum(tried.h * self.weights.e, tried.slopes)
-        scale = solver.atol + solver.rtol * torch.maximum(self.x.abs(), tried.x1.abs())
+        scale = self.atol + self.rtol * torch.maximum(self.x.abs(), tried.x1.abs())
         ratio = rms(error / scale)
         if self.controls_all:
             tried.integral, tried.error = self.integrals_of(tried)
             total = tried.integral if self.total is None else self.total + tried.integral
-            ratio = torch.maximum(ratio, rms(tried.error / (solver.atol + solver.rtol * total.abs())))
-        return plain_max(ratio)
+            ratio = torch.maximum(ratio, rms(tried.error / (self.atol + self.rtol * total.abs())))
+        return ratio
 
     def integrals_of(self, tried: TriedStep) -> tuple[Tensor, Tensor]:
         """Returns the integrals over one step, with the stages as nodes, and their error, each (B, Q)."""
-        nodes = stage_nodes(self.tableau, [(self.t, tried.h)])
+        nodes = stage_nodes(self.tableau, [(self.t, float(tried.h))])
         q = self.integrand_at(nodes.times, torch.stack([tried.points[i] for i in self.tableau.used]))
         return nodes.integrate(q), nodes.error(q.detach())
 
-    def integrand_at(self, times: list[float], points: Tensor) -> Tensor:
+    def integrand_at(self, times: Sequence[float] | Tensor, points: Tensor) -> Tensor:
         """Returns q at every node, (nodes, B, Q). A replay calls the integrand for a few nodes at a time."""
         assert self.integrand is not None
         integrand = self.integrand
@@ -346,10 +447,7 @@ class _Run:
         return torch.cat([*again, *(q(t, x) for t, x in parts[len(replayed) :])])
 
     def nodes(self) -> Nodes:
-        steps = [(s.t, s.h) for s in self.steps]
-        if self.nodes_are_stages:
-            return stage_nodes(self.tableau, steps)
-        return gauss_nodes(self.tableau, steps, self.problem.noisy)
+        return _quadrature(self.solver, [(s.t, float(s.h)) for s in self.steps], self.problem.noisy)
 
     def solution(self) -> Solution:
         if not self.graph and (self.integrand is None or self.sums_integrals):
@@ -390,6 +488,51 @@ class _FunctionalRun(_Run):
         ]
         q = self.integrand_at(nodes.times, torch.cat(points))
         return Solution(self.x, nodes.integrate(q), nodes.error(q.detach()), self.statistics)
+
+
+class _PlannedRun(_Run):
+    """A solve with given steps, whose times, step sizes and tolerance are tensors. It never reads their values."""
+
+    def __init__(self, solver: RungeKutta, problem: Problem, planned: PlannedSteps, weights: Weights) -> None:
+        super().__init__(solver, problem, Statistics(), graph=True, weights=weights)
+        self.planned = planned
+        self.atol, self.rtol = planned.tolerance.unbind()
+
+    def stage_times(self, h: Any) -> Tensor:
+        times: Tensor = self.planned.times[len(self.steps)]
+        return times
+
+    def nodes(self) -> Nodes:
+        return self.planned.nodes
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        self.ratios = []
+        times, shared = self.planned.times, int(self.tableau.first_same_as_last)
+        self.record_steps(torch.cat([times[0, :shared], times[:, shared:].flatten()]))
+        for h in self.planned.h.unbind():
+            tried = self.attempt(h)
+            self.ratios.append(self.ratio(tried))
+            self.accept(tried, self.t)
+
+    def results(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns x1 and the integrals, and without gradient the error of the integrals and the ratios (n,)."""
+        self.advance()
+        found = self.solution()
+        assert found.integrals is not None
+        assert found.integral_error is not None
+        return [found.x, found.integrals], [found.integral_error, torch.stack(self.ratios)]
+
+
+def _uses_stages(solver: RungeKutta) -> bool:
+    """Whether the nodes of the path integrals are the stages."""
+    return solver.control == "all" or not solver.adaptive or not has_dense_output(solver.tableau)
+
+
+def _quadrature(solver: RungeKutta, steps: list[tuple[float, float]], noisy: bool) -> Nodes:
+    if _uses_stages(solver):
+        return stage_nodes(solver.tableau, steps)
+    return gauss_nodes(solver.tableau, steps, noisy)
 
 
 def rms(x: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from flowtrain.ode.captured_solve import Capturable
 from flowtrain.ode.step_control import StepPlan
 from flowtrain.ode.tape import Recorder, Velocity
-from flowtrain.utils.arguments import number, one_of, whole
+from flowtrain.utils.arguments import flag, number, one_of, whole
 from flowtrain.utils.errors import ConfigError, SolverError
 from flowtrain.utils.precision import full_precision
 
@@ -33,6 +34,7 @@ SETTINGS = (
     "train_rtol",
     "warmup",
     "warmup_rtol",
+    "cuda_graphs",
 )
 GRADIENTS = ("auto", "direct", "replay", "adjoint")
 
@@ -83,6 +85,8 @@ class Problem:
             separate step control for each row, see row_control.py. None: the rows share the steps.
         unsolved: a mapping to which the error of each row that cannot be solved is added, by its position. The solution
             of such a row is NaN. Only solves that do not share steps use it. None: the solve raises the SolverError.
+        capturable: how the problem is solved again for other tensors, so that a graph of the solve can be captured.
+            None: no graph is used.
     """
 
     velocity: Velocity
@@ -97,6 +101,7 @@ class Problem:
     step_plan: StepPlan | None = None
     rows: "Callable[[Tensor], Problem] | None" = None
     unsolved: dict[int, SolverError] | None = None
+    capturable: Capturable | None = None
 
     def has_duration(self) -> bool:
         """Whether t0 and t1 differ in the dtype of the state. torchdiffeq keeps the time in this dtype."""
@@ -216,6 +221,7 @@ class Solver(ABC):
         warmup: number of training steps over which the tolerance is tightened geometrically from `warmup_rtol` to
             train_rtol. None: the trainer chooses it.
         warmup_rtol: relative tolerance at the start of the warm-up. atol is multiplied by the same ratio.
+        cuda_graphs: whether training solves with planned steps are captured in CUDA graphs, see captured_solve.py.
 
     Raises:
         ConfigError: a setting out of range, or a fixed-step method without a step size.
@@ -245,6 +251,7 @@ class Solver(ABC):
         train_rtol: float | None = None,
         warmup: int | None = None,
         warmup_rtol: float = 1e-3,
+        cuda_graphs: bool = False,
     ) -> None:
         self.method = method
         self.adaptive = adaptive
@@ -263,6 +270,7 @@ class Solver(ABC):
         self.train_rtol = max(self.rtol, number("solver.train_rtol", self.rtol if train_rtol is None else train_rtol))
         self.warmup = None if warmup is None and adaptive else whole("solver.warmup", warmup or 0, least=0)
         self.warmup_rtol = number("solver.warmup_rtol", warmup_rtol)
+        self.cuda_graphs = flag("solver.cuda_graphs", cuda_graphs)
         if not adaptive and self.step_size is None:
             raise ConfigError(
                 f"solver={method} uses fixed steps and needs a step size: set solver.step_size, "

@@ -167,19 +167,24 @@ class Weights:
         self.a, self.b, self.e = matrix[:n], matrix[n], matrix[n + 1]
 
 
-def on_device(values: Sequence[object] | np.ndarray, like: Tensor) -> Tensor:
-    """Copies numbers from the host to the device and dtype of `like`, without waiting for the device."""
+def on_device(values: Sequence[object] | np.ndarray | Tensor, like: Tensor) -> Tensor:
+    """Copies numbers from the host to the device and dtype of `like`, without waiting for the device.
+
+    Tensors are returned as they are.
+    """
+    if isinstance(values, Tensor):
+        return values
     return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
-def record(recorder: Recorder, times: Sequence[float], like: Tensor, keep: bool) -> list[Stage]:
+def record(recorder: Recorder, times: Sequence[float] | Tensor, like: Tensor, keep: bool) -> list[Stage]:
     """Returns stages at `times`, all on one tape."""
     tape = recorder.record(on_device(times, like), keep)
     return [Stage(tape, i) for i in range(len(times))]
 
 
 def compute_stages(
-    x: Tensor, h: float, weights: Weights, first: Tensor, velocity: Callable[[int, Tensor], Tensor]
+    x: Tensor, h: float | Tensor, weights: Weights, first: Tensor, velocity: Callable[[int, Tensor], Tensor]
 ) -> tuple[list[Tensor], Tensor]:
     """Computes the points x_i = x + h sum_(j<i) a_ij k_j and the slopes k_i = velocity(i, x_i), (stages, B, *event).
 
@@ -198,7 +203,7 @@ def compute_stages(
 
 
 def compute_stages_functional(
-    x: Tensor, h: float, weights: Weights, first: Tensor, velocity: Callable[[int, Tensor], Tensor]
+    x: Tensor, h: float | Tensor, weights: Weights, first: Tensor, velocity: Callable[[int, Tensor], Tensor]
 ) -> tuple[list[Tensor], Tensor]:
     """Computes the same as `compute_stages` without in-place writes, which autograd and vmap do not allow."""
     points, slopes = [x], [first]

@@ -121,6 +121,11 @@ class Torchdiffeq(Solver):
                 f"solver.gradient=replay: solver={method} has only direct and adjoint; replay needs one of the solvers "
                 f"{', '.join(TABLEAUS)}"
             )
+        if settings.get("cuda_graphs"):
+            raise ConfigError(
+                f"solver.cuda_graphs=true: solver={method} with gradient={settings.get('gradient', 'auto')} runs on "
+                "torchdiffeq, which chooses its steps during the solve; use solver=dopri5 with solver.gradient=direct"
+            )
         adaptive = issubclass(METHODS[method], RKAdaptiveStepsizeODESolver) or method == "scipy_solver"
         super().__init__(method, adaptive=adaptive, **settings)
         if method == "fehlberg2":

@@ -67,6 +67,10 @@ class Adam(torch.optim.Adam):
             maximize=False,
         )
 
+    def moments_of(self, parameter: Tensor) -> tuple[str, ...]:
+        """Returns the names of the averages of a parameter in the state, which have the shape of the parameter."""
+        return "exp_avg", "exp_avg_sq"
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Sets all gradients to None."""
         for p in self.param_groups[0]["params"]:

@@ -9,6 +9,7 @@ from flowtrain.bases import Base
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.scale import Standardize
 from flowtrain.flow import Flow
+from flowtrain.nn.velocity_field import Field
 from flowtrain.objectives.base import Objective
 from flowtrain.training.batches import Batches
 from flowtrain.training.settings import Settings
@@ -37,6 +38,31 @@ def check_trainable(flow: Flow, settings: Settings) -> None:
             f"trainer.precision={settings.precision}: ODEs are solved in float32, because in a lower precision the "
             "error control would measure rounding errors; set it to float32 for a continuous flow"
         )
+
+
+def check_cuda_graphs(objective: Objective, flow: Flow, settings: Settings) -> None:
+    """Checks that solver.cuda_graphs can be used, if it is set. The solver checks its own settings.
+
+    Raises:
+        ConfigError: an objective or a field whose training solves cannot be captured.
+    """
+    if not any(block.solver.cuda_graphs for block in flow.ode_blocks):
+        return
+    if objective.likelihood_from is None:
+        reason = "this objective solves no ODE in training; use objective=likelihood or objective=hybrid"
+    elif objective.uses_target:
+        reason = "an objective for a target solves two ODEs before each backward pass; use data instead of a target"
+    elif settings.compile:
+        reason = "trainer.compile=true captures graphs too; set it to false"
+    elif len(flow.event_shape) > 1:
+        reason = (
+            "the solves of images recompute their stages (solver.gradient=auto); graphs need samples that are vectors"
+        )
+    elif any(not isinstance(block.field, Field) or block.field.recorder() is None for block in flow.ode_blocks):
+        reason = "a velocity field has no hand-written derivatives; use a field of flowtrain.nn"
+    else:
+        return
+    raise ConfigError(f"solver.cuda_graphs=true: {reason}, or set solver.cuda_graphs=false")
 
 
 def initialize(flow: Flow, batches: Batches, time_budget: TimeBudget | None = None) -> None:

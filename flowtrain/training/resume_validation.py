@@ -99,11 +99,16 @@ def _is_ema(ema: Any, flow: Flow) -> bool:
     )
 
 
-def moments(saved: Any, parameters: Sequence[nn.Parameter]) -> dict[int, dict[str, Tensor]]:
-    """Returns the checked state of Adam or AdamW by the index of the parameter: `step`, `exp_avg` and `exp_avg_sq`.
+def moments(
+    saved: Any, parameters: Sequence[nn.Parameter], names_of: Callable[[Tensor], Sequence[str]]
+) -> dict[int, dict[str, Tensor]]:
+    """Returns the checked state of the optimizer by the index of the parameter: `step` and the averages of gradients.
 
-    The two averages must have the shape of the parameter. The optimizer does not check this, and its fused kernel would
+    The averages must have the shape of the parameter. The optimizer does not check this, and its fused kernel would
     write past the end of a tensor that is too short.
+
+    Args:
+        names_of: returns the names of the averages of a parameter, see `Adam.moments_of`.
 
     Raises:
         CheckpointError: the state does not fit the parameters.
@@ -111,9 +116,11 @@ def moments(saved: Any, parameters: Sequence[nn.Parameter]) -> dict[int, dict[st
     state = saved.get("state") if isinstance(saved, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError("the checkpoint is damaged: it has no valid optimizer state")
+    found = {}
     for i, entry in state.items():
         known = type(i) is int and 0 <= i < len(parameters) and isinstance(entry, dict)
-        if not known or not all(_fits(entry.get(name), parameters[i]) for name in ("exp_avg", "exp_avg_sq")):
+        names = names_of(parameters[i]) if known else ()
+        if not known or not all(_fits(entry.get(name), parameters[i]) for name in names):
             raise CheckpointError(
                 f"the checkpoint's optimizer state does not fit parameter {i}: the checkpoint is damaged, or the run "
                 "had another trainer.optimizer"
@@ -121,7 +128,8 @@ def moments(saved: Any, parameters: Sequence[nn.Parameter]) -> dict[int, dict[st
         step = entry.get("step")
         if not isinstance(step, Tensor) or step.shape != () or not bool(torch.isfinite(step)):
             raise CheckpointError(f"the checkpoint is damaged: the optimizer state of parameter {i} has no valid step")
-    return {i: {name: entry[name] for name in ("step", "exp_avg", "exp_avg_sq")} for i, entry in state.items()}
+        found[i] = {name: entry[name] for name in ("step", *names)}
+    return found
 
 
 def _fits(value: Any, parameter: Tensor) -> bool:

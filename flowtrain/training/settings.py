@@ -8,7 +8,7 @@ from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.precision import PRECISIONS
 
 CHOICES = {
-    "optimizer": ("adam", "adamw"),
+    "optimizer": ("adam", "adamw", "muon"),
     "lr_decay": ("cosine", "plateau", "constant"),
     "precision": PRECISIONS,
     "on_nonfinite": POLICIES,

@@ -15,6 +15,7 @@ from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.training.adam import Adam
 from flowtrain.training.batches import Batch
 from flowtrain.training.ema import Ema
+from flowtrain.training.muon import Muon
 from flowtrain.training.resume_validation import moments
 from flowtrain.training.schedules import LearningRate, ScheduleClock
 from flowtrain.training.settings import Settings
@@ -42,8 +43,11 @@ class TrainState:
 
     def __init__(self, objective: Objective, flow: Flow, settings: Settings, schedule_clock: ScheduleClock) -> None:
         self.objective, self.flow, self.settings, self.schedule_clock = objective, flow, settings, schedule_clock
-        decoupled = settings.optimizer == "adamw"
-        self.optimizer = Adam(list(flow.parameters()), settings.lr, settings.weight_decay, decoupled)
+        parameters = list(flow.parameters())
+        if settings.optimizer == "muon":
+            self.optimizer: Adam = Muon(parameters, settings.lr, settings.weight_decay)
+        else:
+            self.optimizer = Adam(parameters, settings.lr, settings.weight_decay, settings.optimizer == "adamw")
         self.solves_from = objective.likelihood_from
         self.lr = LearningRate(settings, self.solves_from or 0)
         self.tied = flow.solver is not None and flow.solver.warmup is None and settings.lr_decay == "plateau"
@@ -98,6 +102,8 @@ class TrainState:
         A forward pass in training mode updates them before the loss is known to be finite. Without batch norms, both
         calls do nothing.
         """
+        if not self.running:
+            return _nothing
         kept = [buffer.clone() for buffer in self.running]
 
         @torch.no_grad()
@@ -199,7 +205,7 @@ class TrainState:
     def load_moments(self, saved: Mapping[str, Any]) -> None:
         """Restores the moments of the optimizer from a checkpoint, but not its settings, which a resume may change."""
         groups = self.optimizer.state_dict()["param_groups"]
-        state = moments(saved["optimizer"], list(self.flow.parameters()))
+        state = moments(saved["optimizer"], list(self.flow.parameters()), self.optimizer.moments_of)
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def load(self, saved: Mapping[str, Any]) -> None:
@@ -211,3 +217,7 @@ class TrainState:
             self.guard.load(saved["guard"])
         if saved.get("objective") is not None:
             self.objective.load(saved["objective"])
+
+
+def _nothing() -> None:
+    """Restores nothing."""

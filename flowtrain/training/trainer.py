@@ -82,6 +82,7 @@ class Trainer:
                 initialization.initialize(flow, batches, time_budget)
         ranks.broadcast(flow.state_dict().values())
         self.progress, self.failure_policy = Progress(), FailurePolicy(settings.on_nonfinite, settings.max_rewinds)
+        initialization.check_cuda_graphs(objective, flow, settings)
         self.objective = objective
         self.schedule_clock = ScheduleClock(self.progress, settings.steps, objective.likelihood_from or 0)
         # the first optimizer of a process makes torch import its compiler, which takes seconds

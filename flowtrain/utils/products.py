@@ -10,9 +10,13 @@ from torch import Tensor
 LARGE = 1_500_000
 
 
+def has_onednn() -> bool:
+    """Whether the linear layer of oneDNN is available and switched on, and the CPU has AVX-512."""
+    return bool(torch.backends.mkldnn.enabled) and _is_there()
+
+
 @cache
-def _has_onednn() -> bool:
-    """Whether the linear layer of oneDNN is available and the CPU has AVX-512."""
+def _is_there() -> bool:
     there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not there or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
@@ -27,8 +31,7 @@ def _uses_onednn(a: Tensor, b: Tensor) -> bool:
         a.shape[0] * a.shape[1] * b.shape[0] >= LARGE
         and a.dtype == torch.float32
         and a.device.type == "cpu"
-        and bool(torch.backends.mkldnn.enabled)
-        and _has_onednn()
+        and has_onednn()
     )
 
 

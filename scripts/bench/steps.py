@@ -124,6 +124,9 @@ def flowtrain_step(problem: Problem, **settings: Any) -> Contestant:
             found = gradient(loss, problem)
         return Step(loss.item(), found, solves[0].nfe_forward, solves[0].nfe_backward)
 
+    # a graph is captured when the structure of its solve occurs for the second time
+    for _ in range(2 if solver.cuda_graphs else 0):
+        step()
     return step
 
 

@@ -27,13 +27,15 @@ from typing import Any
 from common import keep_freed_memory, machine, progress, table, use_threads
 
 ROOT = Path(__file__).resolve().parents[2]
+# the settings of FFJORD before its default was Muon
+ADAM = {"trainer.optimizer": "adam", "trainer.lr": 0.015, "trainer.batch_size": 512}
 # settings, steps before the first turn, steps of a turn
 CASES: dict[str, tuple[dict[str, Any], int, int]] = {
     "realnvp": ({"model": "realnvp", "data": "gas"}, 20, 20),
     "nsf": ({"model": "nsf", "data": "gas"}, 20, 10),
     "maf": ({"model": "maf", "data": "gas"}, 10, 10),
     "flow_matching": ({"data": "moons", "objective": "flow_matching"}, 50, 100),
-    "ffjord": ({"data": "moons"}, 300, 10),
+    "ffjord": ({"data": "moons", **ADAM}, 300, 10),
     "glow": ({"model": "glow", "data": "mnist"}, 3, 2),
     "realnvp moons": ({"model": "realnvp", "data": "moons"}, 50, 30),
 }

@@ -344,7 +344,7 @@ def test_full_help_explains_the_recipe_that_applies(run: Run) -> None:
         out = help_of(run, *arguments, "all")
         first_screen = " ".join(" ".join(out.splitlines()[:24]).split())
         assert named in first_screen
-        assert ("model.field=time_embedding" in first_screen) == (named == "ffjord_rings")
+        assert ("solver.warmup=0" in first_screen) == (named == "ffjord_rings")
 
 
 def test_the_suggestions_of_a_topic_are_shown_once_and_near(run: Run) -> None:

@@ -133,9 +133,9 @@ def test_recipe_values_are_read_as_hydra_reads_them(tmp_path: Path, monkeypatch:
     text = "# @package _global_\ndefaults:\n  - ffjord_rings\ntrainer:\n  lr: 1e-3\n  weight_decay: ${trainer.lr}\n"
     (tmp_path / "conf/recipe/mine.yaml").write_text(text)
     monkeypatch.setattr("sys.argv", ["flowtrain", "--config-dir", str(tmp_path / "conf")])
-    config = {"trainer": {"lr": 0.001, "weight_decay": 0.001}, "model": {"field": "time_embedding"}}
+    config = {"trainer": {"lr": 0.001, "weight_decay": 0.001}, "solver": {"warmup": 0}}
     assert set(applied_recipes({"recipe": "mine"}, config, config_dirs())["mine"]) == {
         "trainer.lr",
         "trainer.weight_decay",
-        "model.field",
+        "solver.warmup",
     }

@@ -49,8 +49,8 @@ def test_invalid_key_error_names_the_nearest_key(settings: dict[str, object], na
 def test_recipes_list_the_keys_that_they_set() -> None:
     found = compose({"model": "ffjord", "data": "rings", "trainer.lr": 0.5})
     assert set(found.recipes["ffjord_rings"]) == {
-        "model.field",
         "solver.train_rtol",
         "solver.warmup",
+        "trainer.batch_size",
         "trainer.steps",
     }

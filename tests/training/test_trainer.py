@@ -21,15 +21,16 @@ pytestmark = pytest.mark.usefixtures("float32")
 
 # with lr=1 each validation is worse than the validation before, so the plateau schedule has state to restore
 PLATEAU = ["trainer.lr_decay=plateau", "trainer.lr_plateau_patience=1", "trainer.lr=1.0", "trainer.val_every=2"]
+HYBRID = ["objective=hybrid", "objective.matching=5", "solver.rtol=1e-3"]
 
 RUNS = [
     ["model=realnvp", "model.layers=2", "model.hidden=[8]", "model.mixing=permutation", "trainer.ema=0.9"],
-    ["model=ffjord", "model.hidden=[8]", "model.trace=hutchinson", "solver.warmup=6", "solver.rtol=1e-3"],
+    ["model=ffjord", "model.hidden=[8,8]", "model.trace=hutchinson", "solver.warmup=6", "solver.rtol=1e-3"],
     ["model=affine", "trainer.optimizer=adamw", "trainer.ema=null", *PLATEAU],
     ["model=glow", "model.steps=2", "model.hidden=[8]", "trainer.lr_decay=constant", "trainer.lr_warmup=3"],
     ["model=nsf", "model.layers=2", "model.hidden=[8]", "model.dropout=0.2"],
     ["model=ffjord", "model.hidden=[8]", "objective=flow_matching"],
-    ["model=ffjord", "model.hidden=[8]", "objective=hybrid", "objective.matching=5", "solver.rtol=1e-3"],
+    ["model=ffjord", "model.hidden=[8,8]", "trainer.optimizer=muon", *HYBRID],
     ["model=ffjord", "model.hidden=[8]", "regularizer=rnode", "regularizer.end_time=0.1", "solver.rtol=1e-3"],
 ]
 

@@ -1,0 +1,344 @@
+"""A chain of couplings or autoregressive maps of vectors, whose inverse is one operation of autograd.
+
+A flow of tables consists of many layers of small operations. Recording and replaying them takes longer than computing
+them. Here all linear maps between two layers become one matrix. The matrices of all layers are computed at once, and
+the gradients of all matrices are one product.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._C import _functorch
+
+from flowtrain.bijections.autoregressive import Autoregressive
+from flowtrain.bijections.base import Bijection, Chain, Pass, as_pass
+from flowtrain.bijections.conditioned_gradient import Conditioned
+from flowtrain.bijections.coupling import HalfCoupling, IndexCoupling
+from flowtrain.bijections.linear import InvertibleLinear, Permutation
+from flowtrain.bijections.scale import ActNorm
+from flowtrain.nn.column_networks import Layer, Parts, in_layers, in_turn
+from flowtrain.ode import AS_CONFIGURED, SolveOptions
+from flowtrain.utils.autograd import needs_autograd
+from flowtrain.utils.precision import full_precision
+
+# the most columns of a table for which one matrix is faster than its factors
+MOST_COLUMNS = 32
+LINEAR = (ActNorm, InvertibleLinear, Permutation)
+CONDITIONED = (HalfCoupling, IndexCoupling, Autoregressive)
+
+
+class TableChain(Chain):
+    """A `Chain` of bijections of vectors, whose inverse is faster for chains of the following form.
+
+    The chain consists of couplings of one class, or of autoregressive maps, with ActNorms, invertible linear maps and
+    permutations between them. There is no context and no dropout, and the vectors have at most MOST_COLUMNS elements.
+    Other chains are computed as a `Chain`. The results differ only by rounding.
+
+    Example:
+        >>> from flowtrain.nn.conditioners import MLP
+        >>> chain = TableChain([HalfCoupling(2, False, MLP(1, [8], 2)), ActNorm(2)])
+        >>> chain.inverse(torch.tensor([[1.0, 2.0]]))[0].tolist()  # the identity before training
+        [[1.0, 2.0]]
+    """
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return as_pass(partial(TableChain.pass_inverse, self), x, context)
+
+    def pass_inverse(self, x: Tensor, context: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
+        found = self.by_matrices(x) if context is None and x.dim() == 2 else None
+        return super().pass_inverse(x, context, options) if found is None else Pass(*found)
+
+    def map_inverse(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.pass_inverse(x, context).x
+
+    def by_matrices(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Computes `inverse` for vectors x (B, d) with one matrix for each layer, or returns None if it cannot."""
+        if not x.numel() or x.shape[1] > MOST_COLUMNS or needs_autograd(x):
+            return None
+        layers: list[Conditioned] = []
+        parts: list[Tensor | None] = []
+        depths: list[int] = []
+        stages: list[list[Bijection]] = [[]]
+        for bijection in reversed(list(self)):
+            kind = type(bijection)
+            if kind in CONDITIONED and (not layers or kind is type(layers[0])):
+                assert isinstance(bijection, Conditioned)
+                network = bijection.plain_layers(x)
+                if network is None:
+                    return None
+                layers.append(bijection)
+                depths.append(len(network))
+                parts += in_turn(network)
+                stages.append([])
+            elif kind in LINEAR and not (isinstance(bijection, ActNorm) and bijection.shift.dtype != x.dtype):
+                stages[-1].append(bijection)
+            else:
+                return None
+        if not layers:
+            return None
+        with full_precision(x.device):
+            between, log_det = _linear_parts(stages, x)
+            matrices = _matrices(layers, between)
+        kept = [_size_of_a(layer, x.shape[1]) for layer in layers]
+        plan = Plan(layers, depths, kept, torch.is_grad_enabled())
+        z, log_slope = _ToBase.apply(x, plan, *matrices, *parts)  # type: ignore[no-untyped-call]
+        return z, log_slope + log_det
+
+
+class Plan(NamedTuple):
+    """The conditioned layers of a chain from data to base.
+
+    Attributes:
+        layers: the layers.
+        depths: the number of linear layers of each conditioner.
+        kept: the size of part a of each layer.
+        is_differentiated: whether autograd may need the gradient.
+    """
+
+    layers: list[Conditioned]
+    depths: list[int]
+    kept: list[int]
+    is_differentiated: bool
+
+    def networks(self, parts: Parts) -> list[list[Layer]]:
+        """Returns the linear layers of each conditioner, for the parts of all conditioners in turn."""
+        every, found = iter(in_layers(parts)), []
+        for depth in self.depths:
+            found.append([next(every) for _ in range(depth)])
+        return found
+
+
+def _size_of_a(layer: Conditioned, d: int) -> int:
+    """Returns the size of part a of a layer for vectors (d,)."""
+    if isinstance(layer, IndexCoupling):
+        return len(layer.kept)
+    return layer.sizes[int(layer.swap)] if isinstance(layer, HalfCoupling) else d
+
+
+def _linear_parts(stages: Sequence[Sequence[Bijection]], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the linear map of each stage as a matrix of (x, 1), (S, d + 1, d + 1), and the sum of log-determinants.
+
+    Matrices of the same kind are computed together.
+    """
+    d = x.shape[1]
+    identity = torch.eye(d + 1, dtype=x.dtype, device=x.device)
+    pool, log_det = [identity.unsqueeze(0)], x.new_zeros(())
+    place: dict[int, int] = {}
+    for kind in LINEAR:
+        members: list[Any] = [one for stage in stages for one in stage if type(one) is kind]
+        if not members:
+            continue
+        place.update(zip(map(id, members), count(sum(map(len, pool))), strict=False))
+        if kind is Permutation:
+            backs = torch.cat([v for one in members for v in (one.back, _indices((d,), x.device))])
+            pool.append(identity[backs].view(len(members), d + 1, d + 1))
+            continue
+        found, term = _of_norms(members) if kind is ActNorm else _of_linear(members, identity)
+        pool.append(found)
+        log_det = log_det + term
+    matrices, answer = torch.cat(pool), identity.expand(len(stages), -1, -1)
+    for slot in range(max(map(len, stages))):
+        index = tuple(place[id(stage[slot])] if slot < len(stage) else 0 for stage in stages)
+        chosen = matrices[_indices(index, x.device)]
+        answer = chosen @ answer if slot else chosen
+    return answer, log_det
+
+
+def _of_norms(norms: Sequence[ActNorm]) -> tuple[Tensor, Tensor]:
+    """Returns the matrices of (x - m) exp(-s), and the sum of the log-determinants."""
+    log_scale = torch.stack([norm.log_scale for norm in norms])
+    factor = (-log_scale).exp()
+    shift = (torch.stack([norm.shift for norm in norms]) * factor).neg()
+    scale = F.pad(factor, (0, 1), value=1.0)
+    return scale.diag_embed() + F.pad(shift.unsqueeze(2), (shift.shape[1], 0, 0, 1)), -log_scale.sum()
+
+
+def _of_linear(members: Sequence[InvertibleLinear], identity: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the matrices of `InvertibleLinear`, and the sum of the log-determinants."""
+    names = ("permutation", "sign", "lower", "upper", "log_scale")
+    permutation, sign, lower, upper, log_scale = (torch.stack([getattr(m, name) for m in members]) for name in names)
+    upper = upper.triu(1) + (sign * log_scale.exp()).diag_embed()
+    weight = (permutation + permutation @ lower.tril(-1)) @ upper
+    d = weight.shape[1]
+    return F.pad(weight, (0, 1, 0, 1)) + F.pad(identity[d:, d:], (d, 0, d, 0)), log_scale.sum()
+
+
+@lru_cache(maxsize=64)
+def _indices(index: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(index, device=device)
+
+
+@lru_cache(maxsize=64)
+def _places(
+    shapes: tuple[tuple[int, int] | None, ...], kept: tuple[int, ...], size: int, device: torch.device
+) -> Tensor:
+    """Returns the places of the entries of all W in flattened matrices (L, size, size)."""
+    found = []
+    with torch.inference_mode(False):
+        for i, (shape, n) in enumerate(zip(shapes, kept, strict=True)):
+            if shape is not None:
+                rows, columns = (torch.arange(k, device="cpu") for k in shape)
+                found.append((((i * size + n + rows) * size).unsqueeze(1) + columns).flatten())
+        return torch.cat(found).to(device)
+
+
+def _matrices(layers: Sequence[Conditioned], between: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the matrices of (x, 1) -> (a, b), of (a, z, 1) -> (a, b) for each further layer, and of (a, z, 1) -> z.
+
+    b is the part of the vector that a layer transforms, minus W a. In (a, z, 1), z is the transformed part.
+
+    Args:
+        layers: the L layers from data to base.
+        between: the linear maps before each layer and after the last layer, (L + 1, d + 1, d + 1).
+    """
+    n, d, device = len(layers), between.shape[1] - 1, between.device
+    identity = torch.eye(d + 1, dtype=between.dtype, device=device)
+    # (x, 1) -> (a, b, 1), and (a, z, 1) -> (x, 1)
+    split: Tensor | None = None
+    join: Tensor | None = None
+    size = d + 1
+    if isinstance(layers[0], Autoregressive):
+        # a and b are the whole vector
+        size = 2 * d + 1
+        split = torch.cat([identity[:d], identity]).expand(n, -1, -1)
+        join = F.pad(identity, (d, 0)).expand(n, -1, -1)
+    elif (order := _order(layers, d, device)) is not None:
+        split = identity[order].view(n, d + 1, d + 1)
+        join = split.mT
+    weights = [layer.linear_weight() for layer in layers]
+    into = torch.eye(size, dtype=between.dtype, device=device).expand(n, -1, -1)
+    if any(w is not None for w in weights):
+        shapes: Any = tuple(None if w is None else tuple(w.shape) for w in weights)
+        index = _places(shapes, tuple(_size_of_a(layer, d) for layer in layers), size, device)
+        values = torch.cat([w.flatten() for w in weights if w is not None])
+        into = into.reshape(-1).index_add(0, index, values, alpha=-1).view(n, size, size)
+    into = into[:, :-1] if split is None else into[:, :-1] @ split
+    found, last = into @ between[:-1], between[-1, :-1]
+    if join is None:
+        return found[0], found[1:], last
+    return found[0], found[1:] @ join[:-1], last @ join[-1]
+
+
+def _order(layers: Sequence[Any], d: int, device: torch.device) -> Tensor | None:
+    """Returns the places of (a, b, 1) in (x, 1) for all couplings in turn, or None if they are in order."""
+    if isinstance(layers[0], IndexCoupling):
+        end = _indices((d,), device)
+        return torch.cat([v for layer in layers for v in (layer.kept, layer.changed, end)])
+    if not any(layer.swap for layer in layers):
+        return None
+    order: list[int] = []
+    for layer in layers:
+        first = layer.sizes[0] if layer.swap else 0
+        order += [*range(first, d), *range(first), d]
+    return _indices(tuple(order), device)
+
+
+class _ToBase(torch.autograd.Function):
+    """The layers of a `Plan`: x (B, d) -> (z (B, d), the sum of the log-slopes of all layers (B,))."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, plan: Plan, first: Tensor, further: Tensor, last: Tensor, *parts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        (rows, d), size = x.shape, len(first)
+        start = x.new_ones(d + 1, rows)
+        start[:d] = x.T
+        # (a, z, 1) of each layer
+        states = x.new_ones(len(plan.layers), size + 1, rows)
+        log_slopes: list[Tensor] = []
+        kept: list[Sequence[Tensor]] = []
+        before = start
+        for i, network in enumerate(plan.networks(parts)):
+            layer, y = plan.layers[i], states[i, :size]
+            _product(further[i - 1] if i else first, before, y)
+            b = y[plan.kept[i] :]
+            inputs, tanh = layer.network_inputs(y[: plan.kept[i]])
+            theta, hidden = layer.network.values(inputs, network, [None] * layer.n_drops)
+            z, log_slope, of_transform = layer.transform.columns_to_base(b, theta)
+            b.copy_(z)
+            log_slopes.append(log_slope)
+            if plan.is_differentiated:
+                kept += [(inputs, *(() if tanh is None else (tanh,)), *hidden), of_transform]
+            before = states[i]
+        z = _product(last, before, x.new_empty(d, rows))
+        ctx.plan, ctx.sizes = plan, [len(one) for one in kept]
+        ctx.save_for_backward(x, first, further, last, start, states, *parts, *(v for one in kept for v in one))
+        return z.T, torch.cat(log_slopes).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_log: Tensor) -> tuple[Any, ...]:
+        plan: Plan = ctx.plan
+        x, first, further, last, start, states, *rest = ctx.saved_tensors
+        n_parts = 3 * sum(plan.depths)
+        parts, flat = rest[:n_parts], iter(rest[n_parts:])
+        batched = any(_functorch.is_legacy_batchedtensor(g) for g in (grad, grad_log))
+        if torch.is_grad_enabled() or batched or needs_autograd(x):
+            return _ToBase.by_autograd(ctx, x, first, further, last, parts, grad, grad_log)
+        kept = [[next(flat) for _ in range(size)] for size in ctx.sizes]
+        networks, found = plan.networks(parts), []
+        g_z = grad.T.contiguous()
+        # the gradients of (a, b) of each layer
+        g = torch.empty_like(states[:, :-1])
+        torch.mm(last[:, :-1].T, g_z, out=g[-1])
+        for i in reversed(range(len(networks))):
+            layer, g_y, n = plan.layers[i], g[i], plan.kept[i]
+            of_network, of_transform = kept[2 * i], kept[2 * i + 1]
+            n_inputs = 1 + (layer.input_bound is not None)
+            g_b, g_theta = layer.transform.columns_gradient(of_transform, g_y[n:], grad_log)
+            drops = [None] * layer.n_drops
+            g_a, of_parts = layer.network.gradient(g_theta, of_network[0], of_network[n_inputs:], networks[i], drops)
+            if layer.input_bound is not None:
+                g_a = torch.ops.aten.tanh_backward(g_a, of_network[1])
+            g_y[:n].add_(g_a)
+            g_y[n:].copy_(g_b)
+            found.append(of_parts)
+            if i:
+                torch.mm(further[i - 1, :, :-1].T, g_y, out=g[i - 1])
+        g_x = (first[:, :-1].T @ g[0]).T if ctx.needs_input_grad[0] else None
+        g_further = torch.bmm(g[1:], states[:-1].mT)
+        of_matrices = g[0] @ start.T, g_further, g_z @ states[-1].T
+        return g_x, None, *of_matrices, *(v for one in reversed(found) for v in one)
+
+    @staticmethod
+    def by_autograd(
+        ctx: Any,
+        x: Tensor,
+        first: Tensor,
+        further: Tensor,
+        last: Tensor,
+        parts: Parts,
+        grad: Tensor,
+        grad_log: Tensor,
+    ) -> tuple[Any, ...]:
+        """Computes the gradient by operations that autograd can differentiate and vmap can batch."""
+        plan: Plan = ctx.plan
+        needed = ctx.needs_input_grad
+        with torch.enable_grad():
+            one = torch.ones_like(x[:, :1])
+            before, log_det = torch.cat([x, one], 1), torch.zeros_like(x[:, 0])
+            for i, network in enumerate(plan.networks(parts)):
+                layer = plan.layers[i]
+                y = before @ (further[i - 1] if i else first).T
+                a, b = y[:, : plan.kept[i]], y[:, plan.kept[i] :]
+                theta = layer.network.evaluated(layer.bounded(a), network, [None] * layer.n_drops, nn.ReLU())
+                z, log_slope = layer.transform.to_base(b, theta)
+                before, log_det = torch.cat([a, z, one], 1), log_det + log_slope.sum(1)
+            which = [needed[0], *needed[2:]]
+            wanted: Any = [v for v, n in zip([x, first, further, last, *parts], which, strict=True) if n]
+            given = iter(torch.autograd.grad((before @ last.T, log_det), wanted, [grad, grad_log], create_graph=True))
+        g_x, *others = [next(given) if n else None for n in which]
+        return g_x, None, *others
+
+
+def _product(matrix: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """Computes matrix @ x into `out`. TF32 would add an error to z that the log-determinant does not contain."""
+    if x.is_cpu:
+        return torch.mm(matrix, x, out=out)
+    with full_precision(x.device):
+        return torch.mm(matrix, x, out=out)

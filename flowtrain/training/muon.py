@@ -1,0 +1,111 @@
+"""Muon: Adam whose updates of weight matrices are replaced by orthogonal matrices."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain.training.adam import Adam
+
+# decay of the average of the gradients of a matrix
+MOMENTUM = 0.9
+# the least number of rows and columns of a matrix that gets an orthogonal update
+LEAST_SIDE = 3
+# coefficients and number of the Newton-Schulz iterations x <- a x + b (x x^T) x + c (x x^T)^2 x
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+
+
+class Muon(Adam):
+    """Muon (Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks), and Adam for the rest.
+
+    For a weight matrix W (m, n) with m, n >= LEAST_SIDE and gradient G, with beta = MOMENTUM:
+
+        M <- beta M + (1 - beta) G
+        W <- W - lr sqrt(max(m, n)) orthogonalized(beta M + (1 - beta) G)
+
+    All directions of the update have about the same length, unlike the directions of a gradient, most of which are
+    short. The entries of the update have a root mean square of about lr, as in Adam (Liu et al. 2025, Muon is scalable
+    for LLM training, section 2.2, without the factor 0.2). Vectors, kernels of convolutions and narrow matrices are
+    updated by Adam. The weight decay is decoupled.
+
+    The state of a matrix is `step` and `exp_avg`, which is M.
+
+    Args:
+        parameters: the parameters.
+        lr: the learning rate.
+        weight_decay: the decoupled weight decay.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(parameters, lr, weight_decay, decoupled=True)
+        # matrices of one shape are orthogonalized together
+        self._matrices: dict[tuple[torch.Size, torch.dtype, torch.device], list[nn.Parameter]] = {}
+        for p in parameters:
+            if is_matrix(p):
+                self._matrices.setdefault((p.shape, p.dtype, p.device), []).append(p)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Updates the parameters that have a gradient."""
+        if not self.state:
+            self._lists = None
+        for matrices in self._matrices.values():
+            self._update_matrices([p for p in matrices if p.grad is not None])
+        # Adam skips parameters without a gradient
+        hidden = [(p, p.grad) for matrices in self._matrices.values() for p in matrices]
+        for p, _ in hidden:
+            p.grad = None
+        super().update()
+        for p, gradient in hidden:
+            p.grad = gradient
+
+    def moments_of(self, parameter: Tensor) -> tuple[str, ...]:
+        return ("exp_avg",) if is_matrix(parameter) else super().moments_of(parameter)
+
+    def _update_matrices(self, matrices: Sequence[nn.Parameter]) -> None:
+        """Updates matrices of one shape."""
+        if not matrices:
+            return
+        for p in matrices:
+            if not self.state[p]:
+                self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
+        group = self.param_groups[0]
+        updated: list[Tensor] = [*matrices]
+        gradients = [p.grad for p in matrices if p.grad is not None]
+        averages = [self.state[p]["exp_avg"] for p in matrices]
+        torch._foreach_add_([self.state[p]["step"] for p in matrices], 1)
+        torch._foreach_lerp_(averages, gradients, 1 - MOMENTUM)
+        directions = orthogonalized(torch.stack(torch._foreach_lerp(gradients, averages, MOMENTUM)))
+        if group["weight_decay"]:
+            torch._foreach_mul_(updated, 1 - group["lr"] * group["weight_decay"])
+        length = group["lr"] * max(directions.shape[1:]) ** 0.5
+        torch._foreach_add_(updated, directions.unbind(), alpha=-length)
+
+
+def is_matrix(parameter: Tensor) -> bool:
+    """Returns whether `Muon` updates a parameter by orthogonal matrices."""
+    return parameter.dim() == 2 and min(parameter.shape) >= LEAST_SIDE
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Returns approximations of the orthogonal factors U V^T of matrices (k, m, n) with singular values U S V^T.
+
+    The singular values of the result are between 0.7 and 1.2, except for singular values that are tiny beside the norm
+    of the matrix. The iteration needs only matrix products. A matrix of zeros stays 0.
+
+    Example:
+        >>> torch.manual_seed(0)
+        <torch._C.Generator object at ...>
+        >>> values = torch.linalg.svdvals(orthogonalized(torch.randn(1, 20, 8)))
+        >>> bool((values > 0.65).all() and (values < 1.25).all())
+        True
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        square = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

@@ -1,0 +1,133 @@
+"""`TableChain`, compared with the chain of the same bijections, finite differences and the Jacobian."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flowtrain.bijections import ActNorm, Chain, IndexCoupling, TableChain
+from flowtrain.bijections.table_chain import MOST_COLUMNS
+from flowtrain.models.glow import glow
+from flowtrain.models.maf import maf
+from flowtrain.models.nsf import nsf
+from flowtrain.models.realnvp import realnvp
+from flowtrain.nn.conditioners import MLP
+
+D = 5
+FLOWS: dict[str, Callable[[], nn.Module]] = {
+    "realnvp": lambda: realnvp(D, layers=3, hidden=[8, 8], mixing="permutation", input_bound=5.0),
+    "realnvp without W": lambda: realnvp(D, layers=3, hidden=[8], cap=0.5, actnorm=False),
+    "glow": lambda: glow(D, steps=3, hidden=[8]),
+    "nsf": lambda: nsf(D, layers=3, hidden=[8, 8], bins=4, input_bound=5.0),
+    "nsf with permutations": lambda: nsf(D, layers=3, hidden=[8], bins=4, mixing="permutation"),
+    "nsf with halves": lambda: nsf(D, layers=3, hidden=[8], bins=4, mixing="alternate", input_bound=5.0),
+    "nsf of one column": lambda: nsf(1, layers=2, hidden=[8], bins=4),
+    "maf": lambda: maf(D, layers=3, hidden=[8], input_bound=5.0),
+    "maf with splines": lambda: maf(D, layers=2, hidden=[8], bins=4, transform="spline", mixing="linear"),
+}
+
+
+def built(name: str) -> tuple[TableChain, Tensor]:
+    torch.manual_seed(0)
+    flow = FLOWS[name]().double()
+    for p in flow.parameters():
+        nn.init.normal_(p, std=0.3)
+    chain = flow.bijection
+    assert isinstance(chain, TableChain)
+    return chain, torch.randn(6, 1 if name == "nsf of one column" else D, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_values_and_gradients_equal_the_chain_of_the_same_bijections(name: str) -> None:
+    chain, x = built(name)
+    x.requires_grad_()
+    inputs = [x, *chain.parameters()]
+    answers = []
+    assert chain.by_matrices(x) is not None
+    for one in (chain, Chain(list(chain))):
+        z, log_det = one.inverse(x)
+        loss = (z * torch.linspace(1, 2, z.shape[1], dtype=z.dtype)).sin().sum() + log_det.square().sum()
+        grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+        # a gradient of zero may be missing
+        answers.append(
+            [z, log_det, *(torch.zeros_like(v) if g is None else g for g, v in zip(grads, inputs, strict=True))]
+        )
+    for a, b in zip(*answers, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["realnvp", "nsf with halves", "maf"])
+def test_log_determinant_and_round_trip(name: str) -> None:
+    chain, x = built(name)
+    z, log_det = chain.inverse(x)
+    jacobian = torch.autograd.functional.jacobian(lambda v: chain.inverse(v)[0].sum(0), x).transpose(0, 1)
+    torch.testing.assert_close(log_det, torch.linalg.slogdet(jacobian).logabsdet)
+    torch.testing.assert_close(chain(z)[0], x)
+    torch.testing.assert_close(chain.map_inverse(x), z)
+
+
+@pytest.mark.parametrize("name", ["realnvp", "nsf", "maf with splines"])
+def test_second_derivatives_equal_finite_differences(name: str) -> None:
+    chain, x = built(name)
+
+    def first(x: Tensor) -> Tensor:
+        z, log_det = chain.inverse(x)
+        (found,) = torch.autograd.grad(z.square().sum() + log_det.square().sum(), x, create_graph=True)
+        return found.sin().sum()
+
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(first(x), x)
+    small = torch.zeros_like(x)
+    small[2, 3] = 1e-5
+    values = [first((x + sign * small).detach().requires_grad_()).detach() for sign in (1, -1)]
+    torch.testing.assert_close(found[2, 3], (values[0] - values[1]) / 2e-5, rtol=1e-4, atol=1e-4)
+
+
+def test_several_cotangents_at_a_time() -> None:
+    chain, x = built("realnvp")
+    x.requires_grad_()
+    z, _ = chain.inverse(x)
+    cotangents = torch.randn(3, *z.shape, dtype=z.dtype)
+    (batched,) = torch.autograd.grad(z, x, cotangents, retain_graph=True, is_grads_batched=True)
+    for one, found in zip(cotangents, batched, strict=True):
+        torch.testing.assert_close(found, torch.autograd.grad(z, x, one, retain_graph=True)[0])
+
+
+def test_values_without_gradients_are_the_same() -> None:
+    chain, x = built("nsf")
+    with torch.no_grad():
+        without = chain.inverse(x)
+    for a, b in zip(without, chain.inverse(x), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_hooks_and_dropout_are_not_skipped() -> None:
+    chain, x = built("realnvp")
+    calls = []
+    coupling = next(one for one in chain if isinstance(one, IndexCoupling))
+    coupling.conditioner[0].register_forward_hook(lambda *_: calls.append(1))  # type: ignore[index]
+    assert chain.by_matrices(x) is None
+    chain.inverse(x)
+    assert calls == [1]
+    dropped = realnvp(D, layers=2, hidden=[8], dropout=0.5).double().bijection
+    assert isinstance(dropped, TableChain)
+    assert dropped.by_matrices(x) is None
+
+
+def test_other_chains_are_computed_by_their_bijections() -> None:
+    x = torch.randn(3, MOST_COLUMNS + 1)
+    mask = torch.arange(MOST_COLUMNS + 1) % 2 == 0
+    wide = TableChain([IndexCoupling(mask, MLP(17, [8], 32, "relu"))])
+    norms = TableChain([ActNorm(MOST_COLUMNS)])
+    assert wide.by_matrices(x) is None
+    assert norms.by_matrices(x[:, 1:]) is None
+    torch.testing.assert_close(wide.inverse(x)[0], x)
+    torch.testing.assert_close(norms.inverse(x[:, 1:])[0], x[:, 1:])
+
+
+def test_empty_batches() -> None:
+    chain, x = built("nsf")
+    z, log_det = chain.inverse(x[:0])
+    assert z.shape == (0, D)
+    assert log_det.shape == (0,)

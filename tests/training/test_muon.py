@@ -1,0 +1,128 @@
+"""The optimizer Muon, compared with singular value decompositions and with torch.optim."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import MakeTrainer
+from torch import Tensor, nn
+
+from flowtrain.runs.compose import compose
+from flowtrain.training.muon import MOMENTUM, Muon, orthogonalized
+
+SHAPES = [(5, 4), (4, 9), (5, 4), (6, 2), (7,), (3, 3, 3, 3)]
+MATRICES = [0, 1, 2]
+
+
+def parameters() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+
+
+def give_gradients(parameters: list[nn.Parameter], without: int | None = None) -> None:
+    for i, p in enumerate(parameters):
+        p.grad = None if i == without else torch.randn_like(p)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (30, 5), (5, 30)])
+def test_orthogonal_factor_is_that_of_the_svd(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, *shape)
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    found = orthogonalized(x)
+    # in the basis of the singular vectors, the result is diagonal with values near 1
+    inside = u.mT @ found @ vh.mT
+    values = torch.diagonal(inside, dim1=1, dim2=2)
+    assert values.min() > 0.65
+    assert values.max() < 1.25
+    torch.testing.assert_close(inside, torch.diag_embed(values), atol=1e-4, rtol=0)
+    assert torch.equal(orthogonalized(torch.zeros(1, *shape)), torch.zeros(1, *shape))
+
+
+def test_matrices_move_by_orthogonal_updates() -> None:
+    torch.manual_seed(0)
+    mine, averages = parameters(), [torch.zeros(shape) for shape in SHAPES]
+    optimizer = Muon(mine, lr=0.1, weight_decay=0.5)
+    for _ in range(3):
+        give_gradients(mine)
+        before = [p.detach().clone() for p in mine]
+        gradients: list[Tensor] = [p.grad for p in mine if p.grad is not None]
+        optimizer.update()
+        for i in MATRICES:
+            averages[i] = MOMENTUM * averages[i] + (1 - MOMENTUM) * gradients[i]
+            direction = (1 - MOMENTUM) * gradients[i] + MOMENTUM * averages[i]
+            expected = orthogonalized(direction[None])[0] * max(SHAPES[i]) ** 0.5
+            torch.testing.assert_close(mine[i].data, 0.95 * before[i] - 0.1 * expected)
+            assert mine[i].grad is gradients[i]
+
+
+def test_other_parameters_are_updated_by_adamw() -> None:
+    torch.manual_seed(0)
+    mine = parameters()
+    its = copy.deepcopy([p for i, p in enumerate(mine) if i not in MATRICES])
+    optimizer, other = Muon(mine, lr=0.1, weight_decay=0.01), torch.optim.AdamW(its, 0.1, weight_decay=0.01, fused=True)
+    for _ in range(4):
+        give_gradients(mine)
+        for p, q in zip([p for i, p in enumerate(mine) if i not in MATRICES], its, strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        optimizer.update()
+        other.step()
+    assert all(torch.equal(p, q) for p, q in zip(mine[3:], its, strict=True))
+
+
+def test_continues_exactly_after_loading() -> None:
+    """One matrix has no gradient in the first step."""
+    torch.manual_seed(0)
+    mine = parameters()
+    optimizer = Muon(mine, lr=0.1)
+    give_gradients(mine, without=1)
+    before = mine[1].detach().clone()
+    optimizer.update()
+    assert torch.equal(mine[1], before)
+    others = copy.deepcopy(mine)
+    again = Muon(others, lr=0.1)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(3):
+        give_gradients(mine)
+        for p, q in zip(mine, others, strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        optimizer.update()
+        again.update()
+        assert all(torch.equal(p, q) for p, q in zip(mine, others, strict=True))
+    assert [float(optimizer.state[p]["step"]) for p in mine] == [4, 3, 4, 4, 4, 4]
+
+
+def test_cleared_state_begins_again() -> None:
+    torch.manual_seed(0)
+    mine = parameters()
+    optimizer = Muon(mine, lr=0.1)
+    for cleared in (False, False, True):
+        if cleared:
+            optimizer.state.clear()
+        give_gradients(mine)
+        optimizer.update()
+    assert all(float(optimizer.state[p]["step"]) == 1 for p in mine)
+    for i in MATRICES:
+        torch.testing.assert_close(optimizer.state[mine[i]]["exp_avg"], (1 - MOMENTUM) * mine[i].grad)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"data": "moons"}, "muon"),
+        ({"data": "rings"}, "muon"),
+        ({"data": "moons", "objective": "flow_matching"}, "adam"),
+        ({"data": "moons", "objective": "hybrid"}, "adam"),
+        ({"data": "moons", "model": "realnvp"}, "adam"),
+        ({"data": "array", "model": "ffjord", "data.path": "x.csv"}, "adam"),
+        ({"data": "mnist", "model": "ffjord"}, "adam"),
+        ({"data": "target", "target": "funnel", "model": "ffjord"}, "adam"),
+    ],
+)
+def test_only_ffjord_on_toys_uses_muon(settings: dict[str, object], expected: str) -> None:
+    assert compose(settings).config["trainer"]["optimizer"] == expected
+
+
+def test_setting_chooses_the_optimizer(tmp_path: Path, trainer: MakeTrainer) -> None:
+    run = trainer(tmp_path, "model=affine", "trainer.optimizer=muon")
+    assert isinstance(run.train_state.optimizer, Muon)
