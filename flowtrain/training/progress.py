@@ -72,8 +72,9 @@ class Progress:
 
 # a larger NFE of a step causes a warning
 NFE_WARNING = 1000
-# a spike is an NFE above SPIKE times the median of the last MEDIAN_OF steps, once there are LEAST_WATCHED steps
-SPIKE, MEDIAN_OF, LEAST_WATCHED = 3, 100, 10
+# a spike is an NFE above SPIKE times the median of the last MEDIAN_OF steps, once there are LEAST_WATCHED steps. An NFE of
+# up to LEAST_SPIKE is no spike: while the flow is still simple, a solve has one step, and later five or ten are normal
+SPIKE, MEDIAN_OF, LEAST_WATCHED, LEAST_SPIKE = 3, 100, 10, 60
 
 
 class NfeWatch:
@@ -90,7 +91,7 @@ class NfeWatch:
             return
         usual = statistics.median(self.before) if len(self.before) >= LEAST_WATCHED else math.inf
         self.before.append(nfe)
-        before, self.spiking = self.spiking, nfe > SPIKE * usual
+        before, self.spiking = self.spiking, nfe > max(SPIKE * usual, LEAST_SPIKE)
         if self.spiking and not before:
             log.warning("step %d: the NFE rose to %d, from a median of %g over the steps before", step, nfe, usual)
         if nfe > NFE_WARNING and not self.warned:

@@ -153,6 +153,14 @@ def test_failure_message_names_the_cause(tmp_path: Path, trainer: MakeTrainer) -
     assert f"The weights {name} are not finite" in broken(name, lambda p: p.view(-1)[0].fill_(torch.nan))
 
 
+def test_growth_of_a_small_nfe_is_no_spike(caplog: pytest.LogCaptureFixture) -> None:
+    watch = NfeWatch()
+    for step in range(60):
+        # the first steps of `flowtrain` with its defaults
+        watch.check(step, {"nfe_forward": 7 if step < 40 else 31, "nfe_backward": 0})
+    assert not caplog.records
+
+
 def test_nfe_spike_is_logged_with_its_step(caplog: pytest.LogCaptureFixture) -> None:
     watch = NfeWatch()
     for step in range(30):
