@@ -63,8 +63,9 @@ class Autoregressive(Conditioned):
         self.linear = zero(MaskedLinear(real, real - 1, bias=False)) if bounded else None
 
     groups: Tensor
-    # the result of `steps`, and the tensor with its version from which it was computed
-    _steps: tuple[Tensor, int, sequential.Plan | None] | None = None
+    # the result of `steps`, and what it was computed from: the tensor with its version, the network, and whether there
+    # is a W
+    _steps: tuple[tuple[Tensor, int, nn.Module, bool], sequential.Plan | None] | None = None
 
     def steps(self) -> sequential.Plan | None:
         """Returns the steps of `forward` without gradients, or None if the conditioner has other groups."""
@@ -72,10 +73,15 @@ class Autoregressive(Conditioned):
         if not isinstance(net, MaskedMLP):
             return None
         version = -1 if groups.is_inference() else groups._version
-        found = self._steps
-        if found is None or found[0] is not groups or found[1] != version or version < 0:
-            self._steps = found = groups, version, sequential.plan(groups, net, merge=self.linear is None)
-        return found[2]
+        merge = self.linear is None
+        before = self._steps
+        if before is not None and version >= 0:
+            of_groups, *others = before[0]
+            if of_groups is groups and others == [version, net, merge]:
+                return before[1]
+        found = sequential.plan(groups, net, merge)
+        self._steps = (groups, version, net, merge), found
+        return found
 
     def column_parts(self) -> tuple[None, None]:
         return None, None

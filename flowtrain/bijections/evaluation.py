@@ -39,6 +39,9 @@ def parts_of(of: "Conditioned", x: Tensor) -> Parts | None:
     """Returns the parts of a bijection if this file can evaluate it at x without gradients and context, else None."""
     if torch.is_grad_enabled() or x.dim() != 2 or not x.numel() or of.has_angles() or needs_autograd(x):
         return None
+    # a subclass may override other methods
+    if "column_parts" not in vars(type(of)):
+        return None
     # nn.Module finds attributes that are modules ten times more slowly
     modules: Any = of._modules
     net, transform, linear = modules["conditioner"], modules["transform"], modules.get("linear")

@@ -293,13 +293,17 @@ class InvertibleLinear(Bijection):
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with full_precision(z.device):
-            if torch.is_grad_enabled() or needs_autograd(z):
+            if not self._is_by_factors(z):
                 back = torch.linalg.inv(self.weight().double()).to(z.dtype)
                 return channel_map(back, z), -self.log_det(z)
             if z.dim() == 2 and len(z) < len(self.lower):
                 return self._solved(z.T).to(z.dtype).T, -self.log_det(z)
             back = self._solved(torch.eye(len(self.lower), dtype=z.dtype, device=z.device)).to(z.dtype)
             return channel_map(back, z), -self.log_det(z)
+
+    def _is_by_factors(self, x: Tensor) -> bool:
+        """Whether no gradient is needed, so that the factors of W can be used. A subclass may have another W."""
+        return type(self) is InvertibleLinear and not torch.is_grad_enabled() and not needs_autograd(x)
 
     def _solved(self, z: Tensor) -> Tensor:
         """Returns W^-1 z for z (C, n), float64, without a gradient."""
@@ -313,7 +317,7 @@ class InvertibleLinear(Bijection):
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # TF32 would add an error to z that the log-determinant does not contain
         with full_precision(x.device):
-            if x.dim() == 2 and len(x) < len(self.lower) and not torch.is_grad_enabled() and not needs_autograd(x):
+            if x.dim() == 2 and len(x) < len(self.lower) and self._is_by_factors(x):
                 y = torch.diagonal_scatter(self.upper.triu(1), self.sign * self.log_scale.exp()) @ x.T
                 return (self.permutation @ torch.addmm(y, self.lower.tril(-1), y)).T, self.log_det(x)
             return channel_map(self.weight(), x), self.log_det(x)

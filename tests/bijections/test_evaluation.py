@@ -1,14 +1,16 @@
 """Couplings and autoregressive maps without gradients agree with float64 and with the direct algorithms."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flowtrain.bijections import evaluation, sequential
 from flowtrain.bijections.autoregressive import Autoregressive
-from flowtrain.bijections.coupling import IndexCoupling, as_slice
+from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.coupling import HalfCoupling, IndexCoupling, as_slice
 from flowtrain.bijections.linear import InvertibleLinear
 from flowtrain.flow import Flow
 from flowtrain.models import glow, maf, nsf, realnvp
@@ -119,3 +121,52 @@ def test_a_linear_map_is_inverted_without_gradients(rows: int) -> None:
     torch.testing.assert_close(z, linear.inverse(x)[0].detach())
     torch.testing.assert_close(again, x, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(log_det + back, torch.zeros(rows))
+
+
+class FixedCoupling(HalfCoupling):
+    def theta(self, a: Tensor, context: Tensor | None) -> Tensor:
+        return torch.full_like(super().theta(a, context), 0.3)
+
+
+class FixedAutoregressive(Autoregressive):
+    def theta(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return torch.full_like(super().theta(x, context), 0.3)
+
+
+class Doubled(InvertibleLinear):
+    def weight(self) -> Tensor:
+        return 2 * super().weight()
+
+
+GROUPS = torch.arange(4)
+
+
+SUBCLASSES: dict[str, Callable[[], Bijection]] = {
+    "coupling": lambda: FixedCoupling(4, False, MLP(2, [8], 4, "relu")),
+    "autoregressive": lambda: FixedAutoregressive(GROUPS, MaskedMLP(GROUPS, [8], GROUPS.repeat(2))),
+    "linear": lambda: Doubled(4),
+}
+
+
+@pytest.mark.parametrize("name", SUBCLASSES)
+@pytest.mark.parametrize("rows", [3, ROWS])
+def test_methods_of_a_subclass_are_used_without_gradients(name: str, rows: int) -> None:
+    bijection = SUBCLASSES[name]()
+    x = torch.randn(rows, 4)
+    expected = bijection.forward(x)[0].detach(), bijection.inverse(x)[0].detach()
+    with torch.no_grad():
+        found = bijection.forward(x)[0], bijection.inverse(x)[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_steps_of_samples_follow_the_network() -> None:
+    one = Autoregressive(GROUPS, MaskedMLP(GROUPS, [8], GROUPS.repeat(2)))
+    with torch.no_grad():
+        one.forward(torch.randn(5, 4))
+    one.conditioner = MaskedMLP(GROUPS, [16, 16], GROUPS.repeat(2))
+    for p in one.parameters():
+        nn.init.normal_(p, std=0.5)
+    x = torch.randn(5, 4)
+    with torch.no_grad():
+        again = one.forward(one.inverse(x)[0])[0]
+    torch.testing.assert_close(again, x, rtol=1e-4, atol=1e-4)
