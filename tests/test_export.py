@@ -19,14 +19,17 @@ from flowtrain import export
 from flowtrain.bases import Base, GaussianMixture, StudentT, UniformBox
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.bijections.linear import Affine
+from flowtrain.bijections.linear import Affine, InvertibleLinear
 from flowtrain.bijections.logit import Logit
-from flowtrain.bijections.scale import Standardize
+from flowtrain.bijections.scale import ActNorm, Standardize
+from flowtrain.bijections.table_chain import TableChain
 from flowtrain.data.context import CATEGORICAL, ContextColumn
 from flowtrain.flow import Flow
 from flowtrain.models.ffjord import ffjord
 from flowtrain.models.glow import glow
+from flowtrain.models.maf import maf
 from flowtrain.models.mixture import mixture
+from flowtrain.models.nsf import nsf
 from flowtrain.models.realnvp import realnvp
 from flowtrain.nn.divergence import TraceRule
 from flowtrain.ode import ode_solver
@@ -90,6 +93,8 @@ FLOWS: dict[str, Callable[[], Flow]] = {
         levels=16,
     ),
     "ffjord": fixed_step_flow,
+    "nsf": lambda: randomized(nsf((3,), layers=2, hidden=[8], bins=3, mixing="linear")),
+    "maf": lambda: randomized(maf((3,), layers=2, hidden=[8], mixing="linear")),
 }
 
 
@@ -122,11 +127,31 @@ def metadata_in(path: Path) -> Any:
     return json.loads(entry.value)
 
 
+class Inverse(nn.Module):
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.flow.bijection.inverse(x)
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_linear_maps_accept_any_number_of_rows(d: int) -> None:
+    flow = randomized(Flow((d,), TableChain([InvertibleLinear(d), ActNorm(d)])))
+    with torch.no_grad():
+        shapes = {"x": {0: torch.export.Dim("batch")}}
+        program = torch.export.export(Inverse(flow), (torch.randn(5, d),), dynamic_shapes=shapes, strict=False).module()
+        for rows in (1, 2, 7):
+            x = torch.randn(rows, d)
+            torch.testing.assert_close(program(x), flow.bijection.inverse(x))
+
+
 @pytest.mark.parametrize(
     ("name", "ending"),
     [
-        *(pytest.param(name, "pt2", marks=pytest.mark.slow) for name in ("realnvp", "glow", "ffjord")),
-        *(pytest.param(name, "onnx", marks=[needs_onnx, pytest.mark.slow]) for name in ("realnvp", "glow", "ffjord")),
+        *(pytest.param(name, "pt2", marks=pytest.mark.slow) for name in FLOWS),
+        *(pytest.param(name, "onnx", marks=[needs_onnx, pytest.mark.slow]) for name in FLOWS),
     ],
 )
 def test_programs_agree_without_importing_flowtrain(name: str, ending: str, tmp_path: Path) -> None:

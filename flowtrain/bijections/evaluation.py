@@ -37,7 +37,7 @@ class Parts(NamedTuple):
 
 def parts_of(of: "Conditioned", x: Tensor) -> Parts | None:
     """Returns the parts of a bijection if this file can evaluate it at x without gradients and context, else None."""
-    if torch.is_grad_enabled() or x.dim() != 2 or not x.numel() or of.has_angles() or needs_autograd(x):
+    if torch.is_grad_enabled() or needs_autograd(x) or x.dim() != 2 or not x.numel() or of.has_angles():
         return None
     # a subclass may override other methods
     if "column_parts" not in vars(type(of)):

@@ -317,7 +317,7 @@ class InvertibleLinear(Bijection):
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # TF32 would add an error to z that the log-determinant does not contain
         with full_precision(x.device):
-            if x.dim() == 2 and len(x) < len(self.lower) and self._is_by_factors(x):
+            if self._is_by_factors(x) and x.dim() == 2 and len(x) < len(self.lower):
                 y = torch.diagonal_scatter(self.upper.triu(1), self.sign * self.log_scale.exp()) @ x.T
                 return (self.permutation @ torch.addmm(y, self.lower.tril(-1), y)).T, self.log_det(x)
             return channel_map(self.weight(), x), self.log_det(x)

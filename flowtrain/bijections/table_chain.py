@@ -63,7 +63,7 @@ class TableChain(Chain):
 
     def by_matrices(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Computes `inverse` for vectors x (B, d) with one matrix for each layer, or returns None if it cannot."""
-        if not x.numel() or x.shape[1] > MOST_COLUMNS or needs_autograd(x):
+        if needs_autograd(x) or not x.numel() or x.shape[1] > MOST_COLUMNS:
             return None
         kinds = {type(bijection) for bijection in self}
         if Autoregressive in kinds and (InvertibleLinear not in kinds or x.shape[1] > MOST_AUTOREGRESSIVE):

@@ -72,8 +72,8 @@ class Progress:
 
 # a larger NFE of a step causes a warning
 NFE_WARNING = 1000
-# a spike is an NFE above SPIKE times the median of the last MEDIAN_OF steps, once there are LEAST_WATCHED steps. An NFE of
-# up to LEAST_SPIKE is no spike: while the flow is still simple, a solve has one step, and later five or ten are normal
+# a spike is an NFE above SPIKE times the median of the last MEDIAN_OF steps, once there are LEAST_WATCHED steps. An NFE
+# up to LEAST_SPIKE is no spike: a solve has one step while the flow is simple, and five or ten are normal later
 SPIKE, MEDIAN_OF, LEAST_WATCHED, LEAST_SPIKE = 3, 100, 10, 60
 
 
