@@ -48,6 +48,9 @@ class Adam(torch.optim.Adam):
             self._begin()
             self._collect(trained)
         assert self._lists is not None
+        # torch refuses empty lists. With `Muon`, all parameters may be matrices
+        if not self._counts:
+            return
         torch._foreach_add_(self._counts, 1)
         parameters, averages, squares, steps = self._lists
         beta1, beta2 = group["betas"]

@@ -103,7 +103,9 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    # in float32, the squares of tiny entries would be 0
+    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float64).to(x.dtype)
+    x = x / norm.clamp_min(torch.finfo(x.dtype).tiny)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         square = torch.bmm(x, x.mT)

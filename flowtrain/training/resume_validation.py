@@ -123,7 +123,7 @@ def moments(
         if not known or not all(_fits(entry.get(name), parameters[i]) for name in names):
             raise CheckpointError(
                 f"the checkpoint's optimizer state does not fit parameter {i}: the checkpoint is damaged, or the run "
-                "had another trainer.optimizer"
+                "had another trainer.optimizer: resume with the same one, or start a new run with from=RUN"
             )
         step = entry.get("step")
         if not isinstance(step, Tensor) or step.shape != () or not bool(torch.isfinite(step)):

@@ -39,6 +39,21 @@ def test_orthogonal_factor_is_that_of_the_svd(shape: tuple[int, int]) -> None:
     assert torch.equal(orthogonalized(torch.zeros(1, *shape)), torch.zeros(1, *shape))
 
 
+@pytest.mark.parametrize("scale", [1e-35, 1e-25, 1e30])
+def test_orthogonal_factor_of_a_tiny_or_huge_matrix(scale: float) -> None:
+    x = torch.randn(1, 5, 4, dtype=torch.float32)
+    found = orthogonalized(x * scale)
+    torch.testing.assert_close(found, orthogonalized(x), rtol=0, atol=1e-4)
+
+
+def test_all_parameters_may_be_matrices() -> None:
+    p = nn.Parameter(torch.zeros(5, 4))
+    optimizer = Muon([p], lr=0.1)
+    p.grad = torch.randn(5, 4)
+    optimizer.update()
+    torch.testing.assert_close(p.detach(), -0.1 * 5**0.5 * orthogonalized(p.grad.unsqueeze(0))[0])
+
+
 def test_matrices_move_by_orthogonal_updates() -> None:
     torch.manual_seed(0)
     mine, averages = parameters(), [torch.zeros(shape) for shape in SHAPES]
