@@ -401,10 +401,10 @@ class MLPField(LayeredField[TimedLinear]):
             spread_units(layers[0].linear, number("model.init_scale", init_scale))
 
     def forward(self, t: Tensor, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        if not torch.is_grad_enabled() and x.dim() == 2 and t.dim() < 2 and x.numel() and not needs_autograd(x):
-            # only a call of a module runs its hooks
-            if not any(is_hooked(module) for layer in self.layers for module in submodules(layer)):
-                return self._values(t, x, shift)
+        plain = not torch.is_grad_enabled() and x.dim() == 2 and t.dim() < 2 and x.numel() and not needs_autograd(x)
+        # only a call of a module runs its hooks
+        if plain and not any(is_hooked(module) for layer in self.layers for module in submodules(layer)):
+            return self._values(t, x, shift)
         first, *layers = self.layers
         if not isinstance(first, TimeEmbedding):
             return super().forward(t, x, shift)
