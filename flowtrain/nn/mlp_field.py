@@ -1,273 +1,28 @@
 """Velocity fields for vectors: multilayer perceptrons that depend on time, with hand-written derivatives."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowtrain.nn.column_networks import is_hooked
+from flowtrain.nn.mlp_kernels import MLPTape, jvp
 from flowtrain.nn.velocity_field import (
-    Activation,
-    Hidden,
     LayeredField,
     TimedLayer,
     TimeEmbedded,
-    activate,
-    activate_vjp,
-    unpack,
 )
 from flowtrain.utils.arguments import number, one_of, widths
-from flowtrain.utils.autograd import first_derivative, needs_autograd, transforms_active
+from flowtrain.utils.autograd import needs_autograd, transforms_active
 from flowtrain.utils.modules import submodules
 from flowtrain.utils.products import product
 
-# on a CPU, the largest number of values and tangents of a layer in one block of nodes. Larger blocks exceed the cache,
-# and the allocator requests new pages for them
+# on a CPU, the largest number of values and tangents of a layer in one block of rows. Larger blocks exceed the cache
 BLOCK = 2**18
-
-
-class MLPTape:
-    """Evaluations of an MLP, one node at a time; see `flowtrain.ode.tape.Tape`.
-
-    Args:
-        times: times of the nodes, (M,).
-        weights, biases: for each layer (M, n_out, n_in) and (M, n_out), without an autograd graph.
-        activation: the activation between the layers.
-        keep: whether `vjp` will be called.
-        shift: a bias of the first layer for each row, (B, n), without an autograd graph. None: no such bias.
-    """
-
-    def __init__(
-        self,
-        times: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
-        activation: Activation,
-        keep: bool,
-        shift: Tensor | None = None,
-    ) -> None:
-        self.times, self.activation, self.keep, self.shift = times, activation, keep, shift
-        self.weights = [w.unbind() for w in weights]
-        self.transposed = [w.mT.unbind() for w in weights]
-        self.biases = [b.unbind() for b in biases]
-        # for each node: the inputs of all layers, the tensors for the slopes, and after `vjp` the cotangents of the
-        # outputs of all layers before their activation
-        self.inputs: dict[int, list[Tensor]] = {}
-        self.kept: dict[int, list[Tensor]] = {}
-        self.cotangents: dict[int, list[Tensor]] = {}
-
-    def velocity(self, i: int, x: Tensor) -> Tensor:
-        """Returns v (B, d) of node i at x (B, d)."""
-        inputs, kept = [x], []
-        last = len(self.weights) - 1
-        gain = self.activation.gain(x.device)
-        for layer in range(last):
-            a = torch.addmm(self.biases[layer][i], x, self.transposed[layer][i], beta=gain, alpha=gain)
-            if layer == 0 and self.shift is not None:
-                a.add_(self.shift, alpha=gain)
-            x, needed = self.activation.replace(a)
-            inputs.append(x)
-            kept.append(needed)
-        if self.keep:
-            self.inputs[i], self.kept[i] = inputs, kept
-        return torch.addmm(self.biases[last][i], x, self.transposed[last][i])
-
-    def vjp(self, i: int, cotangent: Tensor) -> Tensor:
-        """Returns cotangent^T dv/dx of node i, (B, d). Cotangents are kept for `weight_gradients`."""
-        at_a = [cotangent]
-        for layer in reversed(range(1, len(self.weights))):
-            slope = self.activation.slope(self.kept[i][layer - 1])
-            at_a.append(torch.mm(at_a[-1], self.weights[layer][i]).mul_(slope))
-        self.cotangents[i] = at_a[::-1]
-        return torch.mm(at_a[-1], self.weights[0][i])
-
-    def weight_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns the gradients of `weights` and `biases`. They are zero for nodes without a vjp."""
-        n_nodes = len(self.times)
-        at_weights, at_biases = [], []
-        for layer, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
-            at_w, at_b = w[0].new_zeros(n_nodes, *w[0].shape), b[0].new_zeros(n_nodes, *b[0].shape)
-            for i, at_a in self.cotangents.items():
-                torch.mm(at_a[layer].t(), self.inputs[i][layer], out=at_w[i])
-                torch.sum(at_a[layer], 0, out=at_b[i])
-            at_weights.append(at_w)
-            at_biases.append(at_b)
-        return at_weights, at_biases
-
-
-def jvp(
-    activation: Activation,
-    x: Tensor,
-    tangents: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Computes (v, J e) of an MLP at M nodes.
-
-    Args:
-        activation: the activation between the layers.
-        x: (M, B, d).
-        tangents: e, (k, 1 or M, 1 or B, d).
-        weights, biases: for each layer (M, n_out, n_in) and (M, n_out).
-        shift: a bias of the first layer for each row, (B, n). None: no such bias.
-
-    Returns:
-        v (M, B, d') and J e (k, M, B, d').
-    """
-    v, je = _JVP.apply(activation, len(weights), x, tangents, shift, *weights, *biases)  # type: ignore[no-untyped-call]
-    return v, je
-
-
-class _JVP(torch.autograd.Function):
-    """The function of `jvp`, evaluated in blocks of m nodes.
-
-    u and t are the tangents of a hidden layer before and after the activation, (m, k, 1 or B, n).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        activation: Activation,
-        n_layers: int,
-        x: Tensor,
-        tangents: Tensor,
-        shift: Tensor | None,
-        *layers: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        weights, biases = layers[:n_layers], layers[n_layers:]
-        k = len(tangents)
-        e = tangents.transpose(0, 1).expand(len(x), k, *tangents.shape[2:])
-        v = x.new_empty(*x.shape[:2], weights[-1].shape[1])
-        je = x.new_empty(k, *v.shape)
-        kept: list[Tensor] = []
-        for b in _blocks(x, k, weights):
-            saved, v[b], probe_jvps = _jvp_block(
-                activation, x[b], e[b], [w[b] for w in weights], [c[b] for c in biases], shift
-            )
-            je[:, b] = probe_jvps.transpose(0, 1)
-            kept += [tensor for layer in saved for tensor in layer.tensors()]
-        ctx.activation, ctx.n_layers, ctx.tangent_shape = activation, n_layers, tangents.shape
-        # every tensor is kept by save_for_backward, because torch.utils.checkpoint frees only these
-        ctx.save_for_backward(x, e, *layers, *kept)
-        return v, je
-
-    @staticmethod
-    @first_derivative
-    def backward(ctx: Any, at_v: Tensor, at_je: Tensor) -> tuple[Any, ...]:
-        n = ctx.n_layers
-        x, e, *rest = ctx.saved_tensors
-        weights, biases, hidden = rest[:n], rest[n : 2 * n], unpack(rest[2 * n :], tangent_dim=1)
-        at_x = torch.empty_like(x)
-        at_weights = [torch.empty_like(w) for w in weights]
-        at_biases = [torch.empty_like(c) for c in biases]
-        # these are the 4th and the 5th argument of forward
-        at_e = torch.empty_like(e) if ctx.needs_input_grad[3] else None
-        at_shift = x.new_zeros(x.shape[1], weights[0].shape[1]) if ctx.needs_input_grad[4] else None
-        for i, b in enumerate(_blocks(x, e.shape[1], weights)):
-            at_x[b] = _vjp_block(
-                ctx.activation,
-                x[b],
-                e[b],
-                [w[b] for w in weights],
-                hidden[i * (n - 1) : (i + 1) * (n - 1)],
-                at_v[b],
-                at_je[:, b].transpose(0, 1),
-                [w[b] for w in at_weights],
-                [c[b] for c in at_biases],
-                at_shift,
-                None if at_e is None else at_e[b],
-            )
-        at_tangents = None if at_e is None else at_e.transpose(0, 1).sum_to_size(ctx.tangent_shape)
-        return None, None, at_x, at_tangents, at_shift, *at_weights, *at_biases
-
-
-def _blocks(x: Tensor, k: int, weights: Sequence[Tensor]) -> list[slice]:
-    n_nodes, rows = x.shape[:2]
-    size = n_nodes
-    if x.device.type == "cpu":
-        size = max(1, BLOCK // (rows * (1 + k) * max(w.shape[1] for w in weights)))
-    return [slice(i, i + size) for i in range(0, n_nodes, size)]
-
-
-def _jvp_block(
-    activation: Activation,
-    x: Tensor,
-    e: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    shift: Tensor | None,
-) -> tuple[list[Hidden], Tensor, Tensor]:
-    """Returns the hidden layers, v (m, B, d') and J e (m, k, 1 or B, d') of one block."""
-    gain = activation.gain(x.device)
-    hidden: list[Hidden] = []
-    h, t = x, e
-    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-        a = torch.baddbmm(bias.unsqueeze(1), h, weight.mT, beta=gain, alpha=gain)
-        if shift is not None:
-            a.add_(shift, alpha=gain)
-            shift = None
-        hidden.append(activate(activation, a, _product(t, weight.mT), tangent_dim=1))
-        h, t = hidden[-1].h, hidden[-1].t
-    return hidden, torch.baddbmm(biases[-1].unsqueeze(1), h, weights[-1].mT), _product(t, weights[-1].mT)
-
-
-def _vjp_block(
-    activation: Activation,
-    x: Tensor,
-    e: Tensor,
-    weights: Sequence[Tensor],
-    hidden: list[Hidden],
-    at_a: Tensor,
-    at_u: Tensor,
-    at_weights: Sequence[Tensor],
-    at_biases: Sequence[Tensor],
-    at_shift: Tensor | None,
-    at_e: Tensor | None,
-) -> Tensor:
-    """Differentiates one block.
-
-    Args:
-        at_a: cotangent of v, (m, B, d').
-        at_u: cotangent of J e, (m, k, B, d').
-        at_weights, at_biases: the cotangents of weights and biases are written into these tensors.
-        at_shift: the cotangent of the shift is added to this tensor, (B, n). None: it is not needed.
-        at_e: the cotangent of e is written into this tensor. None: it is not needed.
-
-    Returns:
-        The cotangent of x.
-    """
-    for layer in reversed(range(1, len(weights))):
-        below = hidden[layer - 1]
-        _weight_gradient(at_a, at_u, below.h, below.t, at_weights[layer], at_biases[layer])
-        at_h, at_t = torch.bmm(at_a, weights[layer]), _product(at_u, weights[layer])
-        at_a, at_u = activate_vjp(activation, below, at_h, at_t)
-    if e.shape[2] == 1:
-        at_u = at_u.sum(2, keepdim=True)
-    _weight_gradient(at_a, at_u, x, e, at_weights[0], at_biases[0])
-    if at_shift is not None:
-        at_shift += at_a.sum(0)
-    if at_e is not None:
-        at_e.copy_(_product(at_u, weights[0]))
-    return torch.bmm(at_a, weights[0])
-
-
-def _product(t: Tensor, matrix: Tensor) -> Tensor:
-    """Returns t M for t (m, k, B, n) and M (m, n, n')."""
-    m, k, rows, _ = t.shape
-    return torch.bmm(t.reshape(m, k * rows, -1), matrix).view(m, k, rows, -1)
-
-
-def _weight_gradient(at_a: Tensor, at_u: Tensor, h: Tensor, t: Tensor, at_weight: Tensor, at_bias: Tensor) -> None:
-    """Writes the cotangents of W and b for a = W h + b and u = W t into `at_weight` and `at_bias`."""
-    torch.bmm(at_a.mT, h, out=at_weight)
-    at_weight.baddbmm_(at_u.flatten(1, 2).mT, t.flatten(1, 2))
-    torch.sum(at_a, 1, out=at_bias)
 
 
 class TimedLinear(TimedLayer):
@@ -289,13 +44,17 @@ class TimedLinear(TimedLayer):
         y: Tensor = self.linear(x)
         return y + shift if gate is None else torch.addcmul(shift, y, gate)
 
+    def gate_and_bias(self, times: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Returns gate and bias (M, n_out) of this layer y = (W x) gate + bias at the times (M,)."""
+        gate, shift = self.modulation(times)
+        bias = self.linear.bias
+        return gate, shift + bias if gate is None else torch.addcmul(shift, gate, bias)
+
     def at(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the weights (M, n_out, n_in) and biases (M, n_out) of this linear layer at the times (M,)."""
-        gate, shift = self.modulation(times)
-        weight, bias = self.linear.weight, self.linear.bias
-        if gate is None:
-            return weight.expand(len(times), *weight.shape), shift + bias
-        return gate.unsqueeze(-1) * weight, torch.addcmul(shift, gate, bias)
+        gate, bias = self.gate_and_bias(times)
+        weight = self.linear.weight
+        return weight.expand(len(times), *weight.shape) if gate is None else gate.unsqueeze(-1) * weight, bias
 
     def values(self, t: Tensor, x: Tensor) -> Tensor:
         """Returns y (B, n_out) for x (B, n_in) and t () or (B,), without a gradient."""
@@ -431,11 +190,13 @@ class MLPField(LayeredField[TimedLinear]):
         if not self.can_use_kernels(t, x):
             return self.jvp_rows(t, x, tangents, shift)
         nodes, (rows, n_in) = x.shape[:-2], x.shape[-2:]
-        weights, biases = self.at(t.expand(*nodes, 1).reshape(-1))
+        times = t.expand(*nodes, 1).reshape(-1)
+        gates, biases = zip(*(layer.gate_and_bias(times) for layer in self.layers), strict=True)
+        weights = [layer.linear.weight for layer in self.layers]
         shared = tangents.shape[1:-2].numel() == 1
         e = tangents if shared else tangents.expand(-1, *nodes, -1, -1)
         e = e.reshape(len(tangents), -1, *tangents.shape[-2:])
-        v, je = jvp(self.activation, x.reshape(-1, rows, n_in), e, weights, biases, shift)
+        v, je = jvp(self.activation, x.reshape(-1, rows, n_in), e, weights, gates, biases, shift)
         shape = *nodes, rows, v.shape[-1]
         return v.view(shape), je.view(len(tangents), *shape)
 
@@ -517,46 +278,55 @@ class MLPRecorder:
 
     def __init__(self, field: MLPField, shift: Tensor | None = None) -> None:
         self.field, self.shift = field, shift
-        # these are the parameters at the time of recording. The field may have other parameters later
-        self.recorded: dict[str, Tensor] = dict(field.named_parameters())
-        self.parameters = [*self.recorded.values(), *([] if shift is None else [shift])]
+        # these are the parameters at the time of the solve. The field may have other parameters later
+        self.slots = [
+            (m._parameters, key, p) for m in field.modules() for key, p in m._parameters.items() if p is not None
+        ]
+        self.recorded: list[Tensor] = [p for *_, p in self.slots]
+        self.trained = [p for p in self.recorded if p.requires_grad]
+        self.parameters = [*self.recorded, *([] if shift is None else [shift])]
 
     parameters: list[Tensor]
 
     def record(self, times: Tensor, keep: bool) -> MLPTape:
-        """Returns a tape for stages at `times` (s,), with the current weights."""
-        with torch.no_grad():
-            weights, biases = self.field.at(times)
+        """Returns a tape for stages at `times` (s,), with the weights at the time of the solve."""
+        with torch.set_grad_enabled(keep):
+            at = self._at(times)
         shift = None if self.shift is None else self.shift.detach()
-        return MLPTape(times, weights, biases, self.field.activation, keep, shift)
+        return MLPTape(at, self.field.activation, keep, shift)
+
+    def _at(self, times: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        if all(p is of_module.get(key) for of_module, key, p in self.slots):
+            return self.field.at(times)
+        names = (f"field.{name}" for name, _ in self.field.named_parameters())
+        found: tuple[list[Tensor], list[Tensor]] = torch.func.functional_call(
+            _At(self.field), dict(zip(names, self.recorded, strict=True)), (times,)
+        )
+        return found
 
     def gradients(self, tapes: Sequence[MLPTape]) -> list[Tensor | None]:
         """Returns the gradient of each parameter, or None.
 
         The tapes give the gradients of the weights and biases at each time. One backward pass through
-        `MLPField.at` for all times turns them into gradients of the parameters.
+        `MLPField.at` turns them into gradients of the parameters.
         """
-        found = self._field_gradients(tapes)
+        outputs: list[Tensor] = []
+        cotangents: list[Tensor] = []
+        at_shifts: list[Tensor] = []
+        for tape in tapes:
+            at_outputs, at_shift = tape.weight_gradients()
+            pairs = [(y, c) for y, c in zip(tape.at, at_outputs, strict=False) if y.requires_grad]
+            outputs += [y for y, _ in pairs]
+            cotangents += [c for _, c in pairs]
+            at_shifts += [] if at_shift is None else [at_shift]
+        found: Iterator[Tensor | None] = iter([None] * len(self.trained))
+        if outputs:
+            # the graph is retained, because a Jacobian needs many vjps through one solve
+            found = iter(torch.autograd.grad(outputs, self.trained, cotangents, retain_graph=True, allow_unused=True))
+        gradients = [next(found) if p.requires_grad else None for p in self.recorded]
         if self.shift is None:
-            return found
-        if not self.shift.requires_grad:
-            return [*found, None]
-        return [*found, reduce(torch.add, [at_a[0] for tape in tapes for at_a in tape.cotangents.values()])]
-
-    def _field_gradients(self, tapes: Sequence[MLPTape]) -> list[Tensor | None]:
-        parts = [tape.weight_gradients() for tape in tapes]
-        cotangents = [torch.cat(part) for kind in zip(*parts, strict=True) for part in zip(*kind, strict=True)]
-        with torch.enable_grad():
-            times = torch.cat([tape.times for tape in tapes])
-            parameters = {f"field.{name}": p for name, p in self.recorded.items()}
-            weights, biases = torch.func.functional_call(_At(self.field), parameters, (times,))
-        pairs = [(y, c) for y, c in zip([*weights, *biases], cotangents, strict=True) if y.requires_grad]
-        if not pairs:
-            return [None] * len(self.recorded)
-        outputs, at_outputs = zip(*pairs, strict=True)
-        trained = [p for p in self.recorded.values() if p.requires_grad]
-        found = iter(torch.autograd.grad(outputs, trained, at_outputs, allow_unused=True))
-        return [next(found) if p.requires_grad else None for p in self.recorded.values()]
+            return gradients
+        return [*gradients, reduce(torch.add, at_shifts) if self.shift.requires_grad else None]
 
 
 class _At(nn.Module):

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowtrain.nn.mlp_field import MLPField, MLPRecorder, MLPTape
+from flowtrain.nn.mlp_field import MLPField, MLPRecorder
+from flowtrain.nn.mlp_kernels import MLPTape
 from flowtrain.utils.circle import circular_indices
 
 

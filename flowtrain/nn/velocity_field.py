@@ -37,7 +37,11 @@ class Activation(ABC):
 
     @abstractmethod
     def slope(self, kept: Tensor) -> Tensor:
-        """Returns f'(x)."""
+        """Returns f'(x), as a new tensor."""
+
+    def times_slope_(self, kept: Tensor, y: Tensor) -> Tensor:
+        """Returns y f'(x), and overwrites y."""
+        return y.mul_(self.slope(kept))
 
     @abstractmethod
     def curvature(self, kept: Tensor, slope: Tensor) -> Tensor:
@@ -46,6 +50,16 @@ class Activation(ABC):
     def vjp(self, kept: Tensor, slope: Tensor, at_value: Tensor, at_slope: Tensor) -> Tensor:
         """Returns at_value f'(x) + at_slope f''(x), and overwrites at_value."""
         return at_value.mul_(slope).addcmul_(at_slope, self.curvature(kept, slope))
+
+    # whether f'' / f' is finite for every x, so that `vjp_of_log_slope` can be used
+    has_log_slope = False
+
+    def vjp_of_log_slope(self, kept: Tensor, slope: Tensor, at_value: Tensor, at_log_slope: Tensor) -> Tensor:
+        """Returns at_value f'(x) + at_log_slope f''(x) / f'(x), and overwrites at_value.
+
+        `at_log_slope` is the cotangent of log f'(x). For t = f'(x) u it is the cotangent of t times t.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def value_and_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,11 +79,11 @@ class Tanh(Activation):
         return 2.0 if device.type == "cpu" else 1.0
 
     def replace(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = torch.add(x.new_tensor(-1), x.sigmoid_(), alpha=2, out=x) if x.device.type == "cpu" else x.tanh_()
+        y = torch.add(constant(-1.0, x), x.sigmoid_(), alpha=2, out=x) if x.device.type == "cpu" else x.tanh_()
         return y, y
 
     def slope(self, kept: Tensor) -> Tensor:
-        return torch.addcmul(kept.new_ones(()), kept, kept, value=-1)
+        return torch.addcmul(constant(1.0, kept), kept, kept, value=-1)
 
     def curvature(self, kept: Tensor, slope: Tensor) -> Tensor:
         return (kept * slope).mul_(-2)
@@ -77,6 +91,15 @@ class Tanh(Activation):
     def vjp(self, kept: Tensor, slope: Tensor, at_value: Tensor, at_slope: Tensor) -> Tensor:
         # f'' = -2 f f'
         return at_value.addcmul_(kept, at_slope, value=-2).mul_(slope)
+
+    has_log_slope = True
+
+    def vjp_of_log_slope(self, kept: Tensor, slope: Tensor, at_value: Tensor, at_log_slope: Tensor) -> Tensor:
+        return at_value.mul_(slope).addcmul_(kept, at_log_slope, value=-2)
+
+    def times_slope_(self, kept: Tensor, y: Tensor) -> Tensor:
+        found: Tensor = torch.ops.aten.tanh_backward.grad_input(y, kept, grad_input=y)
+        return found
 
     def value_and_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = torch.tanh(x)
@@ -125,6 +148,15 @@ class Swish(Activation):
         gate = torch.sigmoid(x)
         y = x * gate
         return y, gate + y * (1 - gate)
+
+
+ON_CPU = {value: torch.tensor(value, device="cpu") for value in (-1.0, 1.0)}
+
+
+def constant(value: float, like: Tensor) -> Tensor:
+    """Returns a tensor without dimensions for an operation with `like`."""
+    # on the CPU, the dtype of a tensor without dimensions has no effect on the result
+    return ON_CPU[value] if like.device.type == "cpu" else like.new_full((), value)
 
 
 ACTIVATIONS: dict[str, Activation] = {"tanh": Tanh(), "softplus": Softplus(), "swish": Swish()}

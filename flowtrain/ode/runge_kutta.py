@@ -226,6 +226,8 @@ class _Run:
         self.replay = solver.replays(problem.x)
         self.t, self.x = problem.t0, problem.x.detach()
         self.first: tuple[Tensor, Stage | None] | None = None
+        # the stages of the planned steps that have not been attempted
+        self.recorded: list[list[Stage]] = []
         self.steps: list[AcceptedStep] = []
         self.integrand = problem.integrand
         # with control=all the error of the integrals is part of the step control
@@ -257,12 +259,28 @@ class _Run:
         else:
             self.fixed()
 
-    def record(self, times: Sequence[float], keep: bool) -> list[Stage]:
+    def record(self, times: Sequence[float] | Tensor, keep: bool) -> list[Stage]:
         return record(self.recorder, times, self.x, keep)
 
     def stage_times(self, h: Any) -> Any:
         """Returns the times of the stages of a step of size h from the current state."""
         return [self.t + c * h for c in self.tableau.c]
+
+    def record_plan(self, ends: list[float]) -> None:
+        """Records the stages of steps to the given ends on one tape, because a tape has an overhead."""
+        # in a replay, the tapes of the steps are needed one after another
+        if self.replay or not ends:
+            return
+        starts = [self.t, *ends[:-1]]
+        times = [[t + c * (end - t) for c in self.tableau.c] for t, end in zip(starts, ends, strict=True)]
+        shared = int(self.tableau.first_same_as_last)
+        self.record_steps([*times[0][:shared], *(t for of_step in times for t in of_step[shared:])])
+
+    def record_steps(self, times: Sequence[float] | Tensor) -> None:
+        """Records the stages of several steps on one tape. A stage that two steps share has one time."""
+        shared = int(self.tableau.first_same_as_last)
+        stages, n = self.record(times, keep=self.graph), len(self.tableau.c) - shared
+        self.recorded = [stages[i : i + n + shared] for i in range(0, len(times) - shared, n)]
 
     def attempt(self, h: float | Tensor) -> TriedStep:
         """Computes a step of size h from the current state, without accepting it."""
@@ -270,11 +288,14 @@ class _Run:
         if self.replay and self.steps:
             # a replay keeps the stages of only one step for the backward pass
             self.steps[-1].stages = None
+        recorded = self.recorded.pop(0) if self.recorded else None
+        if self.first is None and recorded is not None:
+            self.first = self.velocity(recorded[0], times[0], h, x), recorded[0]
         if self.first is None:
             # this stage has a separate tape, because it is used again after a rejected attempt
             first = self.record(times[:1], keep=self.graph)[0]
             self.first = self.velocity(first, times[0], h, x), first
-        stages = self.record(times, keep=self.graph)
+        stages = recorded or self.record(times, keep=self.graph)
         stages[0] = self.first[1] or stages[0]
 
         def velocity(i: int, x: Tensor) -> Tensor:
@@ -326,6 +347,7 @@ class _Run:
         t1 = self.problem.t1
         smallest = 2 * torch.finfo(self.x.dtype).eps * max(1.0, abs(self.problem.t0), abs(t1))
         plan = self.problem.step_plan.plan(self.t, t1) if self.problem.step_plan is not None else []
+        self.record_plan(plan)
         h = 0.0 if plan else self.first_step_size(10 * smallest)
         taken: list[tuple[float, float]] = []
         non_finite_tries = 0
@@ -347,7 +369,7 @@ class _Run:
                 if non_finite_tries > NON_FINITE_RETRIES:
                     raise self.solver.non_finite(self.t, h)
                 # the steps of the last solve do not suit this solve
-                plan = []
+                plan, self.recorded = [], []
             h = next_h
         if self.graph:
             # solves without gradients, such as the accurate solves of the solver guard, must not change the plan
@@ -486,6 +508,8 @@ class _PlannedRun(_Run):
     @torch.no_grad()
     def advance(self) -> None:
         self.ratios = []
+        times, shared = self.planned.times, int(self.tableau.first_same_as_last)
+        self.record_steps(torch.cat([times[0, :shared], times[:, shared:].flatten()]))
         for h in self.planned.h.unbind():
             tried = self.attempt(h)
             self.ratios.append(self.ratio(tried))

@@ -1,9 +1,11 @@
 """Adam and AdamW with less overhead per step than in torch."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
@@ -15,12 +17,18 @@ class Adam(torch.optim.Adam):
     small parameters this takes six times as long as the update. Here the tensors are collected once, and parameters
     with the same step count share the tensor of the count. The values are the same to the last bit.
 
+    The methods of torch import its compiler, which takes a second. The methods of this class do not.
+
     Args:
         parameters: the parameters.
         lr: the learning rate.
         weight_decay: the weight decay.
         decoupled: whether the weight decay is decoupled from the gradient, as in `torch.optim.AdamW`.
     """
+
+    # `inspect.unwrap` returns the methods without the decorator that imports the compiler
+    add_param_group = inspect.unwrap(Optimizer.add_param_group)
+    state_dict = inspect.unwrap(Optimizer.state_dict)
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float, decoupled: bool) -> None:
         super().__init__(parameters, lr=lr, weight_decay=weight_decay, fused=True, decoupled_weight_decay=decoupled)
@@ -37,10 +45,9 @@ class Adam(torch.optim.Adam):
         found = [p.grad for p in group["params"]]
         trained = [g is not None for g in found]
         if self._lists is None or not self.state or trained != self._trained:
-            self._separate()
-            self.step()
+            self._begin()
             self._collect(trained)
-            return
+        assert self._lists is not None
         torch._foreach_add_(self._counts, 1)
         parameters, averages, squares, steps = self._lists
         beta1, beta2 = group["betas"]
@@ -70,13 +77,20 @@ class Adam(torch.optim.Adam):
             p.grad = None
 
     def load_state_dict(self, state_dict: Any) -> None:
-        super().load_state_dict(state_dict)
+        inspect.unwrap(Optimizer.load_state_dict)(self, state_dict)
         self._lists = None
 
-    def _separate(self) -> None:
-        """Gives each parameter a step count of its own, as torch expects."""
+    def _begin(self) -> None:
+        """Gives each parameter that has a gradient a state, and each state a separate step count."""
         for state in self.state.values():
             state["step"] = state["step"].clone()
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None and not self.state[p]:
+                self.state[p].update(
+                    step=torch.zeros((), dtype=torch.float32, device=p.device),
+                    exp_avg=torch.zeros_like(p),
+                    exp_avg_sq=torch.zeros_like(p),
+                )
 
     def _collect(self, trained: list[bool]) -> None:
         """Collects the tensors of the parameters that have a gradient. Equal step counts become one tensor."""

@@ -26,6 +26,11 @@ def _is_there() -> bool:
         return False
 
 
+def _linear(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return found
+
+
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Computes a b^T + bias, (m, n), for a (m, k), b (n, k) and bias (n,), without a gradient.
 
@@ -34,9 +39,23 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         [[4.0], [4.0]]
     """
     if prefers_onednn(a, b):
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-        return found
-    return a @ b.T if bias is None else torch.addmm(bias, a, b.T)
+        return _linear(a, b, bias)
+    if bias is not None:
+        return torch.addmm(bias, a, b.T)
+    # MKL is slow if the second matrix has few columns and is transposed
+    return (b @ a.T).T.contiguous() if b.shape[0] < 16 and b.stride(0) == 1 else a @ b.T
+
+
+def weight_gradient(at_y: Tensor, x: Tensor, out: Tensor) -> None:
+    """Writes at_y^T x into out (n, m), for at_y (k, n) and x (k, m): the gradient of W for y = x W^T."""
+    # oneDNN needs copies of both matrices, so it is faster only for larger products than in `product`
+    if at_y.shape[0] * at_y.shape[1] * x.shape[1] >= 2 * LARGE and prefers_onednn(at_y, x.T):
+        out.copy_(_linear(at_y.T, x.T, None))
+    elif at_y.shape[1] <= x.shape[1]:
+        torch.mm(at_y.T, x, out=out)
+    else:
+        # MKL is slow if the second matrix has few columns
+        out.copy_(torch.mm(x.T, at_y).T)
 
 
 def prefers_onednn(a: Tensor, b: Tensor) -> bool:

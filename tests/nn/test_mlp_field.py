@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.regularizers import PATHS
-from flowtrain.nn import mlp_field
+from flowtrain.nn import mlp_field, mlp_kernels
 from flowtrain.nn.divergence import Probes, TraceRule, divergence
 from flowtrain.nn.mlp_field import LAYERS, MLPField, MLPRecorder
 from flowtrain.nn.velocity_field import ACTIVATIONS, field_jvp
@@ -134,7 +134,7 @@ def with_and_without_kernels(layer: str, activation: str = "tanh") -> tuple[MLPF
 @pytest.mark.parametrize(("layer", "activation"), list(itertools.product(LAYERS, ACTIVATIONS)))
 def test_kernel_with_context_equals_autograd(layer: str, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # the limit is low, so that each node is a block
-    monkeypatch.setattr(mlp_field, "BLOCK", 1)
+    monkeypatch.setattr(mlp_kernels, "BLOCK", 1)
     features, x, t = torch.randn(4, 2, requires_grad=True), torch.randn(2, 4, 3, requires_grad=True), torch.rand(2, 1)
     found = []
     for field in with_and_without_kernels(layer, activation):
@@ -194,3 +194,60 @@ def test_one_time_per_row_without_gradients_equals_the_jvp_with_gradients(
         torch.testing.assert_close(found, tuple(v.detach() for v in expected))
         assert found[1].shape == (2, 7, 3)
     assert all(torch.equal(a, b) for a, b in zip(kept, (x, t, shift, tangents), strict=True))
+
+
+@pytest.mark.parametrize("used", ["v", "je", "both"])
+def test_kernel_gradient_if_only_some_results_are_used(used: str) -> None:
+    x, t = torch.randn(3, 4, 3, requires_grad=True), torch.rand(3, 1)
+    found = []
+    for field in with_and_without_kernels("time_embedding"):
+        v, je = field.jvp(t, x, torch.eye(3).view(3, 1, 1, 3))
+        loss = {"v": v.square().sum(), "je": je.square().sum(), "both": v.square().sum() + je.square().sum()}[used]
+        inputs = [x, *(p for name, p in field.named_parameters() if name != "embedding")]
+        found.append(torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_gates_that_underflow_to_zero_have_finite_gradients() -> None:
+    field = random_field(3, "concatsquash")
+    first = field.layers[0]
+    assert isinstance(first, mlp_field.ConcatSquash)
+    nn.init.constant_(first.gate.bias, -1e4)
+    v, je = field.jvp(torch.rand(2, 1), torch.randn(2, 4, 3), torch.eye(3).view(3, 1, 1, 3))
+    for gradient in torch.autograd.grad(v.sum() + je.sum(), list(field.parameters())):
+        assert gradient.isfinite().all()
+
+
+def test_tape_has_the_parameters_of_the_solve_after_they_are_replaced() -> None:
+    """A replay records stages in the backward pass. functional_call has then restored the module's parameters."""
+    field, x, times = random_field(), torch.randn(4, 3), torch.rand(2)
+    recorder = field.recorder()
+    assert recorder is not None
+    found = []
+    for replaced in (False, True):
+        if replaced:
+            field.head.linear.weight = nn.Parameter(torch.randn_like(field.head.linear.weight))
+        tape = recorder.record(times, keep=True)
+        v, at_x = tape.velocity(1, x), tape.vjp(1, torch.ones_like(x))
+        gradients = recorder.gradients([tape])
+        assert all(g is not None for g in gradients)
+        found.append([v, at_x, *gradients])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_equal_weights_of_float32_and_float64_agree_on_large_batches() -> None:
+    """Products of float32 of this size use another library."""
+    field = MLPField(2, [64, 64], "concatsquash", "tanh")
+    for p in field.parameters():
+        nn.init.normal_(p, std=0.2)
+    x, found = torch.randn(600, 2), []
+    for dtype in (torch.float32, torch.float64):
+        field = field.to(dtype)
+        flow = Continuous(field, ode_solver("rk4", steps=3), TraceRule("exact"))
+        z, log_det = flow(x.to(dtype))
+        loss = z.square().mean() - log_det.mean()
+        found.append([z, log_det, *torch.autograd.grad(loss, list(field.parameters()))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)

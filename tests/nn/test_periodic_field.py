@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.regularizers import PATHS
-from flowtrain.nn import mlp_field
+from flowtrain.nn import mlp_kernels
 from flowtrain.nn.divergence import TraceRule
 from flowtrain.nn.mlp_field import LAYERS
 from flowtrain.nn.periodic_field import PeriodicField, PeriodicRecorder
@@ -61,7 +61,7 @@ def test_jvp_matches_the_jacobian(layer: str, per_row: bool) -> None:
 
 def test_gradient_of_the_divergence_includes_the_tangents(monkeypatch: pytest.MonkeyPatch) -> None:
     # the limit is low, so that each node is a block
-    monkeypatch.setattr(mlp_field, "BLOCK", 1)
+    monkeypatch.setattr(mlp_kernels, "BLOCK", 1)
     field, x, t = random(PeriodicField(3, [0, 2], [5, 4])), torch.randn(2, 4, 3, requires_grad=True), torch.rand(2, 1)
     found = []
     for each in (field, Plain(field, None)):

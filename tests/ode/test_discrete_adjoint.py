@@ -10,7 +10,7 @@ from helpers.equations import ADAPTIVE, Plain, gradients, random_field
 from torch import Tensor, nn
 
 from flowtrain.bijections.continuous import Continuous
-from flowtrain.nn import mlp_field
+from flowtrain.nn import mlp_kernels
 from flowtrain.nn.conv_field import ConvField
 from flowtrain.nn.divergence import TraceRule
 from flowtrain.nn.mlp_field import LAYERS
@@ -113,7 +113,7 @@ def test_frozen_parameters_receive_no_gradient(layer: str, frozen: str) -> None:
 def test_handwritten_jvp_gradients_match_autograd(
     layer: str, activation: str, tangents: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlp_field, "BLOCK", 200)
+    monkeypatch.setattr(mlp_kernels, "BLOCK", 200)
     field, x = random_field(3, layer, activation, std=0.4), torch.randn(5, 4, 3, requires_grad=True)
     t = torch.rand(5, 1, requires_grad=True)
     e = {"basis": torch.eye(3).view(3, 1, 1, 3), "rows": torch.randn(2, 1, 4, 3), "nodes": torch.randn(2, 5, 4, 3)}

@@ -1,6 +1,8 @@
 """The optimizer, compared with torch.optim."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -47,3 +49,14 @@ def test_cleared_state_begins_again() -> None:
         p.grad = torch.ones(3)
         optimizer.update()
     assert float(optimizer.state[p]["step"]) == 1
+
+
+def test_updates_do_not_import_the_compiler() -> None:
+    """torch's own optimizers import torch._dynamo, which takes a second."""
+    code = (
+        "import sys, torch; from flowtrain.training.adam import Adam; p = torch.nn.Parameter(torch.ones(2))\n"
+        "o = Adam([p], 0.1, 0.0, True); p.sum().backward(); o.update(); o.zero_grad()\n"
+        "o.load_state_dict(o.state_dict())\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

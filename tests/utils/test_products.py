@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowtrain.nn.residual_mlp import ResidualMLP
-from flowtrain.utils.products import LARGE, prefers_onednn, product, relu_product, sum_product
+from flowtrain.utils.products import LARGE, prefers_onednn, product, relu_product, sum_product, weight_gradient
 
 
 @pytest.mark.parametrize("rows", [0, 7, 600])
@@ -20,6 +20,20 @@ def test_float32_products_match_float64(rows: int, transposed: bool, biased: boo
     assert (m * k * n >= LARGE) == (rows == 600)
     torch.testing.assert_close(narrow.double(), exact, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(product(a, b, bias), exact)
+
+
+@pytest.mark.parametrize("rows", [0, 7, 1500])
+@pytest.mark.parametrize(("n", "m"), [(64, 64), (64, 2), (2, 64)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_weight_gradients_match_float64(rows: int, n: int, m: int, transposed: bool) -> None:
+    at_y = torch.randn(n, rows).T if transposed else torch.randn(rows, n)
+    x = torch.randn(rows, m)
+    found = [torch.full((n, m), torch.nan, dtype=dtype) for dtype in (torch.float32, torch.float64)]
+    for out in found:
+        weight_gradient(at_y.to(out.dtype), x.to(out.dtype), out)
+        torch.testing.assert_close(out.double(), at_y.T @ x, rtol=1e-4, atol=1e-3)
+    w = torch.randn(n, m)
+    torch.testing.assert_close(product(at_y, w.T), at_y @ w)
 
 
 def test_float32_gradients_of_a_large_network_match_float64() -> None:
