@@ -95,8 +95,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     of the matrix. The iteration needs only matrix products. A matrix of zeros stays 0.
 
     Example:
-        >>> torch.manual_seed(0)
-        <torch._C.Generator object at ...>
+        >>> _ = torch.manual_seed(0)
         >>> values = torch.linalg.svdvals(orthogonalized(torch.randn(1, 20, 8)))
         >>> bool((values > 0.65).all() and (values < 1.25).all())
         True
