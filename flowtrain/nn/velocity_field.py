@@ -154,7 +154,7 @@ ON_CPU = {value: torch.tensor(value, device="cpu") for value in (-1.0, 1.0)}
 
 
 def constant(value: float, like: Tensor) -> Tensor:
-    """Returns a tensor without dimensions for an operation with `like`."""
+    """Returns a value as a tensor without dimensions, for an operation with `like`."""
     # on the CPU, the dtype of a tensor without dimensions has no effect on the result
     return ON_CPU[value] if like.device.type == "cpu" else like.new_full((), value)
 
