@@ -96,9 +96,8 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     matrix stay smaller. The iteration needs only matrix products. A matrix of zeros stays 0.
 
     Example:
-        >>> torch.manual_seed(0)
-        <torch._C.Generator object at ...>
-        >>> values = torch.linalg.svdvals(orthogonalized(torch.randn(1, 20, 8)))
+        >>> x = torch.randn(1, 20, 8, generator=torch.Generator().manual_seed(0))
+        >>> values = torch.linalg.svdvals(orthogonalized(x))
         >>> bool((values > 0.65).all() and (values < 1.25).all())
         True
     """
