@@ -164,7 +164,7 @@ def _linear_parts(stages: Sequence[Sequence[Bijection]], x: Tensor) -> tuple[Ten
 
 
 def _of_norms(norms: Sequence[ActNorm]) -> tuple[Tensor, Tensor]:
-    """Returns the matrices of (x - m) exp(-s), and the sum of the log-determinants."""
+    """Returns the matrices (n, d + 1, d + 1) of (x - m) exp(-s), and the sum of the log-determinants."""
     log_scale = torch.stack([norm.log_scale for norm in norms])
     factor = (-log_scale).exp()
     shift = (torch.stack([norm.shift for norm in norms]) * factor).neg()
@@ -173,7 +173,7 @@ def _of_norms(norms: Sequence[ActNorm]) -> tuple[Tensor, Tensor]:
 
 
 def _of_linear(members: Sequence[InvertibleLinear], identity: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the matrices of `InvertibleLinear`, and the sum of the log-determinants."""
+    """Returns the matrices (n, d + 1, d + 1) of linear maps, and the sum of the log-determinants."""
     names = ("permutation", "sign", "lower", "upper", "log_scale")
     permutation, sign, lower, upper, log_scale = (torch.stack([getattr(m, name) for m in members]) for name in names)
     upper = upper.triu(1) + (sign * log_scale.exp()).diag_embed()
