@@ -45,7 +45,7 @@ class TimedLinear(TimedLayer):
         return y + shift if gate is None else torch.addcmul(shift, y, gate)
 
     def gate_and_bias(self, times: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Returns gate and bias (M, n_out) of this layer y = (W x) gate + bias at the times (M,)."""
+        """Returns gate and bias, (M, n_out) each, of y = (W x) gate + bias at the times (M,). None: the gate is 1."""
         gate, shift = self.modulation(times)
         bias = self.linear.bias
         return gate, shift + bias if gate is None else torch.addcmul(shift, gate, bias)
