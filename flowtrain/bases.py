@@ -577,7 +577,7 @@ class GaussianMixture(_Mixture):
         if self.lower is None:
             e = e.mul_((-self.log_scale).exp_().unsqueeze(2))
         else:
-            # this is faster than `scale_tril`, which torch.func can transform
+            # torch.func cannot transform these operations, but they are faster than `scale_tril`
             below = torch.ones(e.shape[1], e.shape[1], dtype=torch.bool, device=e.device).tril(-1)
             factor = torch.diag_embed(self.log_scale.exp()).masked_scatter_(below, self.lower)
             e = solve_lower(factor.to(e.dtype), e)

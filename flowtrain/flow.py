@@ -194,10 +194,13 @@ class Density(Recorded, nn.Module):
     @property
     def ode_blocks(self) -> list[Continuous]:
         """The continuous bijections. Each solves one ODE per forward or inverse pass."""
-        found = [
-            cast(Continuous, m) for flow in self.flows for m in submodules(flow, CLOSED) if _is_continuous(type(m))
+        # a module may occur several times in a flow
+        return [
+            cast(Continuous, m)
+            for flow in self.flows
+            for m in dict.fromkeys(submodules(flow, CLOSED))
+            if _is_continuous(type(m))
         ]
-        return list(dict.fromkeys(found))
 
     @property
     def solver(self) -> Solver | None:

@@ -254,7 +254,9 @@ def test_conditional_distribution_requires_a_label() -> None:
 @pytest.mark.parametrize("name", ["ffjord", "realnvp", "glow"])
 def test_rsample_gradient_matches_finite_differences(name: str) -> None:
     flow, f = vectors(name), lambda x: (x.sin() * torch.tensor([1.0, 2.0])).sum()
-    assert torch.equal(flow.rsample(3, generator=generator()).detach(), flow.sample(3, generator=generator()))
+    # samples without gradients are computed by other operations
+    without = flow.sample(3, generator=generator())
+    torch.testing.assert_close(flow.rsample(3, generator=generator()).detach(), without)
     p = max(flow.parameters(), key=lambda p: p.numel())
     index = tuple(torch.tensor(p.shape) // 2)
     (gradient,) = torch.autograd.grad(f(flow.rsample(3, generator=generator())), p, allow_unused=True)

@@ -63,12 +63,11 @@ class Autoregressive(Conditioned):
         self.linear = zero(MaskedLinear(real, real - 1, bias=False)) if bounded else None
 
     groups: Tensor
-    # the result of `steps`, and what it was computed from: the tensor with its version, the network, and whether there
-    # is a W
+    # cache of `steps`: the groups, their version, the network, and whether there is no W; and the result
     _steps: tuple[tuple[Tensor, int, nn.Module, bool], sequential.Plan | None] | None = None
 
     def steps(self) -> sequential.Plan | None:
-        """Returns the steps of `forward` without gradients, or None if the conditioner has other groups."""
+        """Returns the steps of `forward` without gradients, or None if the masks of the conditioner differ."""
         groups, net = self.groups, self.conditioner
         if not isinstance(net, MaskedMLP):
             return None

@@ -88,8 +88,8 @@ class Conditioned(Bijection):
     def plain_layers(self, x: Tensor) -> list[Layer] | None:
         """Returns the linear layers of the conditioner for vectors x, or None if there is no hand-written gradient.
 
-        There is none for contexts, dropout, angles, hooks, transforms without a gradient, and for networks that are not
-        in NETWORKS.
+        A hand-written gradient exists for networks in NETWORKS without context, dropout and hooks, for transforms with
+        a gradient and without hooks, and for vectors of the dtype of the network without angles.
         """
         net, linear = self.conditioner, self.linear
         if (
@@ -118,7 +118,7 @@ class Conditioned(Bijection):
         return a if self.input_bound is None else self.input_bound * torch.tanh(a / self.input_bound)
 
     def network_inputs(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns `bounded(a)` and tanh(a / B), which is None if there is no bound, without autograd."""
+        """Returns (`bounded(a)`, tanh(a / B)) without autograd. The second value is None if there is no bound."""
         bound = self.input_bound
         if bound is None:
             return a, None

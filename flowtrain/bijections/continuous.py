@@ -194,15 +194,15 @@ class Continuous(Bijection):
                 return function(self._problem(x, rest[0] if rest else None, t0, t1, again, options))
 
             names = [f"field.{name}" for name, _ in self.field.named_parameters()]
-            return torch.func.functional_call(_With(self.field), dict(zip(names, parameters, strict=True)), (run,))
+            return torch.func.functional_call(_FieldCall(self.field), dict(zip(names, parameters, strict=True)), (run,))
 
         inputs = (x, probes.tangents, *(() if context is None else (context,)))
         key = probes.weight, probes.is_basis, tuple(options.integrals.items())
         return Capturable(inputs, key, call, self.graphs)
 
 
-class _With(nn.Module):
-    """Calls a function, which uses the parameters that functional_call gives to the field."""
+class _FieldCall(nn.Module):
+    """Calls a function while functional_call has replaced the parameters of the field."""
 
     def __init__(self, field: nn.Module) -> None:
         super().__init__()

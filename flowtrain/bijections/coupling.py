@@ -154,7 +154,7 @@ class IndexCoupling(Coupling):
 
     kept: Tensor
     changed: Tensor
-    # the result of `column_parts`, and the buffers with their versions from which it was computed
+    # cache of `column_parts`: the buffers with their versions, and the result
     _parts: tuple[tuple[Any, ...], tuple[slice | Tensor, slice | Tensor]] | None = None
 
     def column_parts(self) -> tuple[slice | Tensor, slice | Tensor]:
@@ -181,7 +181,7 @@ class IndexCoupling(Coupling):
 
 
 def as_slice(index: Tensor) -> slice | Tensor:
-    """Returns the slice with the given indices (n,) if they are equally spaced, else the indices.
+    """Returns indices (n,) as a slice if they are equally spaced, else the indices.
 
     Example:
         >>> as_slice(torch.tensor([1, 3, 5])), as_slice(torch.tensor([0, 1, 3]))
@@ -282,10 +282,16 @@ class CheckerboardCoupling(Coupling):
 
 
 def coupling_order(i: int, d: int, changed: int, shift: int) -> Tensor:
-    """Returns the permutation (d,) of the columns before coupling i, of couplings that transform `changed` columns.
+    """Returns the permutation (d,) of the columns before coupling i of a stack.
 
-    The permutation is random for i = 0, n, 2n, ... with n = ceil(d / changed), and otherwise a shift. If the shift
-    moves the transformed columns to columns that are kept, each group of n couplings transforms all columns. With a
-    random permutation before each coupling, some columns are transformed too rarely in a flow of few layers.
+    The permutation is random for i = 0, n, 2n, ... with n = ceil(d / changed), and a shift for every other i. If the
+    shift moves the transformed columns to positions that are kept, each group of n couplings transforms all columns.
+    With a random permutation before each coupling, a flow of few layers would transform some columns too rarely.
+
+    Args:
+        i: the number of the coupling, from 0.
+        d: the number of columns.
+        changed: the number of columns that each coupling transforms.
+        shift: the number of positions of a shift.
     """
     return torch.randperm(d) if i % ceil(d / changed) == 0 else torch.arange(d).roll(shift)

@@ -11,7 +11,7 @@ from flowtrain.utils.recorded import Recorded
 
 # exp(x) = 2^(x LOG2_E)
 LOG2_E = 1 / math.log(2)
-# the number of numbers from which `_slopes` uses other functions
+# the least number of elements for which `_slopes` replaces tanh and exp by sigmoid and exp2
 MANY = 1024
 
 
@@ -129,8 +129,8 @@ class ScaleShift(Elementwise):
 def _slopes(raw: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """Returns (s, exp(s)) for s = cap tanh(raw / |cap|).
 
-    For many numbers, these are computed by functions that are four to ten times faster on a CPU. The absolute error of
-    tanh(y) = 2 sigmoid(2 y) - 1 is at most 2e-7.
+    For at least MANY elements, tanh(y) = 2 sigmoid(2 y) - 1 and exp(s) = 2^(s LOG2_E) are used, which are ten and four
+    times as fast on a CPU. The absolute error of this tanh is at most 2e-7.
     """
     if raw.numel() < MANY:
         log_slope = (raw / abs(cap)).tanh_().mul_(cap)

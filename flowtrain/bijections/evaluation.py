@@ -1,6 +1,7 @@
-"""Couplings and autoregressive maps of vectors without gradients, in both directions.
+"""Evaluates couplings and autoregressive maps of vectors without gradients.
 
-Without gradients, no activation is kept, and less Python code is run. Vectors have one column for each row of x.
+No activation is kept for a gradient, and less Python code runs. Tensors inside are (n, B), with one column for each row
+of x (B, n).
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +20,7 @@ from flowtrain.utils.autograd import needs_autograd
 if TYPE_CHECKING:
     from flowtrain.bijections.conditioned_gradient import Conditioned
 
-# the networks and elementwise maps that are evaluated here; a subclass may compute another function
+# the networks and elementwise maps that this module evaluates. A subclass may compute another function
 NETWORKS = (MLP, ResidualMLP, MaskedMLP)
 TRANSFORMS = (ScaleShift, Spline)
 # the number of elements that are mapped at once on a CPU, so that their parameters stay in the cache
@@ -27,7 +28,14 @@ ELEMENTS: dict[type, int] = {ScaleShift: 2**16, Spline: 2**12}
 
 
 class Parts(NamedTuple):
-    """The modules of a bijection, and the layers of its conditioner. `linear` is W with its mask, or None."""
+    """The parts of a bijection.
+
+    Attributes:
+        network: the functions that compute the conditioner.
+        transform: the elementwise map.
+        linear: W times its mask, or None.
+        layers: the linear layers of the conditioner.
+    """
 
     network: type[ColumnNetwork]
     transform: ScaleShift | Spline
@@ -36,13 +44,13 @@ class Parts(NamedTuple):
 
 
 def parts_of(of: "Conditioned", x: Tensor) -> Parts | None:
-    """Returns the parts of a bijection if this file can evaluate it at x without gradients and context, else None."""
+    """Returns the parts of a bijection, or None if this module cannot evaluate it at x without a context."""
     if torch.is_grad_enabled() or needs_autograd(x) or x.dim() != 2 or not x.numel() or of.has_angles():
         return None
     # a subclass may override other methods
     if "column_parts" not in vars(type(of)):
         return None
-    # nn.Module finds attributes that are modules ten times more slowly
+    # attribute access on nn.Module takes ten times as long
     modules: Any = of._modules
     net, transform, linear = modules["conditioner"], modules["transform"], modules.get("linear")
     if type(net) not in NETWORKS or type(transform) not in TRANSFORMS or is_hooked(transform):
@@ -61,7 +69,8 @@ def parts_of(of: "Conditioned", x: Tensor) -> Parts | None:
 def mapped(of: "Conditioned", x: Tensor, to_base: bool) -> tuple[Tensor, Tensor] | None:
     """Computes `inverse` of a bijection at x (B, C) if `to_base`, else `forward` of a coupling.
 
-    Returns None if this file cannot evaluate the bijection.
+    Returns:
+        The result (B, C) and the log-determinant (B,), or None if this module cannot evaluate the bijection.
     """
     parts = parts_of(of, x)
     indices = None if parts is None else of.column_parts()
@@ -89,9 +98,10 @@ def mapped(of: "Conditioned", x: Tensor, to_base: bool) -> tuple[Tensor, Tensor]
 def elementwise(
     transform: ScaleShift | Spline, b: Tensor, h: Tensor, last: Layer, to_base: bool
 ) -> tuple[Tensor, Tensor]:
-    """Maps b (n, B) elementwise, with the parameters of the last layer for its inputs h (B, k).
+    """Maps b (n, B) elementwise. The last layer computes the parameters of the map from h (B, k).
 
-    Returns the result and its log-slopes, each (n, B).
+    Returns:
+        The result and its log-slopes, each (n, B).
     """
     n, rows = b.shape
     function = transform.values_to_base if to_base else transform.values_to_data

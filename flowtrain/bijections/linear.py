@@ -252,7 +252,7 @@ class InvertibleLinear(Bijection):
     Args:
         channels: C.
         start: the initial W. `rotation`: a random rotation. `permutation`: a random permutation, so that the columns of
-            a table are not mixed before training. Or a permutation (C,): z_i is then x_{start(i)}.
+            a table are not mixed before training. A tensor (C,): this permutation, so that z_i = x_{start[i]}.
 
     Raises:
         FlowtrainError: an unknown `start`.

@@ -1,9 +1,9 @@
-"""Autoregressive maps from base to data without gradients, in the time of one evaluation of the network.
+"""Computes autoregressive maps from base to data without gradients, in the time of one evaluation of the network.
 
-The direct algorithm evaluates the whole masked network once for each group of elements. But a hidden unit depends only
-on elements of some first groups. So each unit is computed once, as soon as these elements are known. Elements are
-computed in one step if they depend on the same units. A network of 64 units has at most 65 steps, for any number of
-elements.
+The direct algorithm evaluates the whole masked network once for each group of elements. A hidden unit depends only on
+the elements of the first groups, up to the group of the unit. Here each unit is computed once, as soon as these
+elements are known. Elements are computed in one step if they depend on the same units. A network of 64 units has at
+most 65 steps, for any number of elements.
 """
 
 from itertools import accumulate
@@ -18,8 +18,8 @@ from flowtrain.nn.residual_mlp import MaskedMLP
 if TYPE_CHECKING:
     from flowtrain.bijections.autoregressive import Autoregressive
 
-# the number of rows up to which a step multiplies with all units, where unknown units are 0. This needs fewer
-# operations, but twice as many multiplications
+# the largest batch for which a step multiplies by all units, where unknown units are 0. This needs fewer operations of
+# torch, but twice as many multiplications
 FEW = 256
 
 
@@ -27,9 +27,9 @@ class Plan(NamedTuple):
     """The steps of `to_data`.
 
     Attributes:
-        elements: the positions of the elements in the order of the steps, (d,), and `back`, the inverse. None if the
-            elements have this order.
-        units: the positions of the hidden units in the order of the steps, (H',), or None.
+        elements: the positions of the elements in the order of the steps, (d,). None if the elements have this order.
+        back: the inverse permutation of `elements`, (d,), or None.
+        units: the positions of the hidden units in the order of the steps, (H',). None if the units have this order.
         n_elements, n_units: the number of new elements and of new units in each step.
     """
 
@@ -46,8 +46,8 @@ def plan(groups: Tensor, net: MaskedMLP, merge: bool) -> Plan | None:
     Args:
         groups: the groups.
         net: the network.
-        merge: whether elements of several groups may be computed in one step. They may not if they depend on each
-            other directly.
+        merge: whether elements of several groups may be computed in one step. This is false if elements depend on each
+            other directly, by W.
     """
     of_elements: list[int] = groups.tolist()
     of_inputs, of_units, of_outputs = net.groups

@@ -60,7 +60,7 @@ class Spline(Elementwise):
         self.size = 3 * bins - 1
         # the size of the first axis of the result of `first_axis`
         self.n_numbers = self.size
-        # the first knot that has a number in theta
+        # the index of the first knot that has a number in theta
         self.first_knot = 1
         # 1 / c. The slope of a chord is a ratio of two softmax outputs, so c is half as large for widths and heights
         self.clip_slope = -1 / math.log(least_slope)
@@ -150,11 +150,11 @@ class Spline(Elementwise):
         return F.pad(inner, ((0, 0) * (inner.dim() - 1) + (1, 1)))
 
     def fill_knots(self, knots: Tensor) -> None:
-        """Completes the numbers of `at_knots`, (K + 1, ...), of which `first_knot` and the further ones are given."""
+        """Sets the numbers of `at_knots`, (K + 1, ...), that are not in theta. The others have been set."""
         knots[0], knots[-1] = 0, 0
 
     def add_equal_knots(self, gradient: Tensor) -> None:
-        """Adds up the gradients of the numbers of `at_knots`, (K + 1, ...), that are the same number in theta."""
+        """Adds up the gradients, (K + 1, ...), of knots that have the same number in theta, in place."""
 
     def evaluated(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Computes (z, log dz/dx) by differentiable operations of torch. theta is (3 K - 1, *x.shape)."""
@@ -240,9 +240,9 @@ MANY = 4096
 
 
 def _searched(spline: Spline, y: Tensor, theta: Tensor, axis: int) -> _Searched:
-    """Finds the bin that contains y (n, B), which is x for axis 0 and z for axis 1, for theta (size * n, B).
+    """Finds the bin that contains y (n, B), for theta (size * n, B). y is x for axis 0, and z for axis 1.
 
-    This has fewer operations than `Spline.bin_of`, and no gradient.
+    The function has fewer operations than `Spline.bin_of`, and no gradient.
     """
     k, bound = spline.bins, spline.bound
     theta = theta.view(spline.n_numbers, *y.shape)
@@ -354,10 +354,10 @@ class _ToBase(torch.autograd.Function):
 def _values(
     spline: Spline, x: Tensor, theta: Tensor, overwrite: bool = False
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Returns z, log dz/dx and tensors for `_gradients`. theta is (n_numbers, *x.shape), and may be overwritten.
+    """Returns z, log dz/dx and tensors for `_gradients`, for theta (n_numbers, *x.shape).
 
-    The operations are the ones of `Spline.evaluated`, arranged so that there are few. For the batches of tables, the
-    time of an operation hardly depends on its size.
+    The results are those of `Spline.evaluated`, with fewer operations. For the batches of tables, the time of an
+    operation hardly depends on its size. If `overwrite`, theta is overwritten.
     """
     k, bound = spline.bins, spline.bound
     # v is bounded to v / (1 + |v| / c)
@@ -436,7 +436,7 @@ def _gradients(
     torch.mul(g_bottom, u, out=slope[1]).addcmul_(g_slopes, t2)
     slope.mul_(end_slopes)
     g_chord = gl.div_(chord).mul_(2).add_(g_bottom).addcmul_(g_top, t2).addcmul_(u, g_slopes.sub_(g_bottom), value=2)
-    # gradients of the corner of the bin, which depends on the shares before it, and of its size, which is its own share
+    # gradients of the corner of the bin (the sum of the shares before the bin) and of its size (one share)
     moved = grad_x.new_empty(4, *grad_x.shape)
     torch.mul(grad_x, inside, out=moved[0])
     moved[1] = gz
@@ -468,7 +468,7 @@ def _gradient_of_theta(
         sums: the sums of widths and heights up to these knots, (2, 2, ...).
         g_before, g_own, g_slope: gradients of the shares before the bin, of the shares of the bin, and of the numbers
             of `Spline.at_knots` at the bin, each (2, ...).
-        before: 1 for each bin before the bin, else 0, (K, ...).
+        before: 1 for each bin before the bin that contains x, else 0, (K, ...).
         share: the softmax of widths and heights, (2, K, ...).
         divisor: 1 + |v| / c for the numbers v in theta.
     """

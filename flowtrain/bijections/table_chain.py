@@ -1,7 +1,7 @@
 """A chain of couplings or autoregressive maps of vectors, whose inverse is one operation of autograd.
 
-A flow of tables consists of many layers of small operations. Recording and replaying them takes longer than computing
-them. Here all linear maps between two layers become one matrix. The matrices of all layers are computed at once, and
+A flow on a table consists of many small operations. Autograd takes longer to record and replay them than they take to
+compute. Here all linear maps between two layers become one matrix. The matrices of all layers are computed at once, and
 the gradients of all matrices are one product.
 """
 
@@ -62,7 +62,7 @@ class TableChain(Chain):
         return self.pass_inverse(x, context).x
 
     def by_matrices(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Computes `inverse` for vectors x (B, d) with one matrix for each layer, or returns None if it cannot."""
+        """Computes `inverse` for vectors x (B, d) with one matrix for each layer, or returns None if not possible."""
         if needs_autograd(x) or not x.numel() or x.shape[1] > MOST_COLUMNS:
             return None
         kinds = {type(bijection) for bijection in self}
@@ -120,7 +120,7 @@ class Plan(NamedTuple):
     is_differentiated: bool
 
     def networks(self, parts: Parts) -> list[list[Layer]]:
-        """Returns the linear layers of each conditioner, for the parts of all conditioners in turn."""
+        """Returns the linear layers of each conditioner, for the parts of one conditioner after another."""
         every, found = iter(in_layers(parts)), []
         for depth in self.depths:
             found.append([next(every) for _ in range(depth)])
@@ -164,7 +164,7 @@ def _linear_parts(stages: Sequence[Sequence[Bijection]], x: Tensor) -> tuple[Ten
 
 
 def _of_norms(norms: Sequence[ActNorm]) -> tuple[Tensor, Tensor]:
-    """Returns the matrices of (x - m) exp(-s), and the sum of the log-determinants."""
+    """Returns the matrices (n, d + 1, d + 1) of (x - m) exp(-s), and the sum of the log-determinants."""
     log_scale = torch.stack([norm.log_scale for norm in norms])
     factor = (-log_scale).exp()
     shift = (torch.stack([norm.shift for norm in norms]) * factor).neg()
@@ -173,7 +173,7 @@ def _of_norms(norms: Sequence[ActNorm]) -> tuple[Tensor, Tensor]:
 
 
 def _of_linear(members: Sequence[InvertibleLinear], identity: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the matrices of `InvertibleLinear`, and the sum of the log-determinants."""
+    """Returns the matrices (n, d + 1, d + 1) of linear maps, and the sum of the log-determinants."""
     names = ("permutation", "sign", "lower", "upper", "log_scale")
     permutation, sign, lower, upper, log_scale = (torch.stack([getattr(m, name) for m in members]) for name in names)
     upper = upper.triu(1) + (sign * log_scale.exp()).diag_embed()
@@ -192,7 +192,7 @@ def _indices(index: tuple[int, ...], device: torch.device) -> Tensor:
 def _places(
     shapes: tuple[tuple[int, int] | None, ...], kept: tuple[int, ...], size: int, device: torch.device
 ) -> Tensor:
-    """Returns the places of the entries of all W in flattened matrices (L, size, size)."""
+    """Returns the positions of the entries of all W in flattened matrices (L, size, size)."""
     found = []
     with torch.inference_mode(False):
         for i, (shape, n) in enumerate(zip(shapes, kept, strict=True)):
@@ -240,7 +240,7 @@ def _matrices(layers: Sequence[Conditioned], between: Tensor) -> tuple[Tensor, T
 
 
 def _order(layers: Sequence[Any], d: int, device: torch.device) -> Tensor | None:
-    """Returns the places of (a, b, 1) in (x, 1) for all couplings in turn, or None if they are in order."""
+    """Returns the positions in (x, 1) of (a, b, 1) for one coupling after another, or None if they are in order."""
     if isinstance(layers[0], IndexCoupling):
         end = _indices((d,), device)
         return torch.cat([v for layer in layers for v in (layer.kept, layer.changed, end)])

@@ -64,7 +64,8 @@ def nsf(
         activation: relu | tanh | swish, in the conditioners.
         mixing: `linear`: an invertible matrix before each coupling (LU layers), which is initially a permutation.
             `permutation`: a fixed permutation before each coupling, drawn at construction and saved with the weights.
-            Both draw random halves, see `coupling_order`. `alternate`: the two halves swap from layer to layer.
+            With both, the halves are random, see `coupling_order`. `alternate`: the two halves swap from layer to
+            layer.
         input_bound: a bound on the inputs of the conditioners, see `Coupling`. None: no bound.
         dropout: the dropout probability in the conditioners.
         conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
@@ -116,7 +117,7 @@ def nsf(
 
 
 def mixed(mixing: str, order: Tensor) -> list[Bijection]:
-    """Returns the map that mixes or permutes the columns before a layer, if there is one.
+    """Returns a list with the map that mixes or permutes the columns before a layer, or an empty list.
 
     Args:
         mixing: see `nsf`.

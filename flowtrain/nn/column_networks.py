@@ -187,8 +187,8 @@ class ColumnFunction(torch.autograd.Function):
 
 
 def weights_of(module: Any) -> Layer:
-    """Returns the weight of a linear layer, its mask and its bias."""
-    # a search by attribute takes longer, and is needed only if the parameters have been replaced
+    """Returns the weight, the mask or None, and the bias of a linear layer."""
+    # attribute access takes longer, and is needed only if the parameters have been replaced
     own = module._parameters
     weight, bias = own.get("weight"), own.get("bias")
     if weight is None or bias is None:

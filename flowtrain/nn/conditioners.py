@@ -71,7 +71,7 @@ class MLP(Recorded, nn.Sequential):
     def layers(self) -> list[Layer] | None:
         """Returns the linear layers, or None with dropout, a hook of a layer, or another activation than relu."""
         found: list[Layer] = []
-        # the attributes of a module are found by a slow search
+        # iterating over the module takes longer
         for one in self._modules.values():
             if one is None or type(one) not in (nn.Linear, nn.ReLU) or is_hooked(one):
                 return None
@@ -162,9 +162,9 @@ class ConvNet(Recorded, nn.Module):
         return y
 
     def plain_parts(self) -> list[Tensor] | None:
-        """Returns the weight and the bias of each layer in turn.
+        """Returns the weight and the bias of one layer after another.
 
-        None if there is a context, a hook, a replaced layer, or another activation than relu.
+        Returns None for a context, hooks, replaced layers, and other activations than relu.
         """
         layers = (self.first, *self.middle, self.last)
         if type(self.activation) is not nn.ReLU or self.first.embedding is not None:

@@ -1,8 +1,9 @@
-"""`ConvNet` by matrix products on a CPU, with a hand-written gradient.
+"""Computes `ConvNet` by matrix products on a CPU, with a hand-written gradient.
 
-A convolution of few channels is mostly moving of data. Here an activation is a matrix with one row for each channel and
-one column for each pixel. A 3x3 convolution of few input channels is a product with the nine shifted images. A 3x3
-convolution to few output channels is a product, whose nine parts for each output channel are shifted and added.
+A convolution of few channels spends most of its time on moving data. Here an activation is a matrix with one row for
+each channel and one column for each pixel. A 3x3 convolution of few input channels is a product with nine shifted
+images. A 3x3 convolution to few output channels is a product with nine results for each output channel, which are
+shifted and added.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ class ConvColumns(torch.autograd.Function):
     """A 3x3 convolution, 1x1 convolutions and a 3x3 convolution, with relu between them.
 
     The arguments are x (B, C, H, W), a bias of the first convolution at each pixel (1, n, H, W) or None, and the weight
-    and the bias of each convolution in turn.
+    and the bias of one convolution after another.
     """
 
     @staticmethod

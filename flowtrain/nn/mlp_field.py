@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowtrain.nn.column_networks import is_hooked
 from flowtrain.nn.mlp_kernels import MLPTape, jvp
 from flowtrain.nn.velocity_field import (
     LayeredField,
@@ -17,6 +18,7 @@ from flowtrain.nn.velocity_field import (
 )
 from flowtrain.utils.arguments import number, one_of, widths
 from flowtrain.utils.autograd import needs_autograd, transforms_active
+from flowtrain.utils.modules import submodules
 from flowtrain.utils.products import product
 
 # on a CPU, the largest number of values and tangents of a layer in one block of rows. Larger blocks exceed the cache
@@ -43,7 +45,7 @@ class TimedLinear(TimedLayer):
         return y + shift if gate is None else torch.addcmul(shift, y, gate)
 
     def gate_and_bias(self, times: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Returns gate and bias (M, n_out) of this layer y = (W x) gate + bias at the times (M,)."""
+        """Returns gate and bias, (M, n_out) each, of y = (W x) gate + bias at the times (M,). None: the gate is 1."""
         gate, shift = self.modulation(times)
         bias = self.linear.bias
         return gate, shift + bias if gate is None else torch.addcmul(shift, gate, bias)
@@ -158,7 +160,9 @@ class MLPField(LayeredField[TimedLinear]):
             spread_units(layers[0].linear, number("model.init_scale", init_scale))
 
     def forward(self, t: Tensor, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        if not torch.is_grad_enabled() and x.dim() == 2 and t.dim() < 2 and x.numel() and not needs_autograd(x):
+        plain = not torch.is_grad_enabled() and x.dim() == 2 and t.dim() < 2 and x.numel() and not needs_autograd(x)
+        # only a call of a module runs its hooks
+        if plain and not any(is_hooked(module) for layer in self.layers for module in submodules(layer)):
             return self._values(t, x, shift)
         first, *layers = self.layers
         if not isinstance(first, TimeEmbedding):

@@ -19,7 +19,7 @@ class MLPTape:
     """Evaluations of an MLP, one node at a time; see `flowtrain.ode.tape.Tape`.
 
     Args:
-        at: for each layer the weights (M, n_out, n_in), and for each layer the biases (M, n_out) at M nodes, see
+        at: the weights (M, n_out, n_in) of each layer and the biases (M, n_out) of each layer at M nodes, see
             `MLPField.at`.
         activation: the activation between the layers.
         keep: whether `vjp` will be called.
@@ -75,7 +75,7 @@ class MLPTape:
         inputs, kept = self.inputs[i], self.kept[i]
         at_a, n_layers = cotangent, len(self.weights)
         for layer in reversed(range(n_layers)):
-            # the gradients are computed while the cotangents are in the cache
+            # the weight gradients are computed here, because the cotangents are still in the cache
             weight_gradient(at_a, inputs[layer], self.at_nodes[layer][i])
             torch.sum(at_a, 0, out=self.at_nodes[n_layers + layer][i])
             if layer == 0:
@@ -86,9 +86,9 @@ class MLPTape:
         return product(at_a, self.transposed[0][i])
 
     def weight_gradients(self) -> tuple[list[Tensor], Tensor | None]:
-        """Returns the gradients of `at` and of the shift, and resets them. They are zero for nodes without a vjp.
+        """Returns the gradients of `at` and of the shift, and resets them.
 
-        Without any vjp, the list is empty.
+        The gradients are zero for nodes without a call of `vjp`. Without any call, the list is empty.
         """
         found = self.at_outputs, self.at_shift
         self.at_outputs, self.at_nodes, self.at_shift = [], [], None

@@ -65,7 +65,7 @@ class ResidualMLP(Recorded, nn.Module):
 
     def layers(self) -> list[Layer]:
         """Returns the first layer, two layers for each block, and the last layer."""
-        # a search by attribute takes longer
+        # attribute access takes longer
         own = self._modules
         blocks = own["blocks"]
         assert blocks is not None

@@ -57,7 +57,7 @@ class Activation(ABC):
     def vjp_of_log_slope(self, kept: Tensor, slope: Tensor, at_value: Tensor, at_log_slope: Tensor) -> Tensor:
         """Returns at_value f'(x) + at_log_slope f''(x) / f'(x), and overwrites at_value.
 
-        `at_log_slope` is the cotangent of log f'(x). For t = f'(x) u it is the cotangent of t times t.
+        `at_log_slope` is the cotangent of log f'(x). For t = f'(x) u, it is the product of t and the cotangent of t.
         """
         raise NotImplementedError
 
@@ -154,7 +154,7 @@ ON_CPU = {value: torch.tensor(value, device="cpu") for value in (-1.0, 1.0)}
 
 
 def constant(value: float, like: Tensor) -> Tensor:
-    """Returns a tensor without dimensions for an operation with `like`."""
+    """Returns a value as a tensor without dimensions, for an operation with `like`."""
     # on the CPU, the dtype of a tensor without dimensions has no effect on the result
     return ON_CPU[value] if like.device.type == "cpu" else like.new_full((), value)
 

@@ -78,7 +78,7 @@ class RungeKutta(Solver):
         }
         if self.cuda_graphs and any(wrong.values()):
             reasons = "; ".join(reason for reason, applies in wrong.items() if applies)
-            raise ConfigError(f"solver.cuda_graphs=true: a graph is a solve with planned steps, but {reasons}")
+            raise ConfigError(f"solver.cuda_graphs=true captures solves with planned steps, but {reasons}")
 
     def replays(self, x: Tensor) -> bool:
         """Whether the backward pass of a solve from x (B, *event) recomputes the stages instead of keeping them."""
@@ -163,7 +163,7 @@ class RungeKutta(Solver):
     def _graph_key(
         self, planned: PlannedSteps, inputs: Sequence[Tensor], problem: Problem, capturable: Capturable
     ) -> Hashable:
-        """Returns everything that a graph of this solve cannot change."""
+        """Returns everything that is constant in a graph of this solve."""
         return (
             planned.structure,
             self.method,
@@ -268,7 +268,7 @@ class _Run:
 
     def record_plan(self, ends: list[float]) -> None:
         """Records the stages of steps to the given ends on one tape, because a tape has an overhead."""
-        # in a replay, the tapes of the steps are needed one after another
+        # a replay needs the tapes of the steps one after another
         if self.replay or not ends:
             return
         starts = [self.t, *ends[:-1]]
@@ -277,7 +277,7 @@ class _Run:
         self.record_steps([*times[0][:shared], *(t for of_step in times for t in of_step[shared:])])
 
     def record_steps(self, times: Sequence[float] | Tensor) -> None:
-        """Records the stages of several steps on one tape. A stage that two steps share has one time."""
+        """Records the stages of several steps on one tape. The time of a stage that two steps share is given once."""
         shared = int(self.tableau.first_same_as_last)
         stages, n = self.record(times, keep=self.graph), len(self.tableau.c) - shared
         self.recorded = [stages[i : i + n + shared] for i in range(0, len(times) - shared, n)]
@@ -491,7 +491,7 @@ class _FunctionalRun(_Run):
 
 
 class _PlannedRun(_Run):
-    """A solve with given steps, whose times, step sizes and tolerance are tensors. It never reads their values."""
+    """A solve with given steps. Times, step sizes and tolerance are tensors, whose values the host never reads."""
 
     def __init__(self, solver: RungeKutta, problem: Problem, planned: PlannedSteps, weights: Weights) -> None:
         super().__init__(solver, problem, Statistics(), graph=True, weights=weights)

@@ -85,8 +85,7 @@ class Problem:
             separate step control for each row, see row_control.py. None: the rows share the steps.
         unsolved: a mapping to which the error of each row that cannot be solved is added, by its position. The solution
             of such a row is NaN. Only solves that do not share steps use it. None: the solve raises the SolverError.
-        capturable: how the problem is solved again for other tensors, so that a graph of the solve can be captured.
-            None: no graph is used.
+        capturable: the parts of the problem for a graph of the solve, see captured_solve.py. None: no graph is used.
     """
 
     velocity: Velocity

@@ -17,7 +17,7 @@ class Adam(torch.optim.Adam):
     small parameters this takes six times as long as the update. Here the tensors are collected once, and parameters
     with the same step count share the tensor of the count. The values are the same to the last bit.
 
-    The methods of torch import its compiler, which takes a second. The methods of this class do not.
+    The methods of `torch.optim.Optimizer` import the compiler of torch, which takes a second. Here they do not.
 
     Args:
         parameters: the parameters.
@@ -71,7 +71,7 @@ class Adam(torch.optim.Adam):
         )
 
     def moments_of(self, parameter: Tensor) -> tuple[str, ...]:
-        """Returns the names of the averages of a parameter in the state, which have the shape of the parameter."""
+        """Returns the names of the averages in the state of a parameter. They have the shape of the parameter."""
         return "exp_avg", "exp_avg_sq"
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -84,7 +84,7 @@ class Adam(torch.optim.Adam):
         self._lists = None
 
     def _begin(self) -> None:
-        """Gives each parameter that has a gradient a state, and each state a separate step count."""
+        """Creates the state of each parameter that has a gradient. Each state has a separate step count."""
         for state in self.state.values():
             state["step"] = state["step"].clone()
         for p in self.param_groups[0]["params"]:

@@ -1,4 +1,4 @@
-"""Muon: Adam whose updates of weight matrices are replaced by orthogonal matrices."""
+"""The optimizer Muon, whose updates of weight matrices are orthogonal matrices."""
 
 from collections.abc import Sequence
 
@@ -17,17 +17,18 @@ ITERATIONS = 5
 
 
 class Muon(Adam):
-    """Muon (Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks), and Adam for the rest.
+    """Updates weight matrices by Muon, and other parameters by Adam.
 
-    For a weight matrix W (m, n) with m, n >= LEAST_SIDE and gradient G, with beta = MOMENTUM:
+    Muon is from Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks. For a weight matrix
+    W (m, n) with m, n >= LEAST_SIDE and gradient G, with beta = MOMENTUM:
 
         M <- beta M + (1 - beta) G
         W <- W - lr sqrt(max(m, n)) orthogonalized(beta M + (1 - beta) G)
 
-    All directions of the update have about the same length, unlike the directions of a gradient, most of which are
-    short. The entries of the update have a root mean square of about lr, as in Adam (Liu et al. 2025, Muon is scalable
-    for LLM training, section 2.2, without the factor 0.2). Vectors, kernels of convolutions and narrow matrices are
-    updated by Adam. The weight decay is decoupled.
+    The singular values of the update are about equal, while a gradient has a few large and many small singular values.
+    The entries of the update have a root mean square of about lr, as in Adam (Liu et al. 2025, Muon is scalable for LLM
+    training, section 2.2, without the factor 0.2). Vectors, kernels of convolutions and narrow matrices are updated by
+    Adam. The weight decay is decoupled.
 
     The state of a matrix is `step` and `exp_avg`, which is M.
 
@@ -39,7 +40,7 @@ class Muon(Adam):
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
         super().__init__(parameters, lr, weight_decay, decoupled=True)
-        # matrices of one shape are orthogonalized together
+        # matrices of the same shape are orthogonalized together
         self._matrices: dict[tuple[torch.Size, torch.dtype, torch.device], list[nn.Parameter]] = {}
         for p in parameters:
             if is_matrix(p):
@@ -84,20 +85,19 @@ class Muon(Adam):
 
 
 def is_matrix(parameter: Tensor) -> bool:
-    """Returns whether `Muon` updates a parameter by orthogonal matrices."""
+    """Whether `Muon` updates a parameter by an orthogonal matrix."""
     return parameter.dim() == 2 and min(parameter.shape) >= LEAST_SIDE
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Returns approximations of the orthogonal factors U V^T of matrices (k, m, n) with singular values U S V^T.
+    """Returns approximations of U V^T, (k, m, n), for matrices (k, m, n) with the decompositions U S V^T (SVD).
 
-    The singular values of the result are between 0.7 and 1.2, except for singular values that are tiny beside the norm
-    of the matrix. The iteration needs only matrix products. A matrix of zeros stays 0.
+    The singular values of the result are between 0.7 and 1.2. Singular values that are tiny relative to the norm of the
+    matrix stay smaller. The iteration needs only matrix products. A matrix of zeros stays 0.
 
     Example:
-        >>> torch.manual_seed(0)
-        <torch._C.Generator object at ...>
-        >>> values = torch.linalg.svdvals(orthogonalized(torch.randn(1, 20, 8)))
+        >>> x = torch.randn(1, 20, 8, generator=torch.Generator().manual_seed(0))
+        >>> values = torch.linalg.svdvals(orthogonalized(x))
         >>> bool((values > 0.65).all() and (values < 1.25).all())
         True
     """

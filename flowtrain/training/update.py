@@ -149,7 +149,7 @@ class Update:
             restore()
             raise self.diagnose_failure(step, batch, attempt)
         if self.settings.clip_norm is not None and grad_norm > 0.99 * self.settings.clip_norm:
-            # as torch.nn.utils.clip_grads_with_norm_, which takes longer. Smaller gradients would not change
+            # equals torch.nn.utils.clip_grads_with_norm_, which takes longer. Smaller gradients are not clipped
             factor = (self.settings.clip_norm / (norm + 1e-6)).clamp(max=1)
             torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
         self.train_state.apply()

@@ -1,7 +1,7 @@
-"""CUDA graphs of a function of tensors and of its gradient.
+"""Captures a function of tensors and its gradient in CUDA graphs.
 
-A CUDA graph is a recorded sequence of kernels. A replay launches all of them at once, and runs no Python. So a graph
-always uses the same memory and the same Python numbers as the recorded call. `CapturedCall` observes the rules of torch
+A CUDA graph is a recorded sequence of kernels. A replay launches all of them at once, and runs no Python. A graph
+therefore always uses the memory and the Python numbers of the recorded call. `CapturedCall` follows the rules of torch
 (https://docs.pytorch.org/docs/stable/notes/cuda.html#constraints):
 
 - All inputs are copied into buffers with fixed addresses. Numbers that change, such as step sizes, are inputs.
@@ -77,7 +77,7 @@ class CudaRecorder:
 
 
 def recorder_of(device: torch.device) -> Recorder | None:
-    """Returns the recorder of a device; None if it has no graphs."""
+    """Returns the recorder of a device, or None if the device has no graphs."""
     return CudaRecorder(device) if device.type == "cuda" else None
 
 
@@ -85,7 +85,7 @@ class GraphMemory:
     """The memory that captured calls share. Each forward pass overwrites the tensors of the last one.
 
     Attributes:
-        recorder: records graphs; None if the device has none.
+        recorder: records graphs. None if the device has no graphs.
         generation: the number of forward passes so far.
     """
 
@@ -113,17 +113,17 @@ class GraphMemory:
 
 
 class _Use:
-    """One forward pass. The autograd graph of its results owns this object."""
+    """A forward pass. The autograd graph of the results owns this object."""
 
     def __init__(self, generation: int) -> None:
         self.generation = generation
 
 
 class CapturedCall:
-    """A function of tensors that is captured with its gradient. Calls have the values of the first call's shapes.
+    """A function of tensors that is captured with its gradient, for inputs of fixed shapes.
 
     Args:
-        function: (inputs, parameters) -> (outputs that are differentiated, other outputs). It must observe the rules of
+        function: (inputs, parameters) -> (outputs that are differentiated, other outputs). It must follow the rules of
             this module.
         inputs: the inputs of one call. Their shapes, dtypes and requires_grad are those of all calls.
         parameters: further inputs, which are not copied. Their memory must stay at the same addresses.
@@ -185,7 +185,7 @@ class CapturedCall:
     def _backward(self) -> None:
         pairs = [(y, c) for y, c in zip(self.outputs, self.cotangents, strict=True) if y.requires_grad]
         outputs, cotangents = zip(*pairs, strict=True)
-        # retained, because a graph can be replayed several times too
+        # the autograd graph is retained, because `backward` may be called several times, as with a CUDA graph
         gradients = torch.autograd.grad(outputs, self.wanted, cotangents, retain_graph=True, allow_unused=True)
         self.found = [i for i, g in enumerate(gradients) if g is not None]
         self.flat = torch.cat([g.flatten() for g in gradients if g is not None])

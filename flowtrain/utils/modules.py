@@ -1,4 +1,4 @@
-"""Fast walks through the submodules of a module.
+"""Fast iteration over the submodules of a module.
 
 `nn.Module.modules` also builds names and a set, which takes longer than log p of a single row.
 """
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 def submodules(module: nn.Module, closed: Container[type] = ()) -> Iterator[nn.Module]:
-    """Yields a module and all modules inside it, in the order of `nn.Module.modules`. Shared modules are repeated.
+    """Yields a module and all modules inside it, in the order of `nn.Module.modules`.
 
-    Modules inside a module of a class in `closed` are not yielded.
+    A shared module is yielded several times. Modules inside a module of a class in `closed` are not yielded.
 
     Example:
         >>> [type(m).__name__ for m in submodules(nn.Sequential(nn.Linear(1, 1), nn.ReLU()))]

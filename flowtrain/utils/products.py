@@ -12,11 +12,11 @@ LARGE = 1_500_000
 
 def has_onednn() -> bool:
     """Whether the linear layer of oneDNN is available and switched on, and the CPU has AVX-512."""
-    return bool(torch.backends.mkldnn.enabled) and _is_there()
+    return bool(torch.backends.mkldnn.enabled) and _onednn_is_available()
 
 
 @cache
-def _is_there() -> bool:
+def _onednn_is_available() -> bool:
     there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not there or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False

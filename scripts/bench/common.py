@@ -42,7 +42,7 @@ def use_threads(n: int, device: str = "cpu") -> None:
     torch.set_num_threads(n)
 
 
-# runs a module with CPU time in place of wall time
+# runs flowtrain with CPU time instead of wall time
 IN_CPU_TIME = (
     "import runpy, time; time.perf_counter = time.process_time; runpy.run_module('flowtrain', None, '__main__')"
 )
@@ -52,7 +52,7 @@ def run_flowtrain(run_dir: Path, *overrides: str, cpu_time: bool = False) -> Non
     """Runs `flowtrain` with the overrides in a new process, with the run directory `run_dir`.
 
     Args:
-        cpu_time: whether all seconds that the run reports are CPU time of its process, summed over its threads.
+        cpu_time: whether the run reports CPU time, summed over threads, instead of wall time.
     """
     program = ["-c", IN_CPU_TIME] if cpu_time else ["-m", "flowtrain"]
     command = [sys.executable, *program, *overrides, f"hydra.run.dir={run_dir}"]

@@ -67,7 +67,7 @@ def trained_run(d: int, overrides: list[str]) -> Path:
     run_dir = CACHE / name
     if (run_dir / "result.json").exists():
         return run_dir
-    # the settings with which the figures in README.md were measured
+    # the settings of the figures in README.md
     data = ["data=moons", "trainer.optimizer=adam", "trainer.lr=0.015", "trainer.batch_size=512", "trainer.steps=600"]
     if d != 2:
         data = ["data=array", f"data.path={mixture(d)}", "trainer.steps=300", "trainer.lr=0.002"]

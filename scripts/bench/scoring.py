@@ -4,15 +4,15 @@
     python scripts/bench/scoring.py --models maf nsf --d 8 64 --turns 9
     python scripts/bench/scoring.py --threads 2 --device cuda
 
-Needs `pip install zuko nflows normflows` (nflows needs UMNN). All models are in evaluation mode, without gradients. A
-task is log p of a batch, the drawing of a batch of samples, or the same for a single row. The time is the CPU time of
-the process on one thread of a CPU (`time.process_time`), else the wall time. The ratio is the time of the peer divided
-by the time of flowtrain in the same turn.
+Needs `pip install zuko nflows normflows` (nflows also needs UMNN). All models are in evaluation mode, without
+gradients. The tasks are log p and sampling, of a batch and of a single row. The time is the CPU time of the process
+(`time.process_time`) on one thread of a CPU, and the wall time otherwise. The ratio is the time of the peer divided by
+the time of flowtrain in the same turn.
 
-The peers have the same architecture: as many layers, hidden widths and bins, and the same order of layers.
+The peers have the same architecture: the same number and order of layers, hidden widths and bins.
 
-- affine: a Gaussian with full covariance. zuko has it as a mixture of one component, nflows and normflows as a linear
-  map with LU factors.
+- affine: a Gaussian with full covariance. zuko: a mixture of one component. nflows and normflows: a linear map with LU
+  factors.
 - realnvp: 8 affine couplings with MLPs of two hidden layers of 64 units, without ActNorm, which zuko lacks.
 - nsf: 10 LU layers and spline couplings of 16 bins, with one residual block of 64 units. flowtrain also has an ActNorm.
 - maf: 5 affine autoregressive maps with one residual block of 64 units, in alternating orders. zuko's network has
@@ -42,14 +42,15 @@ WIDTH, BOUND, RTOL = 64, 5.0, 1e-5
 ROWS = 2000
 # fewer rows at 784 columns, because zuko makes a matrix for each row, and nflows samples of maf take minutes
 FEWER = {"affine": 100, "nsf": 100, "maf": 50, "glow": 100, "mixture": 50, "ffjord": 50}
-# a factor of the weights of the last layer of fields, with which a solve needs as many evaluations as a trained flow
+# the weights of the last layer of a field are multiplied by this, so that a solve needs as many evaluations as if
+# trained
 STEEP = 30
 # the shortest time of a measurement, in seconds
 LEAST = 0.02
 
 
 class Contestant(NamedTuple):
-    """The two tasks of a model: log p of rows, and the drawing of n samples."""
+    """The two tasks of a model: log p of rows, and sampling n rows."""
 
     log_prob: "Callable[[Tensor], Any]"
     sample: Callable[[int], Any]
@@ -232,12 +233,12 @@ def nsf(d: int) -> dict[str, Any]:
             tail_bound=BOUND,
         )
         of_nflows += [transforms.LULinear(d), coupling]
-        its = flows.CoupledRationalQuadraticSpline(
+        spline_coupling = flows.CoupledRationalQuadraticSpline(
             d, 1, WIDTH, num_bins=bins, tail_bound=BOUND, reverse_mask=i % 2 == 1
         )
         # by default, normflows maps the other half of the columns too
-        its.prqct.unconditional_transform = None
-        of_normflows += [its, flows.LULinearPermute(d)]
+        spline_coupling.prqct.unconditional_transform = None
+        of_normflows += [spline_coupling, flows.LULinearPermute(d)]
     return {
         "flowtrain": flowtrain.models.nsf(d, layers=10, hidden=[WIDTH], bins=bins, bound=BOUND),
         "zuko": zuko.flows.Flow(of_zuko, _zuko_base(d)),
@@ -257,8 +258,8 @@ def maf(d: int) -> dict[str, Any]:
             transforms.ReversePermutation(d),
         ]
         # without Reverse, normflows computes log p column by column, and samples in one pass
-        its = flows.Reverse(flows.MaskedAffineAutoregressive(d, WIDTH, num_blocks=1))
-        of_normflows += [its, flows.Permute(d, "swap")]
+        reversed_map = flows.Reverse(flows.MaskedAffineAutoregressive(d, WIDTH, num_blocks=1))
+        of_normflows += [reversed_map, flows.Permute(d, "swap")]
     return {
         "flowtrain": flowtrain.models.maf(d, layers=5, hidden=[WIDTH]),
         "zuko": _zuko().flows.MAF(d, transforms=5, hidden_features=[WIDTH] * 3),
@@ -278,11 +279,11 @@ def diagonal_mixture(d: int) -> dict[str, Any]:
 
     import flowtrain
 
-    its = normflows.distributions.GaussianMixture(16, d).float()
+    base = normflows.distributions.GaussianMixture(16, d).float()
     return {
         "flowtrain": flowtrain.models.mixture(d, components=16, covariance="diagonal"),
         "zuko": _zuko().flows.GMM(d, components=16, covariance_type="diagonal"),
-        "normflows": normflows.NormalizingFlow(its, []),
+        "normflows": normflows.NormalizingFlow(base, []),
     }
 
 

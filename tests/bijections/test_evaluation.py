@@ -102,7 +102,7 @@ def test_the_parts_of_a_coupling_follow_its_buffers() -> None:
     assert coupling.column_parts() == (slice(1, 3, 1), slice(0, 1, 1))
 
 
-def test_unequal_spaces_are_no_slice() -> None:
+def test_unequally_spaced_indices_are_not_a_slice() -> None:
     index = torch.tensor([0, 1, 3])
     assert as_slice(index) is index
 

@@ -237,8 +237,8 @@ def test_tape_has_the_parameters_of_the_solve_after_they_are_replaced() -> None:
         assert torch.equal(a, b)
 
 
-def test_equal_weights_of_float32_and_float64_agree_on_large_batches() -> None:
-    """Products of float32 of this size use another library."""
+def test_float32_and_float64_agree_on_large_batches() -> None:
+    """oneDNN computes float32 products of this size."""
     field = MLPField(2, [64, 64], "concatsquash", "tanh")
     for p in field.parameters():
         nn.init.normal_(p, std=0.2)

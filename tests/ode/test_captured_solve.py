@@ -98,7 +98,7 @@ def features(step: int) -> tuple[Tensor, Tensor]:
         ({"classes": 3}, "dopri5", "hutchinson", features, {"integrals": {"kinetic": kinetic}, "end_time": 0.5}),
     ],
 )
-def test_values_and_gradients_are_those_of_ordinary_solves(
+def test_values_and_gradients_equal_ordinary_solves(
     settings: dict[str, Any],
     method: str,
     trace: str,
@@ -148,7 +148,7 @@ def test_parameters_at_other_addresses_are_captured_again(recorder: Recorder | N
     assert_same(*outcomes)
 
 
-def test_gradient_of_x_is_that_of_an_ordinary_solve(recorder: Recorder | None) -> None:
+def test_gradient_of_x_equals_an_ordinary_solve(recorder: Recorder | None) -> None:
     velocity = field()
     gradients = []
     for graphs in (True, False):
@@ -180,7 +180,7 @@ def planned(graphs: bool, steps: int = 3) -> Continuous:
     return flow
 
 
-def test_batch_with_nan_fails_as_without_graphs(recorder: Recorder | None) -> None:
+def test_batch_with_nan_does_not_change_later_solves(recorder: Recorder | None) -> None:
     flow = planned(True)
     x = rows(20)(3)[0]
     bad = x.clone()
@@ -240,7 +240,7 @@ def test_gradients_that_accumulate_are_not_overwritten(recorder: Recorder | None
     assert_same(*gradients)
 
 
-def test_copies_have_no_graphs(recorder: Recorder | None) -> None:
+def test_copied_blocks_have_no_graphs(recorder: Recorder | None) -> None:
     flow = planned(True)
     assert flow.graphs.calls
     names = set(flow.state_dict())

@@ -43,7 +43,7 @@ def test_terminal_shows_a_banner_and_a_summary(run: Run, monkeypatch: pytest.Mon
     assert ("ffjord" in named["model"], "72" in named["model"]) == (True, True)
     assert re.findall(r"moons|[\d.]+", named["data"]) == ["moons", "2", "2.3939", "20", "50"]
     assert named["solver"].startswith("dopri5, rtol 0.001, atol 0.001")
-    assert re.findall(r"adam|cosine|[\d.]+", named["training"]) == ["4", "16", "adam", "0.015", "cosine", "0"]
+    assert re.findall(r"muon|cosine|[\d.]+", named["training"]) == ["4", "16", "muon", "0.01", "cosine", "0"]
     assert re.findall(r"cpu|\d+", named["device"]) == ["cpu", "1"]
     assert named["run"] == "r"
     # the progress bar, the final table, and the suggested commands

@@ -167,7 +167,7 @@ def example_flow(name: str) -> Flow:
 
 
 def label_of(flow: Flow, n: int) -> Tensor | None:
-    return None if flow.classes is None else flow.in_turn(n)
+    return None if flow.classes is None else flow.cycled_labels(n)
 
 
 def assert_same(flow: Flow, again: Flow) -> None:

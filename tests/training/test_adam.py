@@ -40,7 +40,7 @@ def test_updates_equal_torch_to_the_last_bit(decoupled: bool) -> None:
     assert counts == [[12, 8, 12]] * 2
 
 
-def test_cleared_state_begins_again() -> None:
+def test_an_update_after_clearing_the_state_starts_anew() -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = Adam([p], 0.1, 0.0, False)
     for cleared in (False, False, True):

@@ -25,7 +25,7 @@ def give_gradients(parameters: list[nn.Parameter], without: int | None = None) -
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (30, 5), (5, 30)])
-def test_orthogonal_factor_is_that_of_the_svd(shape: tuple[int, int]) -> None:
+def test_orthogonal_factor_equals_that_of_the_svd(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, *shape)
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
@@ -107,7 +107,7 @@ def test_continues_exactly_after_loading() -> None:
     assert [float(optimizer.state[p]["step"]) for p in mine] == [4, 3, 4, 4, 4, 4]
 
 
-def test_cleared_state_begins_again() -> None:
+def test_an_update_after_clearing_the_state_starts_anew() -> None:
     torch.manual_seed(0)
     mine = parameters()
     optimizer = Muon(mine, lr=0.1)

@@ -17,14 +17,14 @@ def test_closed_classes_are_not_entered() -> None:
     assert len(list(submodules(module, {nn.Sequential}))) == 1
 
 
-def test_the_first_floating_tensor_is_a_parameter_before_a_buffer() -> None:
+def test_parameters_come_before_buffers() -> None:
     module = nn.Sequential(nn.BatchNorm1d(2, affine=False), nn.Linear(2, 1))
     assert first_floating(module) is module[1].weight
     assert first_floating(module[0]) is module[0].running_mean
     assert first_floating(nn.ReLU()) is None
 
 
-def test_a_module_on_another_dtype_is_followed() -> None:
+def test_the_tensor_has_the_dtype_of_the_module() -> None:
     found = first_floating(nn.Linear(1, 1).double())
     assert found is not None
     assert found.dtype == torch.float64

@@ -209,7 +209,7 @@ def test_extras_are_split_and_normalized() -> None:
 
 
 @pytest.mark.parametrize(("categories", "warned"), [(200, True), (20, False)])
-def test_rare_categories_of_a_context_are_warned_of(
+def test_rare_categories_of_a_context_cause_a_warning(
     categories: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [
