@@ -171,7 +171,16 @@ class ConvNet(Recorded, nn.Module):
             return None
         if any(type(one) not in (nn.Conv2d, InformedConv) or is_hooked(one) or one.bias is None for one in layers):
             return None
+        sides = (3, *(1 for _ in self.middle), 3)
+        if not all(_keeps_size(layer, side) for layer, side in zip(layers, sides, strict=True)):
+            return None
         return [part for layer in layers for part in layer.parameters(recurse=False) if part is not self.first.places]
+
+
+def _keeps_size(layer: nn.Conv2d, side: int) -> bool:
+    """Whether a layer is an ordinary convolution of side x side pixels, padded by zeros to the size of its inputs."""
+    ordinary = layer.groups == 1 and layer.stride == layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    return ordinary and layer.kernel_size == (side, side) and layer.padding in ("same", (side // 2, side // 2))
 
 
 class ResidualNet(Recorded, nn.Module):

@@ -63,13 +63,17 @@ def test_the_network_uses_products_in_float32(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(net(x), convolved, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("change", ["hook", "bias", "activation"])
+@pytest.mark.parametrize("change", ["hook", "bias", "kernel", "dilation", "activation"])
 def test_changed_networks_are_not_skipped(change: str) -> None:
     net, _ = built(*SHAPES[0])
     if change == "hook":
         net.last.register_forward_hook(lambda *_: None)
     elif change == "bias":
         net.middle[0] = nn.Conv2d(16, 16, 1, bias=False)
+    elif change == "kernel":
+        net.middle[0] = nn.Conv2d(16, 16, 3, padding=1)
+    elif change == "dilation":
+        net.last = nn.Conv2d(16, 4, 3, padding="same", dilation=2)
     else:
         net.activation = nn.Tanh()
     assert net.plain_parts() is None
