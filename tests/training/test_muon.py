@@ -127,14 +127,16 @@ def test_an_update_after_clearing_the_state_starts_anew() -> None:
         ({"data": "moons"}, "muon"),
         ({"data": "rings"}, "muon"),
         ({"data": "moons", "objective": "flow_matching"}, "adam"),
-        ({"data": "moons", "objective": "hybrid"}, "adam"),
+        ({"data": "moons", "objective": "hybrid"}, "muon"),
         ({"data": "moons", "model": "realnvp"}, "adam"),
-        ({"data": "array", "model": "ffjord", "data.path": "x.csv"}, "adam"),
+        ({"data": "array", "model": "ffjord", "data.path": "x.csv"}, "muon"),
+        ({"data": "array", "model": "ffjord", "data.path": "x.csv", "objective": "hybrid"}, "muon"),
+        ({"data": "array", "model": "nsf", "data.path": "x.csv"}, "adam"),
         ({"data": "mnist", "model": "ffjord"}, "adam"),
         ({"data": "target", "target": "funnel", "model": "ffjord"}, "adam"),
     ],
 )
-def test_only_ffjord_on_toys_uses_muon(settings: dict[str, object], expected: str) -> None:
+def test_default_optimizer(settings: dict[str, object], expected: str) -> None:
     assert compose(settings).config["trainer"]["optimizer"] == expected
 
 
