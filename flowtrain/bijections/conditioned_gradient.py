@@ -23,6 +23,11 @@ from flowtrain.utils.autograd import needs_autograd
 NETWORKS = (MLP, ResidualMLP, MaskedMLP)
 
 
+def bounded(x: Tensor, bound: float | None) -> Tensor:
+    """Returns bound * tanh(x / bound), or x if the bound is None."""
+    return x if bound is None else bound * torch.tanh(x / bound)
+
+
 class Conditioned(Bijection):
     """A bijection x_b = f(z_b; theta(c)) + W z_a, c = B tanh(z_a / B), see `flowtrain.bijections.Coupling`.
 
@@ -113,12 +118,8 @@ class Conditioned(Bijection):
         weight: Any = linear.weight
         return masked(weight, linear.mask if isinstance(linear, MaskedLinear) else None)
 
-    def bounded(self, a: Tensor) -> Tensor:
-        """Returns B tanh(a / B), or a if there is no bound."""
-        return a if self.input_bound is None else self.input_bound * torch.tanh(a / self.input_bound)
-
     def network_inputs(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns (`bounded(a)`, tanh(a / B)) without autograd. The second value is None if there is no bound."""
+        """Returns (B tanh(a / B), tanh(a / B)) without autograd. The second value is None if there is no bound."""
         bound = self.input_bound
         if bound is None:
             return a, None
@@ -197,7 +198,7 @@ class ToBase(torch.autograd.Function):
         needed = ctx.needs_input_grad
         with torch.enable_grad():
             a, b = of.split(x)
-            theta = ctx.network.evaluated(of.bounded(a), in_layers(parts), ctx.drops, nn.ReLU())
+            theta = ctx.network.evaluated(bounded(a, of.input_bound), in_layers(parts), ctx.drops, nn.ReLU())
             if weight is not None:
                 b = b - F.linear(a, masked(weight, mask))
             z, log_slope = of.transform.to_base(b, theta)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections import evaluation
 from flowtrain.bijections.base import take
-from flowtrain.bijections.conditioned_gradient import Conditioned
+from flowtrain.bijections.conditioned_gradient import Conditioned, bounded
 from flowtrain.bijections.elementwise import Elementwise, ScaleShift
 from flowtrain.nn.conditioners import zero
 
@@ -101,11 +101,6 @@ class Coupling(Conditioned):
 
 # the old name of `Coupling` is kept, because classes in the code of users may derive from it
 AffineCoupling = Coupling
-
-
-def bounded(x: Tensor, bound: float | None) -> Tensor:
-    """Returns bound * tanh(x / bound), or x if the bound is None."""
-    return x if bound is None else bound * torch.tanh(x / bound)
 
 
 def conditioner_inputs(x: Tensor, bound: float | None, n_circular: int) -> Tensor:

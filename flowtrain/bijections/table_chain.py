@@ -17,7 +17,7 @@ from torch._C import _functorch
 
 from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.base import Bijection, Chain, Pass, as_pass
-from flowtrain.bijections.conditioned_gradient import Conditioned
+from flowtrain.bijections.conditioned_gradient import Conditioned, bounded
 from flowtrain.bijections.coupling import HalfCoupling, IndexCoupling
 from flowtrain.bijections.linear import InvertibleLinear, Permutation
 from flowtrain.bijections.scale import ActNorm
@@ -340,7 +340,8 @@ class _ToBase(torch.autograd.Function):
                 layer = plan.layers[i]
                 y = before @ (further[i - 1] if i else first).T
                 a, b = y[:, : plan.kept[i]], y[:, plan.kept[i] :]
-                theta = layer.network.evaluated(layer.bounded(a), network, [None] * layer.n_drops, nn.ReLU())
+                inputs = bounded(a, layer.input_bound)
+                theta = layer.network.evaluated(inputs, network, [None] * layer.n_drops, nn.ReLU())
                 z, log_slope = layer.transform.to_base(b, theta)
                 before, log_det = torch.cat([a, z, one], 1), log_det + log_slope.sum(1)
             which = [needed[0], *needed[2:]]
