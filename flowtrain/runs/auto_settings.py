@@ -103,6 +103,7 @@ _VECTORS: dict[str, Groups] = {
 _IMAGE_TRAINER: dict[str, Any] = {
     "steps": 3000,
     "batch_size": 64,
+    "optimizer": "adam",
     "lr": 0.004,
     "lr_decay": "cosine",
     "weight_decay": 0.0,
@@ -128,6 +129,10 @@ _IMAGES: dict[str, Groups] = {
 }
 # largest batch of vectors
 _BATCH = 512
+# from this number of training rows on, and for more than this number of columns, Muon trains the flows with couplings
+# and autoregressive maps. For fewer rows and columns it overfits, see "Optimizers of flows on tables" in
+# scripts/bench/README.md
+_MUON_ROWS, _MUON_COLUMNS = 10_000, 16
 
 
 def resolve_auto(
@@ -222,6 +227,9 @@ def _values(name: str, rows: int | None, event_shape: tuple[int, ...]) -> Groups
         {"trainer": {"batch_size": _BATCH if rows is None else min(_BATCH, rows)}},
     ]
     found = {g: {k: v for part in parts for k, v in part.get(g, {}).items()} for g in ("model", "trainer")}
+    if name in ("realnvp", "glow", "nsf", "maf"):
+        is_large = rows is None or rows >= _MUON_ROWS or event_shape[0] > _MUON_COLUMNS
+        found["trainer"]["optimizer"] = "muon" if is_large else "adam"
     if name in ("nsf", "maf") and rows is not None:
         found["model"] |= _splines(rows, event_shape[0])
     if rows is not None and (name == "affine" or (name == "glow" and tier in (_FEW, _TINY))):

@@ -1,6 +1,7 @@
 """The optimizer Muon, whose updates of weight matrices are orthogonal matrices."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from flowtrain.training.adam import Adam
 
 # decay of the average of the gradients of a matrix
 MOMENTUM = 0.9
-# the least number of rows and columns of a matrix that gets an orthogonal update
+# the least number of rows and columns of a matrix with orthogonal updates
 LEAST_SIDE = 3
 # coefficients and number of the Newton-Schulz iterations x <- a x + b (x x^T) x + c (x x^T)^2 x
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -17,34 +18,40 @@ ITERATIONS = 5
 
 
 class Muon(Adam):
-    """Updates weight matrices by Muon, and other parameters by Adam.
+    """Updates the matrices between hidden layers by Muon, and other parameters by Adam.
 
     Muon is from Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks. For a weight matrix
-    W (m, n) with m, n >= LEAST_SIDE and gradient G, with beta = MOMENTUM:
+    W (m, n) with gradient G, and beta = MOMENTUM:
 
         M <- beta M + (1 - beta) G
         W <- W - lr sqrt(max(m, n)) orthogonalized(beta M + (1 - beta) G)
 
     The singular values of the update are about equal, while a gradient has a few large and many small singular values.
     The entries of the update have a root mean square of about lr, as in Adam (Liu et al. 2025, Muon is scalable for LLM
-    training, section 2.2, without the factor 0.2). Vectors, kernels of convolutions and narrow matrices are updated by
-    Adam. The weight decay is decoupled.
+    training, section 2.2, without the factor 0.2). The weight decay is decoupled.
 
     The state of a matrix is `step` and `exp_avg`, which is M.
 
     Args:
         parameters: the parameters.
+        matrices: the parameters with orthogonal updates, see `hidden_matrices`.
         lr: the learning rate.
         weight_decay: the decoupled weight decay.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        matrices: Sequence[nn.Parameter],
+        lr: float,
+        weight_decay: float = 0.0,
+    ) -> None:
         super().__init__(parameters, lr, weight_decay, decoupled=True)
+        self._ids = {id(p) for p in matrices}
         # matrices of the same shape are orthogonalized together
         self._matrices: dict[tuple[torch.Size, torch.dtype, torch.device], list[nn.Parameter]] = {}
-        for p in parameters:
-            if is_matrix(p):
-                self._matrices.setdefault((p.shape, p.dtype, p.device), []).append(p)
+        for p in matrices:
+            self._matrices.setdefault((p.shape, p.dtype, p.device), []).append(p)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -62,7 +69,27 @@ class Muon(Adam):
             p.grad = gradient
 
     def moments_of(self, parameter: Tensor) -> tuple[str, ...]:
-        return ("exp_avg",) if is_matrix(parameter) else super().moments_of(parameter)
+        return ("exp_avg",) if id(parameter) in self._ids else super().moments_of(parameter)
+
+    def upgraded(self, saved: Any) -> Any:
+        """Returns a saved state without the averages that this version cannot continue. They begin anew.
+
+        Earlier versions updated more matrices by Muon. The state of such a matrix has no `exp_avg_sq`.
+        """
+        state = saved.get("state") if isinstance(saved, dict) else None
+        if not isinstance(state, dict):
+            return saved
+        parameters = self.param_groups[0]["params"]
+        old = {
+            i
+            for i, entry in state.items()
+            if type(i) is int
+            and 0 <= i < len(parameters)
+            and id(parameters[i]) not in self._ids
+            and isinstance(entry, dict)
+            and set(entry) == {"step", "exp_avg"}
+        }
+        return {**saved, "state": {i: entry for i, entry in state.items() if i not in old}}
 
     def _update_matrices(self, matrices: Sequence[nn.Parameter]) -> None:
         """Updates matrices of one shape."""
@@ -84,9 +111,16 @@ class Muon(Adam):
         torch._foreach_add_(updated, directions.unbind(), alpha=-length)
 
 
-def is_matrix(parameter: Tensor) -> bool:
-    """Whether `Muon` updates a parameter by an orthogonal matrix."""
-    return parameter.dim() == 2 and min(parameter.shape) >= LEAST_SIDE
+def hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
+    """Returns the weights that `Muon` updates by orthogonal matrices: square matrices of linear layers.
+
+    These are the matrices between hidden layers of equal widths. The first and the last matrix of a network, and the
+    factors of invertible matrices, are updated by Adam: this is better, see "Optimizers of flows on tables" in
+    scripts/bench/README.md.
+    """
+    weights = [m.weight for m in module.modules() if isinstance(m, nn.Linear) and isinstance(m.weight, nn.Parameter)]
+    found = {id(p): p for p in weights if p.shape[0] == p.shape[1] >= LEAST_SIDE}
+    return list(found.values())
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

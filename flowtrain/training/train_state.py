@@ -15,7 +15,7 @@ from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.training.adam import Adam
 from flowtrain.training.batches import Batch
 from flowtrain.training.ema import Ema
-from flowtrain.training.muon import Muon
+from flowtrain.training.muon import Muon, hidden_matrices
 from flowtrain.training.resume_validation import moments
 from flowtrain.training.schedules import LearningRate, ScheduleClock
 from flowtrain.training.settings import Settings
@@ -45,7 +45,7 @@ class TrainState:
         self.objective, self.flow, self.settings, self.schedule_clock = objective, flow, settings, schedule_clock
         parameters = list(flow.parameters())
         if settings.optimizer == "muon":
-            self.optimizer: Adam = Muon(parameters, settings.lr, settings.weight_decay)
+            self.optimizer: Adam = Muon(parameters, hidden_matrices(flow), settings.lr, settings.weight_decay)
         else:
             self.optimizer = Adam(parameters, settings.lr, settings.weight_decay, settings.optimizer == "adamw")
         self.solves_from = objective.likelihood_from
@@ -205,7 +205,10 @@ class TrainState:
     def load_moments(self, saved: Mapping[str, Any]) -> None:
         """Restores the moments of the optimizer from a checkpoint, but not its settings, which a resume may change."""
         groups = self.optimizer.state_dict()["param_groups"]
-        state = moments(saved["optimizer"], list(self.flow.parameters()), self.optimizer.moments_of)
+        content = saved["optimizer"]
+        if isinstance(self.optimizer, Muon):
+            content = self.optimizer.upgraded(content)
+        state = moments(content, list(self.flow.parameters()), self.optimizer.moments_of)
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def load(self, saved: Mapping[str, Any]) -> None:

@@ -211,6 +211,17 @@ def test_dropout_depends_on_the_rows_per_column() -> None:
         assert dropout(model, 8000, 60) > dropout(model, 8000, 6) == 0
 
 
+def test_large_tables_are_trained_by_muon() -> None:
+    def optimizer(model: str, rows: int, columns: int) -> str:
+        found = auto_settings.resolve_auto(composed(f"model={model}"), rows, (columns,))["trainer"]["optimizer"]
+        return str(found)
+
+    for model in ("nsf", "maf", "realnvp", "glow"):
+        assert optimizer(model, 20_000, 5) == optimizer(model, 3000, 40) == "muon"
+        assert optimizer(model, 3000, 5) == "adam"
+    assert optimizer("affine", 20_000, 5) == "adam"
+
+
 def test_tables_of_one_or_two_columns_get_more_bins() -> None:
     bins = {d: auto_settings.resolve_auto(composed("model=nsf"), 3000, (d,))["model"]["bins"] for d in (1, 2, 6, 60)}
     assert bins[1] == bins[2] > bins[6] > bins[60]

@@ -8,8 +8,10 @@ import torch
 from helpers import MakeTrainer
 from torch import Tensor, nn
 
+from flowtrain.bijections import InvertibleLinear
+from flowtrain.models import maf
 from flowtrain.runs.compose import compose
-from flowtrain.training.muon import MOMENTUM, Muon, orthogonalized
+from flowtrain.training.muon import MOMENTUM, Muon, orthogonalized, hidden_matrices
 
 SHAPES = [(5, 4), (4, 9), (5, 4), (6, 2), (7,), (3, 3, 3, 3)]
 MATRICES = [0, 1, 2]
@@ -48,7 +50,7 @@ def test_orthogonal_factor_of_a_tiny_or_huge_matrix(scale: float) -> None:
 
 def test_all_parameters_may_be_matrices() -> None:
     p = nn.Parameter(torch.zeros(5, 4))
-    optimizer = Muon([p], lr=0.1)
+    optimizer = Muon([p], [p], lr=0.1)
     p.grad = torch.randn(5, 4)
     optimizer.update()
     torch.testing.assert_close(p.detach(), -0.1 * 5**0.5 * orthogonalized(p.grad.unsqueeze(0))[0])
@@ -57,7 +59,7 @@ def test_all_parameters_may_be_matrices() -> None:
 def test_matrices_move_by_orthogonal_updates() -> None:
     torch.manual_seed(0)
     mine, averages = parameters(), [torch.zeros(shape) for shape in SHAPES]
-    optimizer = Muon(mine, lr=0.1, weight_decay=0.5)
+    optimizer = Muon(mine, [mine[i] for i in MATRICES], lr=0.1, weight_decay=0.5)
     for _ in range(3):
         give_gradients(mine)
         before = [p.detach().clone() for p in mine]
@@ -75,7 +77,8 @@ def test_other_parameters_are_updated_by_adamw() -> None:
     torch.manual_seed(0)
     mine = parameters()
     its = copy.deepcopy([p for i, p in enumerate(mine) if i not in MATRICES])
-    optimizer, other = Muon(mine, lr=0.1, weight_decay=0.01), torch.optim.AdamW(its, 0.1, weight_decay=0.01, fused=True)
+    optimizer = Muon(mine, [mine[i] for i in MATRICES], lr=0.1, weight_decay=0.01)
+    other = torch.optim.AdamW(its, 0.1, weight_decay=0.01, fused=True)
     for _ in range(4):
         give_gradients(mine)
         for p, q in zip([p for i, p in enumerate(mine) if i not in MATRICES], its, strict=True):
@@ -89,13 +92,13 @@ def test_continues_exactly_after_loading() -> None:
     """One matrix has no gradient in the first step."""
     torch.manual_seed(0)
     mine = parameters()
-    optimizer = Muon(mine, lr=0.1)
+    optimizer = Muon(mine, [mine[i] for i in MATRICES], lr=0.1)
     give_gradients(mine, without=1)
     before = mine[1].detach().clone()
     optimizer.update()
     assert torch.equal(mine[1], before)
     others = copy.deepcopy(mine)
-    again = Muon(others, lr=0.1)
+    again = Muon(others, [others[i] for i in MATRICES], lr=0.1)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for _ in range(3):
         give_gradients(mine)
@@ -110,7 +113,7 @@ def test_continues_exactly_after_loading() -> None:
 def test_an_update_after_clearing_the_state_starts_anew() -> None:
     torch.manual_seed(0)
     mine = parameters()
-    optimizer = Muon(mine, lr=0.1)
+    optimizer = Muon(mine, [mine[i] for i in MATRICES], lr=0.1)
     for cleared in (False, False, True):
         if cleared:
             optimizer.state.clear()
@@ -119,6 +122,17 @@ def test_an_update_after_clearing_the_state_starts_anew() -> None:
     assert all(float(optimizer.state[p]["step"]) == 1 for p in mine)
     for i in MATRICES:
         torch.testing.assert_close(optimizer.state[mine[i]]["exp_avg"], (1 - MOMENTUM) * mine[i].grad)
+
+
+def test_matrices_between_hidden_layers_are_updated_by_muon() -> None:
+    flow = maf(5, layers=2, hidden=[16], mixing="linear", transform="spline")
+    names = {id(p): name for name, p in flow.named_parameters()}
+    found = {names[id(p)] for p in hidden_matrices(flow)}
+    assert found == {n for n in names.values() if "blocks" in n and n.endswith("weight")}
+    # linear layers of a width below 3, factors of matrices and kernels of convolutions
+    assert not hidden_matrices(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 8), nn.Conv2d(4, 4, 3), InvertibleLinear(4)))
+    shared = nn.Linear(3, 3)
+    assert hidden_matrices(nn.Sequential(shared, shared)) == [shared.weight]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +145,7 @@ def test_an_update_after_clearing_the_state_starts_anew() -> None:
         ({"data": "moons", "model": "realnvp"}, "adam"),
         ({"data": "array", "model": "ffjord", "data.path": "x.csv"}, "muon"),
         ({"data": "array", "model": "ffjord", "data.path": "x.csv", "objective": "hybrid"}, "muon"),
-        ({"data": "array", "model": "nsf", "data.path": "x.csv"}, "adam"),
+        ({"data": "array", "model": "nsf", "data.path": "x.csv"}, "auto"),
         ({"data": "mnist", "model": "ffjord"}, "adam"),
         ({"data": "target", "target": "funnel", "model": "ffjord"}, "adam"),
     ],
@@ -143,3 +157,23 @@ def test_default_optimizer(settings: dict[str, object], expected: str) -> None:
 def test_setting_chooses_the_optimizer(tmp_path: Path, trainer: MakeTrainer) -> None:
     run = trainer(tmp_path, "model=affine", "trainer.optimizer=muon")
     assert isinstance(run.train_state.optimizer, Muon)
+
+
+def test_resumes_a_state_in_which_factors_of_matrices_were_updated_by_muon(
+    tmp_path: Path, trainer: MakeTrainer
+) -> None:
+    run = trainer(
+        tmp_path, "model=nsf", "model.mixing=linear", "model.layers=2", "trainer.optimizer=muon", "trainer.steps=3"
+    )
+    run.fit()
+    state = run.train_state.state()
+    names = [name for name, _ in run.flow.named_parameters()]
+    old = [i for i, name in enumerate(names) if name.endswith(("lower", "upper", "last.weight"))]
+    assert old
+    for i in old:
+        del state["optimizer"]["state"][i]["exp_avg_sq"]
+    run.train_state.load_moments(state)
+    give_gradients(list(run.flow.parameters()))
+    run.train_state.optimizer.update()
+    steps = [int(run.train_state.optimizer.state[p]["step"]) for p in run.flow.parameters()]
+    assert {i for i, step in enumerate(steps) if step == 1} == set(old)
