@@ -209,6 +209,7 @@ def test_dropout_depends_on_the_rows_per_column() -> None:
 
     for model in ("nsf", "maf", "realnvp"):
         assert dropout(model, 8000, 60) > dropout(model, 8000, 6) == 0
+    assert 0 == dropout("maf", 8000, 20) < dropout("nsf", 8000, 20) < dropout("nsf", 8000, 60)
 
 
 def test_large_tables_are_trained_by_muon() -> None:
