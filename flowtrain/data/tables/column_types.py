@@ -144,7 +144,7 @@ def codes_of(table: Table, column: int, categories: Sequence[str | float]) -> ND
         more = f" and {len(categories) - _MOST_LISTED} more" if len(categories) > _MOST_LISTED else ""
         raise DataError(
             f"{table.place(row, column)}: the category {category_text(words[int(places[row])])!r} does not occur in "
-            f"the training file ({counted(len(unknown), 'row')} with unknown categories). The categories are {shown}"
+            f"training ({counted(len(unknown), 'row')} with unknown categories). The categories are {shown}"
             f"{more}. Remove these rows"
         )
     found: NDArray[np.float64] = codes[places]

@@ -334,8 +334,11 @@ def test_flows_with_types_are_trained_further() -> None:
     flow = fit(frame, model="affine", steps=2, progress=False, overrides={"data.types": types})
     train(flow, frame, steps=3, progress=False)
     assert flow.log_prob(frame).shape == (N,)
-    with pytest.raises(DataError, match=r"data\.types"):
-        train(flow, frame.filter(pl.col("colour") != "red"), steps=3, progress=False)
+    types_before = flow.types
+    train(flow, frame.filter(pl.col("colour") != "red"), steps=3, progress=False)
+    assert flow.types == types_before
+    with pytest.raises(DataError, match="'pink'"):
+        train(flow, frame.with_columns(colour=pl.lit("pink")), steps=3, progress=False)
 
 
 def test_dequantize_of_all_columns_applies_to_columns_without_a_type(tmp_path: Path) -> None:
