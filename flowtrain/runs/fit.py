@@ -125,7 +125,7 @@ def fit(
             uses the labels of a data set.
         context: for p(x | context), the values of the context c for each row: an array (n, k) or (n,), or a data frame,
             whose names are kept. Or the columns of x or of a file that are the context: a name, a position, or a list
-            of them. The real columns of the context are standardised.
+            of them. The real columns of the context are standardised. Columns with text are categorical.
         weights: a weight of each row, (n,), or the name or position of a column of x or of a file. Only the ratios of
             the weights matter.
         val: the validation set, by which the best weights are chosen: rows like x. If label, context or weights are
