@@ -273,8 +273,9 @@ def test_types_are_guessed(values: NDArray[np.float64], guess: str | None) -> No
 def test_hint_has_the_option_for_columns_without_a_type(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "flowtrain")
     rng = np.random.default_rng(0)
-    table = {"x": rng.normal(size=400), "age": np.exp(rng.normal(size=400)), "a b": rng.uniform(size=400)}
+    table = {"x": rng.normal(size=400), "age": np.exp(rng.normal(size=400)), "a b": rng.permutation(400) / 399}
     ArrayData(csv(tmp_path / "t.csv", table))
+    assert "'age' looks positive, 'a b' looks bounded" in caplog.text
     assert "'data.types={age: positive, 2: interval(0,1)}'" in caplog.text
     caplog.clear()
     ArrayData(csv(tmp_path / "t.csv", table), types={"age": "positive", "a b": "interval(0,1)"})
