@@ -991,8 +991,9 @@ def _without_overflow(log_p: Tensor, x: Tensor) -> Tensor:
     return torch.where(log_p.isnan() & overflows, -torch.inf, log_p)
 
 
-# whether a class is a subclass of `Continuous`. Without the cache, the check of an abstract class takes longer
-_is_continuous: Callable[[Any], bool] = cache(lambda kind: issubclass(kind, Continuous))
+def _is_continuous(kind: type) -> bool:
+    """Whether a class is a subclass of `Continuous`. `issubclass` takes longer, because the class is abstract."""
+    return Continuous in kind.__mro__
 
 
 @contextmanager
