@@ -848,7 +848,8 @@ class Flow(Density):
             given = self.features(self.context_of(context, x))
             z, log_det, integrals = self.bijection.pass_inverse(x, given, options)
             # for float64 samples, log_det is float64 too
-            return DensityPass(self.base_log_prob(z, given) + log_det.to(z.dtype), z, integrals)
+            log_p = self.base_log_prob(z, given) + log_det.to(z.dtype)
+            return DensityPass(log_p if self.training else _without_overflow(log_p, x), z, integrals)
 
     def sample_pass(self, z: Tensor, context: Context = None, options: SolveOptions = AS_CONFIGURED) -> "SamplePass":
         """Maps base points z (B, *event_shape) to samples x, with log p(x) = log p0(z) - log|det dx/dz|.
@@ -980,8 +981,19 @@ class Flow(Density):
         return seeded(PROBE_SEED, x.device)
 
 
-# whether a class is a subclass of `Continuous`. Without the cache, the check of an abstract class takes longer
-_is_continuous: Callable[[Any], bool] = cache(lambda kind: issubclass(kind, Continuous))
+def _without_overflow(log_p: Tensor, x: Tensor) -> Tensor:
+    """Returns log p (B,) with -inf in place of NaN for rows x that are infinite or whose squares overflow.
+
+    Such a row becomes inf - inf in a matrix product, for example. Its density is 0 to the precision of a float.
+    """
+    largest = x.flatten(1).abs().amax(1)
+    overflows = largest >= math.sqrt(torch.finfo(log_p.dtype).max)
+    return torch.where(log_p.isnan() & overflows, -torch.inf, log_p)
+
+
+def _is_continuous(kind: type) -> bool:
+    """Whether a class is a subclass of `Continuous`. `issubclass` takes longer, because the class is abstract."""
+    return Continuous in kind.__mro__
 
 
 @contextmanager

@@ -203,6 +203,26 @@ def test_untrusted_package_is_not_imported(run: Run, project: Path) -> None:
     assert "mypkg" not in sys.modules
 
 
+@pytest.mark.parametrize("trust", ["trust=mypkg", "trust=[torch,mypkg]"])
+def test_every_command_takes_trust_as_a_name_or_a_list(run: Run, project: Path, trust: str) -> None:
+    short = [*SHORT, "model.layers=2"]
+    code, out, err = run("flowtrain", "--config-dir", "conf", "model=sinh_arcsinh", *short)
+    assert code == 0, err
+    run_dir = out.splitlines()[-1]
+    commands = [
+        ["floweval", f"ckpt={run_dir}"],
+        ["floweval", f"ckpt=[{run_dir},{run_dir}]", "weights=equal", "out=e.json"],
+        ["flowsample", f"ckpt={run_dir}", "n=3"],
+        ["flowexport", f"ckpt={run_dir}", "out=flow.pt2"],
+        ["flowtrain", "--config-dir", "conf", f"from={run_dir}", *SHORT[:4], "hydra.run.dir=again"],
+        ["flowtrain", "--config-dir", "conf", "-m", f"from={run_dir}", *SHORT[:4], "seed=1", "hydra.sweep.dir=sweep"],
+        ["flowtrain", f"resume={run_dir}", "trainer.steps=8"],
+    ]
+    for command, *arguments in commands:
+        code, _, err = run(command, trust, *arguments)
+        assert code == 0, (command, arguments, err)
+
+
 def test_every_command_finds_user_configs(run: Run, project: Path) -> None:
     """Every command finds the user's configs, also with a checkpoint. Help and error messages list them."""
     own = ("--config-dir", "conf")

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import flowtrain
+from flowtrain import models
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.linear import Affine
@@ -18,6 +20,7 @@ from flowtrain.data.base import Dataset, step_generator
 from flowtrain.evaluation import evaluate
 from flowtrain.evaluation.log_likelihood import log_probs
 from flowtrain.flow import Flow
+from flowtrain.models.ensemble import Ensemble
 from flowtrain.models.ffjord import ffjord
 from flowtrain.models.realnvp import realnvp
 from flowtrain.nn.divergence import TraceRule
@@ -237,3 +240,53 @@ def test_generator_depends_on_the_whole_key_tuple() -> None:
 def test_package_exports_flow() -> None:
     assert flowtrain.Flow is Flow
     assert Path(flowtrain.__file__).name == "__init__.py"
+
+
+def extreme_rows(d: int, dtype: torch.dtype) -> Tensor:
+    """Returns rows with one or all elements of extreme sizes, and an ordinary row at the end."""
+    sizes = [1e10, 1e20, 1e30, torch.finfo(dtype).max, math.inf]
+    rows = [torch.full((d,), sign * v) for v in sizes for sign in (1, -1)]
+    rows += [torch.where(torch.arange(d) == i, v, 0.1) for v in sizes for i in range(d)]
+    rows += [torch.where(torch.arange(d) % 2 == 0, v, -v) for v in sizes]
+    return torch.stack([*rows, torch.full((d,), 0.1)]).to(dtype)
+
+
+FAMILIES: dict[str, Callable[[], Flow]] = {
+    "affine": lambda: models.affine(3),
+    "mixture": lambda: models.mixture(3, components=4),
+    "realnvp": lambda: models.realnvp(3, layers=3, hidden=[8]),
+    "nsf": lambda: models.nsf(3, layers=3, hidden=[8]),
+    "maf": lambda: models.maf(3, layers=3, hidden=[8]),
+    "maf spline": lambda: models.maf(3, layers=3, hidden=[8], transform="spline"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_p_of_extreme_rows_is_never_nan(family: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    flow = FAMILIES[family]()
+    for p in flow.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    # columns of small numbers, so that finite values overflow when they are standardised
+    scale = Standardize((3,))
+    scale.fit(torch.zeros(3), torch.full((3,), 1e-5))
+    flow = Flow(flow.base, Chain([flow.bijection, scale])).to(dtype).eval()
+    x = extreme_rows(3, dtype)
+    for one in (flow, Ensemble([flow, flow], [0.5, 0.5])):
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                log_p = one.log_prob(x).detach()
+            assert not log_p.isnan().any()
+            assert not (log_p == math.inf).any()
+            assert (log_p[x.isinf().any(1)] == -math.inf).all()
+            assert log_p[-1].isfinite()
+        # a missing value has no density
+        assert one.log_prob(torch.tensor([[math.nan, math.inf, 1.0]], dtype=dtype)).isnan().all()
+
+
+def test_broken_weights_give_nan_for_ordinary_rows() -> None:
+    flow = models.affine(3).eval()
+    with torch.no_grad():
+        next(flow.parameters()).fill_(math.nan)
+    assert flow.log_prob(torch.ones(2, 3)).isnan().all()

@@ -1,5 +1,6 @@
 """torch.func over flows: grad, vmap and Jacobians agree with torch.autograd and finite differences."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
+from flowtrain import models
 from flowtrain.bijections.base import Chain
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.regularizers import Regularizer
@@ -227,3 +229,13 @@ def test_solver_errors_are_raised_inside_vmap() -> None:
     flow = ode_flow({"method": "rk4", "steps": 2})
     with pytest.raises(FlowtrainError, match="NaN or infinite"):
         vmap(lambda row: flow.inverse(row.unsqueeze(0))[0])(torch.tensor([[0.0, 1.0], [torch.nan, 0.0]]))
+
+
+def test_a_compiled_log_prob_gives_no_warning() -> None:
+    flow = models.affine(2).eval()
+    x = torch.randn(5, 2)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        # the backend only affects the generated code
+        found = torch.compile(flow.log_prob, backend="eager")(x)
+        torch.testing.assert_close(found, flow.log_prob(x))

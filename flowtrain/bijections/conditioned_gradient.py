@@ -16,7 +16,7 @@ from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.elementwise import Elementwise
 from flowtrain.nn.column_networks import ColumnNetwork, Layer, Parts, in_layers, in_turn, is_hooked, masked
 from flowtrain.nn.conditioners import MLP
-from flowtrain.nn.residual_mlp import MaskedLinear, MaskedMLP, ResidualMLP
+from flowtrain.nn.residual_mlp import MaskedLinear, MaskedMLP, ResidualMLP, is_matrix
 from flowtrain.utils.autograd import needs_autograd
 
 # the networks with a hand-written gradient; a subclass may compute another function
@@ -106,7 +106,7 @@ class Conditioned(Bijection):
             return None
         assert isinstance(net, MLP | ResidualMLP)
         layers = net.plain_layers()
-        if layers is None or layers[0][0].dtype != x.dtype or (linear is not None and is_hooked(linear)):
+        if layers is None or layers[0][0].dtype != x.dtype or (linear is not None and not is_matrix(linear)):
             return None
         return layers
 

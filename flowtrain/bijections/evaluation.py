@@ -13,7 +13,7 @@ from flowtrain.bijections.elementwise import ScaleShift
 from flowtrain.bijections.spline import Spline
 from flowtrain.nn.column_networks import ColumnNetwork, Layer, is_hooked, masked
 from flowtrain.nn.conditioners import MLP
-from flowtrain.nn.residual_mlp import MaskedLinear, MaskedMLP, ResidualMLP
+from flowtrain.nn.residual_mlp import MaskedLinear, MaskedMLP, ResidualMLP, is_matrix
 from flowtrain.nn.row_networks import hidden_rows, last_columns
 from flowtrain.utils.autograd import needs_autograd
 
@@ -55,7 +55,7 @@ def parts_of(of: "Conditioned", x: Tensor) -> Parts | None:
     net, transform, linear = modules["conditioner"], modules["transform"], modules.get("linear")
     if type(net) not in NETWORKS or type(transform) not in TRANSFORMS or is_hooked(transform):
         return None
-    if linear is not None and is_hooked(linear):
+    if linear is not None and not is_matrix(linear):
         return None
     layers = net.plain_layers()
     if layers is None or layers[0][0].dtype != x.dtype:

@@ -32,6 +32,7 @@ def with_choices_of_from(arguments: Sequence[str]) -> list[str]:
     if not isinstance(run, str) or not run or override.is_sweep_override():
         raise ConfigError(f"{arguments[places[-1]]}: give one run directory")
     has_target = chooses_target(arguments)
+    changes_target = not has_target and target_keys(arguments)
     fixed = ("model", "experiment", "recipe", *(() if has_target else ("data",)))
     refuse_changes(arguments, FROM_MESSAGE, fixed)
     path = checkpoint_files.find(Path(run.replace("\\${", "${")).expanduser())
@@ -44,6 +45,8 @@ def with_choices_of_from(arguments: Sequence[str]) -> list[str]:
         names = {"model": names["model"], "data": "target"}
     elif saved.get("target"):
         names["target"] = saved["target"].get("name")
+    elif changes_target:
+        raise ConfigError(f"{changes_target[0]}: the run of from= has no target; give its name, as in target=funnel")
     if names["data"] == "target":
         names |= {k: v for k, v in TARGET_CHOICES.items() if k == "objective" and k not in keys_of(arguments)}
     ours = [f"{group}={name}" for group, name in names.items() if name in options(group)]
@@ -52,8 +55,13 @@ def with_choices_of_from(arguments: Sequence[str]) -> list[str]:
 
 
 def chooses_target(arguments: Sequence[str]) -> bool:
-    """Returns whether a command line chooses a target or changes one."""
-    return any(a.lstrip("+").startswith(("target=", "target.")) for a in arguments)
+    """Returns whether a command line chooses a target by its name."""
+    return any(a.lstrip("+").startswith("target=") for a in arguments)
+
+
+def target_keys(arguments: Sequence[str]) -> list[str]:
+    """Returns the keys of the target that a command line sets, such as target.dim."""
+    return sorted(key for key in keys_of(arguments) if key.startswith("target."))
 
 
 def keeps_target(arguments: Sequence[str]) -> bool:

@@ -134,7 +134,7 @@ class LoadedRun(NamedTuple):
             # the flow was trained on a target, and now scores samples
             config["target"] = None
         with without_warnings() if same_data(data, self.own_data) else nullcontext():
-            return build_data(config)
+            return build_data(config, self.samples)
 
 
 def same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

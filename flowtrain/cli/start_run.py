@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flowtrain.cli.config_files import config_dirs, plain
-from flowtrain.cli.from_run import chooses_target, keeps_target, refuse_changes
+from flowtrain.cli.from_run import chooses_target, keeps_target, refuse_changes, target_keys
 from flowtrain.cli.output_files import absolute_paths, is_path
 from flowtrain.cli.overrides import check_known_keys, keys_of, rename_old_config_keys, trusted
 from flowtrain.cli.saved_config import overridden, without_unused_key
@@ -177,7 +177,10 @@ def with_config_of_from(config: dict[str, Any], given: Sequence[str]) -> dict[st
         # the new target replaces the data of the first run
         return {**config, "from": str(path), "model": saved["model"]}
     keys = keys_of(given)
-    target = {key: value for key, value in saved.items() if key == "target"}
+    target = {}
+    if saved.get("target"):
+        changed = {key.removeprefix("target.") for key in target_keys(given)}
+        target["target"] = saved["target"] | {k: v for k, v in config["target"].items() if k in changed}
     moved = {key: value for key, value in config["data"].items() if is_path(key) and f"data.{key}" in keys}
     data = without_unused_key({**saved["data"], **moved}) if "path" in moved else saved["data"] | moved
     return {**config, "from": str(path), "model": saved["model"], "data": data, **target}

@@ -241,12 +241,17 @@ def _known(column: ContextColumn) -> str:
 
 def _check(columns: Sequence[ContextColumn], values: Tensor) -> None:
     # under vmap, the values of all lanes are checked
-    if not bool(torch.isfinite(plain_values(values)).all()):
+    # the features of larger numbers are infinite in float32
+    largest = torch.finfo(torch.float32).max
+    if not bool((plain_values(values).abs() <= largest).all()):
         for one, c in zip(columns, values.unbind(1), strict=True):
             plain = plain_values(c).flatten()
-            if len(rows := (~torch.isfinite(plain)).nonzero()):
+            if len(rows := (~(plain.abs() <= largest)).nonzero()):
                 row = int(rows[0])
-                raise DataError(f"context {one.name} is {float(plain[row])} in row {row} (from 0): give finite numbers")
+                raise DataError(
+                    f"context {one.name} is {float(plain[row])} in row {row} (from 0): give finite numbers of at most "
+                    f"{largest:.1e}"
+                )
     for one, c in zip(columns, values.unbind(1), strict=True):
         if one.kind == CATEGORICAL:
             plain = plain_values(c)

@@ -161,6 +161,21 @@ class ColumnType:
             return replace(self, low=-self.high / 2, high=self.high / 2)
         return self
 
+    def is_fit_of(self, asked: "ColumnType") -> bool:
+        """Whether this type can be the result of `fitted` and `with_categories` for the type `asked`.
+
+        Example:
+            >>> ColumnType("integer", low=0.0).is_fit_of(ColumnType("integer"))
+            True
+        """
+        if self.kind != asked.kind:
+            return False
+        if self.is_whole and (asked.low, asked.high) == (-math.inf, math.inf):
+            return self.kind == CATEGORICAL or (self.low in (0, -math.inf) and self.high == math.inf)
+        if self.is_circular and asked.low == 0 and self.low == -self.high:
+            return self.high - self.low == asked.high
+        return (self.low, self.high) == (asked.low, asked.high)
+
     def with_categories(self, categories: Sequence[str | float]) -> "ColumnType":
         """Returns a categorical type with these categories."""
         return replace(self, low=0.0, high=float(len(categories) - 1), categories=tuple(categories))

@@ -186,14 +186,20 @@ class ColumnFunction(torch.autograd.Function):
         return g_x, None, None, *rest
 
 
-def weights_of(module: Any) -> Layer:
-    """Returns the weight, the mask or None, and the bias of a linear layer."""
+def weights_of(module: Any, kind: type[nn.Linear] = nn.Linear) -> Layer | None:
+    """Returns the weight, the mask or None, and the bias of a linear layer.
+
+    Returns None for a layer that only a call can evaluate: of another class than `kind`, such as a layer that a user
+    has put in its place or with a parametrization, with a hook, or without a bias.
+    """
+    if type(module) is not kind or is_hooked(module):
+        return None
     # attribute access takes longer, and is needed only if the parameters have been replaced
-    own = module._parameters
+    own: Any = module._parameters
     weight, bias = own.get("weight"), own.get("bias")
     if weight is None or bias is None:
         weight, bias = module.weight, module.bias
-    return weight, vars(module).get("mask"), bias
+    return None if bias is None else (weight, vars(module).get("mask"), bias)
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -69,15 +69,20 @@ class MLP(Recorded, nn.Sequential):
         return ColumnFunction.apply(x, Plain, (), *in_turn(layers))  # type: ignore[no-untyped-call,no-any-return]
 
     def layers(self) -> list[Layer] | None:
-        """Returns the linear layers, or None with dropout, a hook of a layer, or another activation than relu."""
+        """Returns the linear layers, or None with dropout, another activation than relu, or a layer of a user."""
         found: list[Layer] = []
         # iterating over the module takes longer
-        for one in self._modules.values():
-            if one is None or type(one) not in (nn.Linear, nn.ReLU) or is_hooked(one):
+        for i, one in enumerate(self._modules.values()):
+            if i % 2:
+                if type(one) is not nn.ReLU or is_hooked(one):
+                    return None
+                continue
+            layer = weights_of(one)
+            if layer is None:
                 return None
-            if type(one) is nn.Linear:
-                found.append(weights_of(one))
-        return found
+            found.append(layer)
+        # the last layer is linear
+        return found if len(self._modules) % 2 else None
 
     def plain_layers(self) -> list[Layer] | None:
         """Returns `layers`, or None if there is a context or a hook."""
@@ -167,7 +172,9 @@ class ConvNet(Recorded, nn.Module):
         Returns None for a context, hooks, replaced layers, and other activations than relu.
         """
         layers = (self.first, *self.middle, self.last)
-        if type(self.activation) is not nn.ReLU or self.first.embedding is not None:
+        if type(self.activation) is not nn.ReLU or is_hooked(self.activation):
+            return None
+        if type(self.first) is not InformedConv or self.first.embedding is not None:
             return None
         if any(type(one) not in (nn.Conv2d, InformedConv) or is_hooked(one) or one.bias is None for one in layers):
             return None

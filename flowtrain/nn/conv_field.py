@@ -118,6 +118,11 @@ class TimedConv2d(TimedLayer):
         super().__init__()
         self.conv = nn.Conv2d(n_in, n_out, kernel_size, padding="same")
 
+    def bias(self) -> Tensor:
+        """Returns b, which is zero for a convolution without a bias."""
+        bias = self.conv.bias
+        return self.conv.weight.new_zeros(len(self.conv.weight)) if bias is None else bias
+
     @abstractmethod
     def modulation(self, t: Tensor, size: torch.Size) -> tuple[Tensor | None, Tensor]:
         """Returns gate and shift = b gate + offset for images of `size` (H, W). A gate of None means 1.
@@ -173,10 +178,9 @@ class ConcatConv2d(TimedConv2d):
         self.shift = nn.Conv2d(1, n_out, kernel_size, padding="same", bias=False)
 
     def modulation(self, t: Tensor, size: torch.Size) -> tuple[None, Tensor]:
-        assert self.conv.bias is not None
         # the response to the channel t is t times the response to a channel of ones, also at the border
         (response,) = convolve(self.shift.weight, t.new_ones(1, *size))
-        return None, torch.addcmul(as_event(self.conv.bias, 3), as_event(t.unsqueeze(-1), 3), response)
+        return None, torch.addcmul(as_event(self.bias(), 3), as_event(t.unsqueeze(-1), 3), response)
 
 
 class ConcatSquashConv2d(TimedConv2d):
@@ -188,10 +192,9 @@ class ConcatSquashConv2d(TimedConv2d):
         self.shift = nn.Linear(1, n_out, bias=False)
 
     def modulation(self, t: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
-        assert self.conv.bias is not None
         column = t.unsqueeze(-1)
         gate = torch.sigmoid(self.gate(column))
-        return as_event(gate, 3), as_event(torch.addcmul(self.shift(column), self.conv.bias, gate), 3)
+        return as_event(gate, 3), as_event(torch.addcmul(self.shift(column), self.bias(), gate), 3)
 
 
 class TimeEmbeddingConv2d(TimedConv2d, TimeEmbedded):
@@ -202,9 +205,8 @@ class TimeEmbeddingConv2d(TimedConv2d, TimeEmbedded):
         self.embed_time(n_out, n_embedding)
 
     def modulation(self, t: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
-        assert self.conv.bias is not None
         gate, offset = self.gate_and_offset(t)
-        return as_event(gate, 3), as_event(torch.addcmul(offset, self.conv.bias, gate), 3)
+        return as_event(gate, 3), as_event(torch.addcmul(offset, self.bias(), gate), 3)
 
 
 LAYERS: dict[str, type[TimedConv2d]] = {

@@ -15,6 +15,7 @@ from flowtrain.nn.velocity_field import (
     LayeredField,
     TimedLayer,
     TimeEmbedded,
+    jvp_by_autograd,
 )
 from flowtrain.utils.arguments import number, one_of, widths
 from flowtrain.utils.autograd import needs_autograd, transforms_active
@@ -48,6 +49,8 @@ class TimedLinear(TimedLayer):
         """Returns gate and bias, (M, n_out) each, of y = (W x) gate + bias at the times (M,). None: the gate is 1."""
         gate, shift = self.modulation(times)
         bias = self.linear.bias
+        if bias is None:
+            return gate, shift
         return gate, shift + bias if gate is None else torch.addcmul(shift, gate, bias)
 
     def at(self, times: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,8 +164,7 @@ class MLPField(LayeredField[TimedLinear]):
 
     def forward(self, t: Tensor, x: Tensor, shift: Tensor | None = None) -> Tensor:
         plain = not torch.is_grad_enabled() and x.dim() == 2 and t.dim() < 2 and x.numel() and not needs_autograd(x)
-        # only a call of a module runs its hooks
-        if plain and not any(is_hooked(module) for layer in self.layers for module in submodules(layer)):
+        if plain and self.has_own_layers():
             return self._values(t, x, shift)
         first, *layers = self.layers
         if not isinstance(first, TimeEmbedding):
@@ -174,6 +176,12 @@ class MLPField(LayeredField[TimedLinear]):
             assert isinstance(layer, TimeEmbedding)
             x = layer.with_waves(t, self.activation(x), waves)
         return x
+
+    def has_own_layers(self) -> bool:
+        """Whether the weights determine all linear maps: only a call runs hooks, and layers of a user."""
+        if any(is_hooked(module) for layer in self.layers for module in submodules(layer)):
+            return False
+        return all(type(layer.linear) is nn.Linear or _is_parametrized(layer.linear) for layer in self.layers)
 
     def _values(self, t: Tensor, x: Tensor, shift: Tensor | None) -> Tensor:
         """Returns v (B, d) for x (B, d) and times () or (B,), without a gradient."""
@@ -187,6 +195,10 @@ class MLPField(LayeredField[TimedLinear]):
         return head.values(t, x)
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not self.has_own_layers():
+            of_rows = None if shift is None else shift.expand(*x.shape[:-1], -1).flatten(0, -2)
+            # a subclass may compute the inputs of the layers
+            return jvp_by_autograd(lambda t, x: MLPField.forward(self, t, x, of_rows), t, x, tangents)
         if not self.can_use_kernels(t, x):
             return self.jvp_rows(t, x, tangents, shift)
         nodes, (rows, n_in) = x.shape[:-2], x.shape[-2:]
@@ -248,7 +260,12 @@ class MLPField(LayeredField[TimedLinear]):
 
     def recorder(self, shift: Tensor | None = None) -> "MLPRecorder | None":
         # a subclass may compute another function
-        return MLPRecorder(self, shift) if type(self) is MLPField else None
+        return MLPRecorder(self, shift) if type(self) is MLPField and self.has_own_layers() else None
+
+
+def _is_parametrized(module: nn.Module) -> bool:
+    """Whether a module is a linear layer whose weight is a function of other parameters."""
+    return type(module).__bases__ == (nn.Linear,) and "parametrizations" in module._modules
 
 
 @torch.no_grad()

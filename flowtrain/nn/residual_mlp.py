@@ -33,6 +33,8 @@ class ResidualMLP(Recorded, nn.Module):
     """
 
     network = Residual
+    # the class of the layers
+    kind: type[nn.Linear] = nn.Linear
 
     def __init__(
         self,
@@ -55,21 +57,40 @@ class ResidualMLP(Recorded, nn.Module):
         """Returns (B, n_out) for x (B, n_in) and, with classes, a context (B,) or (B, K)."""
         x = with_context(x, context, self.classes)
         layers = self.layers()
+        if layers is None:
+            return self._called(x)
         drops: list[Tensor | None] = [None] * self.n_drops
         if self.training and self.dropout:
             ones = x.new_ones(len(x), len(layers[0][0]))
             drops = [F.dropout(ones, self.dropout) for _ in drops]
-        if needs_autograd(x) or not isinstance(self.activation, nn.ReLU):
+        if needs_autograd(x) or not self._has_relu():
             return Residual.evaluated(x, layers, drops, self.activation)
         return ColumnFunction.apply(x, Residual, drops, *in_turn(layers))  # type: ignore[no-untyped-call,no-any-return]
 
-    def layers(self) -> list[Layer]:
-        """Returns the first layer, two layers for each block, and the last layer."""
+    def _called(self, x: Tensor) -> Tensor:
+        """Returns the outputs by calls of the layers."""
+        h, blocks = self.first(x), list(self.blocks)
+        for one, two in zip(blocks[::2], blocks[1::2], strict=True):
+            h = h + two(F.dropout(self.activation(one(self.activation(h))), self.dropout, self.training))
+        y: Tensor = self.last(self.activation(h))
+        return y
+
+    def _has_relu(self) -> bool:
+        return type(self.activation) is nn.ReLU and not is_hooked(self.activation)
+
+    def layers(self) -> list[Layer] | None:
+        """Returns the first layer, two layers for each block, and the last layer; None with a layer of a user."""
         # attribute access takes longer
         own = self._modules
         blocks = own["blocks"]
         assert blocks is not None
-        return [weights_of(module) for module in (own["first"], *blocks._modules.values(), own["last"])]
+        found = []
+        for module in (own["first"], *blocks._modules.values(), own["last"]):
+            layer = weights_of(module, self.kind)
+            if layer is None:
+                return None
+            found.append(layer)
+        return found
 
     @property
     def n_drops(self) -> int:
@@ -78,7 +99,7 @@ class ResidualMLP(Recorded, nn.Module):
 
     def plain_layers(self) -> list[Layer] | None:
         """Returns `layers`, or None if there is a context, dropout, a hook, or another activation than relu."""
-        ordinary = self.classes is None and isinstance(self.activation, nn.ReLU) and not is_hooked(self)
+        ordinary = self.classes is None and self._has_relu() and not is_hooked(self)
         return self.layers() if ordinary and not (self.training and self.dropout) else None
 
 
@@ -124,6 +145,7 @@ class MaskedMLP(ResidualMLP):
         self.groups: tuple[list[int], list[int], list[int]] = inputs.tolist(), units.tolist(), outputs.tolist()
         if classes:
             inputs = torch.cat([inputs, inputs.new_full((classes,), -1)])
+        self.kind = MaskedLinear
         self.first = MaskedLinear(inputs, units)
         self.blocks = nn.ModuleList(MaskedLinear(units, units) for _ in self.blocks)
         self.last = zero(MaskedLinear(units, outputs - 1))
@@ -151,3 +173,8 @@ class MaskedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, masked(self.weight, self.mask), self.bias)
+
+
+def is_matrix(linear: nn.Module) -> bool:
+    """Whether a layer is only a product with its weight: a linear layer of this package without a bias or a hook."""
+    return type(linear) in (nn.Linear, MaskedLinear) and linear.bias is None and not is_hooked(linear)

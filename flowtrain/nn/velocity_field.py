@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, final
 
@@ -214,8 +214,13 @@ def field_jvp(field: nn.Module, t: Tensor, x: Tensor, tangents: Tensor, event_di
     Returns:
         v with the shape of x, and J e (k, *x.shape).
     """
-    if isinstance(field, Field):
-        return field.jvp(t, x, tangents)
+    return field.jvp(t, x, tangents) if isinstance(field, Field) else jvp_by_autograd(field, t, x, tangents, event_dims)
+
+
+def jvp_by_autograd(
+    field: Callable[[Tensor, Tensor], Tensor], t: Tensor, x: Tensor, tangents: Tensor, event_dims: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Computes `field_jvp` of a function with `torch.func.jvp`."""
     outer = x.dim() - event_dims
     rows = x.reshape(-1, *x.shape[outer:])
     row_times = t.expand(x.shape[:outer]).reshape(-1)

@@ -14,11 +14,12 @@ from flowtrain.bijections.decomposition import between, evaluate_inside, innermo
 from flowtrain.bijections.linear import GaussianStart, InvertibleLinear, Permutation
 from flowtrain.bijections.logit import Logit
 from flowtrain.bijections.scale import ActNorm, BatchNorm, Standardize
+from flowtrain.bijections.support import ToSupport
 from flowtrain.flow import Flow
 from flowtrain.utils.errors import FlowtrainError
 
 # the types of layers at the data end that convert states to data units. They are applied to the states of all moments
-FRAMES = (ActNorm, BatchNorm, Standardize, Logit, GaussianStart)
+FRAMES = (ActNorm, BatchNorm, Standardize, Logit, ToSupport, GaussianStart)
 # the types of layers that belong to the step before them, because they change a density very little
 QUIET = (*FRAMES, Permutation, InvertibleLinear)
 

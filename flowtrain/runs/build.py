@@ -34,17 +34,19 @@ from flowtrain.utils.errors import ConfigError, first_line
 Config = Mapping[str, Any]
 
 # arguments that are passed in addition to the keys of a group; messages do not list them
-GIVEN = ("event_shape", "solver", "classes", "context", "circular")
+GIVEN = ("event_shape", "solver", "classes", "context", "circular", "earlier")
 # attributes of a flow that describe its samples
 OF_SAMPLES = ("integer_valued", "levels", "centered", "noisy", "class_counts", "types")
 # keys that are not arguments, as in hydra.utils.instantiate
 RESERVED = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 
 
-def build_data(config: Config, **tables: Any) -> Dataset:
+def build_data(config: Config, earlier: Samples | None = None, **tables: Any) -> Dataset:
     """Builds the data set of a config. For data=target, it also builds the target.
 
     Args:
+        earlier: the samples on which the flow was trained before, which determine the categories of columns. None
+            for a new flow.
         tables: tables in memory that replace the paths in the config.
 
     Raises:
@@ -60,7 +62,10 @@ def build_data(config: Config, **tables: Any) -> Dataset:
         raise ConfigError(
             f"target={config['target'].get('name')}: only possible with data=target; leave out one of data and target"
         )
-    return cast(Dataset, _call(config, "data", **tables, **({"target": build_target(config)} if needs_target else {})))
+    given = {} if earlier is None else _wanted(config, "data", {"earlier": earlier})
+    if needs_target:
+        given["target"] = build_target(config)
+    return cast(Dataset, _call(config, "data", **tables, **given))
 
 
 def uses_target(config: Config) -> bool:

@@ -9,6 +9,7 @@ Example:
 """
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -28,10 +29,13 @@ from flowtrain.bijections.linear import FromGaussian, Preconditioned
 from flowtrain.bijections.scale import Standardize
 from flowtrain.data.base import Dataset
 from flowtrain.data.tables.from_memory import Rows, write_table
+from flowtrain.data.tables.roles import Roles
 from flowtrain.data.targets.base import FunctionTarget, Target, TargetData
 from flowtrain.flow import Flow, Record
 from flowtrain.models.described import TARGET
+from flowtrain.models.ensemble import Ensemble
 from flowtrain.runs import load
+from flowtrain.runs.auto_settings import AUTO
 from flowtrain.runs.build import build_data, with_whole_numbers
 from flowtrain.runs.compose import TARGET_CHOICES, Composed, compose, default_choices, options
 from flowtrain.runs.console import writing_log
@@ -40,11 +44,11 @@ from flowtrain.runs.prepare import Parts
 from flowtrain.runs.run import Ended
 from flowtrain.runs.run import train as run_training
 from flowtrain.runs.run_directory import claim_directory, cleaned_up_unless_begun, locked_directory, remove_empty
-from flowtrain.runs.source import Source, as_mapping, plain, source_of
+from flowtrain.runs.source import ROLES, Source, as_mapping, plain, source_of
 from flowtrain.utils.arguments import choose, number, path_of, shortened
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.files import config_dir, config_groups, write_text
-from flowtrain.utils.formatting import flattened, shown
+from flowtrain.utils.formatting import counted, flattened, shown
 from flowtrain.utils.status import library_reporter, reporting
 
 log = logging.getLogger("flowtrain")
@@ -53,7 +57,7 @@ log = logging.getLogger("flowtrain")
 TABLES = {"path": "data/train.npz", "val_path": "data/val.npz", "test_path": "data/test.npz"}
 # further files that a fit writes in its run directory
 FILES = (".hydra/*.yaml", "flowtrain.log", "checkpoints/*.pt", "plots/*.png", "plots/*.pdf", "plots/*.svg")
-# models whose trainer settings are used for a flow that was built by hand: if it solves ODEs, and otherwise
+# models whose trainer settings are used for a flow of an unknown model: if it solves ODEs, and otherwise
 CONTINUOUS, DISCRETE = "ffjord", "realnvp"
 
 
@@ -82,6 +86,7 @@ def fit(
     x: Rows | Dataset | str | Path,
     *,
     model: str | None = None,
+    flow: Flow | None = None,
     label: Any = None,
     context: Any = None,
     weights: Any = None,
@@ -113,13 +118,14 @@ def fit(
             (`"moons"`); the path of a file (`"mine.csv"`, `"mine.parquet"`); or a `Dataset`. The flow keeps the column
             names of a frame. Rows with missing values are refused, or left out with overrides={"data.missing": "drop"}.
         model: the name of a model: "nsf", "maf", "ffjord", "realnvp", "glow", "mixture" or "affine"; or "auto", which
-            searches for the best. None: "auto" for rows and files, "ffjord" for data sets by name. `train` trains a
-            flow built by hand.
+            searches for the best. None: "auto" for rows and files, "ffjord" for data sets by name.
+        flow: a flow to start from, such as the result of an earlier fit. A copy of `flow` is trained by `train`. None:
+            a new flow.
         label: for p(x | label), a class 0, 1, ... for each row, (n,), or the name or position of a column of x. True
             uses the labels of a data set.
         context: for p(x | context), the values of the context c for each row: an array (n, k) or (n,), or a data frame,
             whose names are kept. Or the columns of x or of a file that are the context: a name, a position, or a list
-            of them. The real columns of the context are standardised.
+            of them. The real columns of the context are standardised. Columns with text are categorical.
         weights: a weight of each row, (n,), or the name or position of a column of x or of a file. Only the ratios of
             the weights matter.
         val: the validation set, by which the best weights are chosen: rows like x. If label, context or weights are
@@ -161,10 +167,33 @@ def fit(
         torch.Size([3, 2])
     """
     begun = time.perf_counter()
+    if flow is not None:
+        _check_trainable(flow)
+        for name, given in (("model", model), ("levels", levels)):
+            if given is not None:
+                raise ConfigError(f"{name}: the argument flow already determines it; leave {name} out")
+        copied = deepcopy(flow)
+        train(
+            copied,
+            x,
+            label=label,
+            context=context,
+            weights=weights,
+            val=val,
+            test=test,
+            steps=steps,
+            minutes=minutes,
+            seed=seed,
+            device=None if device == "auto" else device,
+            run_dir=run_dir,
+            progress=progress,
+            overrides=overrides,
+        )
+        return copied
     if model is not None and not isinstance(model, str):
         raise ConfigError(
-            f"model is of type {type(model).__name__}: give a name such as model='realnvp', or use "
-            "flowtrain.train(flow, x) for a flow that was built by hand"
+            f"model is of type {type(model).__name__}: give a name such as model='realnvp', or the argument flow for a "
+            "flow that was built by hand"
         )
     source = source_of(x, {"label": label, "context": context, "weights": weights}, val, test, overrides)
     chosen = _open_choices(source, model, as_mapping(overrides))
@@ -181,10 +210,10 @@ def fit(
     ended = _run(composed, source, run_dir, progress, begun, Parts(data=source.data))
     trainer = ended.trainer
     saved = {**trainer.read(), "config": trainer.config}
-    flow = load.restore(saved, trainer.device, load.own_packages(trainer.config))
-    flow.record = _record(saved, ended)
     # the declared type is Flow, although a search may return an ensemble
-    return cast(Flow, flow)
+    fitted = cast(Flow, load.restore(saved, trainer.device, load.own_packages(trainer.config)))
+    fitted.record = _record(saved, ended)
+    return fitted
 
 
 @_one_at_a_time()
@@ -240,11 +269,11 @@ def train(
     source = source_of(x, {"label": label, "context": context, "weights": weights}, val, test, overrides)
     if source.labelled and flow.classes is None:
         raise DataError("the flow is not conditional: remove the argument label")
-    kind = CONTINUOUS if flow.ode_blocks else DISCRETE
+    kind = _kind(flow)
     where = flow.like.device if device is None else device
     settings = {**source.settings, "model": kind, "seed": seed, "device": str(where)}
     if source.tables:
-        settings |= _data_settings(flow)
+        settings |= _data_settings(flow, source, "data.columns" in flattened(as_mapping(overrides)))
     composed = _composed(settings, steps, minutes, overrides, ("model", "solver"), source.held_keys)
     composed.config["model"] = {"name": kind}
     if run_dir is not None:
@@ -435,6 +464,13 @@ def _check_trainable(flow: Any) -> None:
     Raises:
         ConfigError: not a flow, no parameter that requires a gradient, or inference tensors.
     """
+    if isinstance(flow, Ensemble):
+        raise ConfigError(
+            "flow: an ensemble cannot be trained; give one of its members, flow.flows[i]. flow.log_weights are the "
+            "logarithms of their weights"
+        )
+    if isinstance(flow, str | Path):
+        raise ConfigError(f"flow={str(flow)!r}: give a Flow, as in flow=flowtrain.load({str(flow)!r})")
     if not isinstance(flow, Flow):
         raise ConfigError(f"flow={shortened(flow)}: give a Flow, or use fit, which builds one from the name of a model")
     parameters = list(flow.parameters())
@@ -456,16 +492,45 @@ def _open_choices(source: Source, model: str | None, overrides: Mapping[str, Any
     return {**({} if model is None else {"model": model}), **found}
 
 
-def _data_settings(flow: Flow) -> dict[str, Any]:
-    """Returns the keys of data=array that make its samples fit a flow."""
-    parts = list(flow.modules())
+def _kind(flow: Flow) -> str:
+    """Returns the name of the model whose trainer settings suit a flow."""
+    name = None if flow.record is None else flow.record.config["model"].get("name")
+    known = name in options("model", [config_dir()]) and name != AUTO
+    return str(name) if known else CONTINUOUS if flow.ode_blocks else DISCRETE
+
+
+def _data_settings(flow: Flow, source: Source, picked: bool) -> dict[str, Any]:
+    """Returns the keys of data=array that make its samples fit a flow.
+
+    Args:
+        picked: whether the user has chosen columns of the table.
+
+    Raises:
+        DataError: another number of columns than in the samples of the flow.
+    """
+    parts, table = list(flow.modules()), source.tables["path"]
+    label, context, weights = (source.settings.get(f"data.{role}") for role in ROLES)
+    roles = Roles(label, context, weights)
+    others = roles.pick(table.columns, table.path).all
+    # columns are given by their positions in the table, which also has the columns of other roles
+    places = [i for i in range(len(table.columns)) if i not in others]
+    trained = () if flow.record is None else flow.record.samples.columns
+    by_name = table.named and trained and all(table.columns.count(name) == 1 for name in trained)
+    if by_name:
+        places = [table.columns.index(name) for name in trained]
+    elif not picked and len(places) != math.prod(flow.event_shape):
+        raise DataError(
+            f"the flow was made for samples of shape {flow.event_shape}, but x has {counted(len(places), 'column')}"
+        )
+    noisy = [places[i] for i in flow.noisy if i < len(places)]
     return {
+        "data.columns": places if by_name else None,
         "data.standardize": any(isinstance(part, Standardize) for part in parts),
         "data.gaussian_start": any(isinstance(part, FromGaussian | Preconditioned) for part in parts),
         "data.center": flow.centered,
         "data.levels": flow.levels,
-        "data.dequantize": not flow.types and (list(flow.noisy) or (flow.integer_valued and flow.levels is None)),
-        "data.types": {str(i): str(one) for i, one in enumerate(flow.types)} or None,
+        "data.dequantize": not flow.types and (noisy or (flow.integer_valued and flow.levels is None)),
+        "data.types": {str(i): str(one) for i, one in zip(places, flow.types, strict=False)} or None,
     }
 
 

@@ -147,7 +147,7 @@ def load(
         if "_target_" not in config["data"]:
             raise DataError(f"{members[0].name} does not say what data it was trained on")
         with without_warnings():
-            return build_data(config)
+            return build_data(config, members[0].samples)
 
     return ensemble_of(members, weights, data)
 

@@ -13,6 +13,7 @@ import torch
 
 from flowtrain.data.base import Dataset, Samples, changes
 from flowtrain.data.context import CATEGORICAL, ContextColumn, feature_count
+from flowtrain.data.tables.columns import listed
 from flowtrain.data.tables.table_reader import Table
 from flowtrain.data.targets.base import TargetData
 from flowtrain.evaluation import check_fits
@@ -77,8 +78,11 @@ def prepare(
     # checkpoints of older versions have no time budget
     seconds = config.get("time_budget")
     seconds = None if seconds is None else number("time_budget", seconds)
+    # a resumed run reads the copy in its own directory, see below
+    teacher_checkpoint = None if saved is not None else read_teacher(config, run_dir, False)
+    before = _samples_before(saved or teacher_checkpoint, given.flow)
     with phase("reading the data"):
-        data = build.build_data(config, **given.tables) if given.data is None else given.data
+        data = build.build_data(config, before, **given.tables) if given.data is None else given.data
     options = PlotOptions.of(config)
     options.positions(data.event_shape, data.columns)
     config = resolve_objective(config, data)
@@ -89,7 +93,8 @@ def prepare(
     data = _for_trained(data, saved, given)
     within_memory("trainer.batch_size", settings.batch_size, 4 * math.prod(data.event_shape))
     choose_threads(config.get("threads"), data.event_shape)
-    teacher_checkpoint = read_teacher(config, run_dir, saved is not None)
+    if saved is not None:
+        teacher_checkpoint = read_teacher(config, run_dir, True)
     teacher = None
     if teacher_checkpoint is not None:
         data = _for_teacher(data, load.samples_of(teacher_checkpoint), saved is None)
@@ -158,6 +163,17 @@ def resolve_objective(config: Mapping[str, Any], data: Dataset) -> dict[str, Any
     return {**config, **{group: found[group] for group in (*groups, "objective")}}
 
 
+def _samples_before(checkpoint: Mapping[str, Any] | None, flow: Flow | None) -> Samples | None:
+    """Returns the samples on which the flow of a checkpoint, or a given flow, was trained; None for a new flow."""
+    if checkpoint is not None:
+        return load.samples_of(checkpoint)
+    return (
+        None
+        if flow is None
+        else Samples(flow.event_shape, classes=flow.classes, types=flow.types, context=flow.context)
+    )
+
+
 def data_like(config: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
     """Returns the choices of data and recipe whose settings suit these data."""
     name = str(config["data"].get("name"))
@@ -189,13 +205,17 @@ def _for_teacher(data: Dataset, before: Samples, is_new: bool) -> Dataset:
     if isinstance(data, TargetData):
         return data.for_flow(before)
     check_same("from", before, data.samples)
-    if is_new and (change := changes(before.record, data.samples.record)):
-        log.warning(
-            "from: since that run, %s. It may have been trained on rows that are held out now, whose NLL is then too "
-            "low",
-            change,
-        )
+    if is_new:
+        _warn_if_changed("from: since that run", before, data.samples)
     return with_context(data, before.context)
+
+
+def _warn_if_changed(since: str, before: Samples, now: Samples) -> None:
+    """Warns of changed data when a trained flow is trained further."""
+    if change := changes(before.record, now.record):
+        log.warning(
+            "%s, %s. It may have been trained on rows that are held out now, whose NLL is then too low", since, change
+        )
 
 
 def _for_trained(data: Dataset, saved: Mapping[str, Any] | None, given: Parts) -> Dataset:
@@ -205,7 +225,11 @@ def _for_trained(data: Dataset, saved: Mapping[str, Any] | None, given: Parts) -
         ConfigError, DataError: see `check_same` and `check_unchanged`.
     """
     if saved is None:
-        return data if given.flow is None or given.initialize else with_context(data, given.flow.context)
+        if given.flow is None or given.initialize:
+            return data
+        if given.flow.record is not None:
+            _warn_if_changed("flow: since it was trained", given.flow.record.samples, data.samples)
+        return with_context(data, given.flow.context)
     before = load.samples_of(saved)
     if isinstance(data, TargetData):
         fitting = data.for_flow(before)
@@ -282,6 +306,11 @@ def check_same(who: str, before: Samples, now: Samples) -> None:
     Raises:
         ConfigError: a property of the samples differs.
     """
+    if before.columns != now.columns and sorted(before.columns) == sorted(now.columns):
+        raise ConfigError(
+            f"{who}: the run was trained on the columns {listed(before.columns)}, but the data have them in the order "
+            f"{listed(now.columns)}: write the columns of the file in the first order"
+        )
     for key in (
         "event_shape",
         "integer_valued",
@@ -293,6 +322,7 @@ def check_same(who: str, before: Samples, now: Samples) -> None:
         "centered",
         "gaussian_start",
         "context",
+        "classes",
     ):
         old, new = (_kind_of(getattr(samples, key)) for samples in (before, now))
         if old != new:

@@ -149,7 +149,7 @@ class Search:
         self.time_budget: TimeBudget | None = None
         self.device = build.resolve_device(config["device"])
         with phase("reading the data"):
-            self.data = build.build_data(config, **given.tables) if given.data is None else given.data
+            self.data = build.build_data(config, None, **given.tables) if given.data is None else given.data
         PlotOptions.of(config).positions(self.data.event_shape, self.data.columns)
         choose_threads(config.get("threads"), self.data.event_shape)
         self.models = _models(config, self.data)

@@ -89,6 +89,7 @@ def test_one_value_for_each_row_of_one_column() -> None:
         ({"mass": "heavy", "colour": "red"}, ["mass"]),
         ({"mass": [1.0, 2.0, 3.0], "colour": "red"}, ["mass", "(3,)"]),
         ({"mass": float("nan"), "colour": "red"}, ["mass", "nan"]),
+        ({"mass": 1e300, "colour": "red"}, ["mass", "1e+300"]),
         (torch.zeros(3, 2), ["(3, 2)", "(2, 2)"]),
         (torch.zeros(2, 3), ["(2, 3)"]),
         (torch.tensor([[1.0, 2.0]]), ["colour", "0 to 1"]),

@@ -7,7 +7,12 @@ import torch
 from helpers.flows import IMAGES, VECTORS, images, vectors
 from torch import Tensor
 
+from flowtrain import models
+from flowtrain.bijections.base import Chain
 from flowtrain.bijections.decomposition import between, innermost, stages
+from flowtrain.bijections.scale import Standardize
+from flowtrain.bijections.support import ToSupport
+from flowtrain.flow import Flow
 from flowtrain.plotting.trajectory import Moment, Trajectory, smoothstep
 from flowtrain.utils.errors import FlowtrainError
 
@@ -165,3 +170,22 @@ def test_fixed_steps_end_at_the_samples_of_the_flow(steps: int) -> None:
     with torch.no_grad():
         for moments in (4, 21):
             torch.testing.assert_close(Trajectory(flow, moments).states(z)[-1], flow(z))
+
+
+@pytest.mark.parametrize("name", ["nsf", "ffjord"])
+def test_states_stay_in_the_supports_of_the_columns(name: str) -> None:
+    torch.manual_seed(0)
+    model = models.ffjord(2, hidden=[6]) if name == "ffjord" else models.nsf(2, layers=2, hidden=[6])
+    scale = Standardize((2,))
+    scale.fit(torch.tensor([0.5, -0.2]), torch.tensor([2.0, 3.0]))
+    support = ToSupport([0.0, -1.0], [math.inf, 1.0])
+    flow = Flow(model.base, Chain([model.bijection, scale, support])).eval()
+    way = Trajectory(flow, 5)
+    assert way.is_continuous == (name == "ffjord")
+    with torch.no_grad():
+        x = way.states(torch.randn(200, 2))
+        assert bool((x[..., 0] > 0).all())
+        assert bool((x[..., 1].abs() <= 1).all())
+        outside = torch.tensor([[-0.5, 0.0], [1.0, 1.5]])
+        for moment in way.exact(5):
+            assert bool((way.log_density(outside, moment) == -math.inf).all())

@@ -115,6 +115,43 @@ def test_text_in_a_data_frame_is_a_categorical_context(x: np.ndarray, context: n
         flow.sample(1, context={"m": 50.0, "kind": "green"})
 
 
+def test_text_in_arrays_and_lists_is_a_categorical_context(x: np.ndarray) -> None:
+    colours = np.random.default_rng(3).choice(["red", "green", "blue"], N)
+    frame = Frame(np.column_stack([colours.astype(object)]), ["context_0"])
+    expected = fit_small(x, context=frame)
+    assert expected.context[0].categories == ("blue", "green", "red")
+    for given in (colours, colours.astype(object), colours.tolist(), colours.astype(object)[:, None]):
+        flow = fit_small(x, context=given)
+        assert flow.context == expected.context
+        np.testing.assert_array_equal(scores(flow, x, given), scores(expected, x, colours))
+    mixed = np.column_stack([colours.astype(object), np.arange(N) / 7])
+    for one in (mixed, mixed.tolist()):
+        flow = fit_small(x[50:], context=one[50:], val=(x[:50], one[:50]))
+        assert [column.kind for column in flow.context] == ["categorical", "real"]
+        assert flow.sample(2, context=["red", 3.0]).shape == (2, 3)
+    with pytest.raises(DataError, match="violet"):
+        fit_small(x[50:], context=colours[50:], val=(x[:50], ["violet"] * 50))
+    for role in ("label", "weights"):
+        with pytest.raises(DataError, match="not a number"):
+            fit_small(x, **{role: colours.tolist()})
+
+
+def test_text_in_arrays_is_a_categorical_column(x: np.ndarray) -> None:
+    colours = np.random.default_rng(3).choice(["red", "green", "blue"], N)
+    rows = np.column_stack([x.astype(object), colours])
+    with pytest.raises(DataError, match=r"data\.types"):
+        fit_small(rows)
+    found = []
+    for given, overrides in ((rows, {3: "categorical"}), (Frame(rows, ["a", "b", "c", "k"]), {"k": "categorical"})):
+        flow = fit_small(given, overrides={**SMALL, "data.types": overrides})
+        assert flow.types[3].categories == ("blue", "green", "red")
+        torch.manual_seed(0)
+        found.append(flow.log_prob(given))
+    np.testing.assert_array_equal(*found)
+    with pytest.raises(DataError, match="violet"):
+        flow.log_prob(np.array([[0.0, 0.0, 0.0, "violet"]], dtype=object))
+
+
 @pytest.mark.parametrize(
     ("named", "error", "word"),
     [
@@ -125,7 +162,7 @@ def test_text_in_a_data_frame_is_a_categorical_context(x: np.ndarray, context: n
         ({"context": {"mass": np.ones(N)}}, DataError, "context"),
         ({"context": np.full(N, np.nan)}, DataError, "context_0"),
         ({"context": np.ones(N)}, DataError, "context_0"),
-        ({"context": np.full(N, "red", dtype=object)}, DataError, "red"),
+        ({"context": np.full(N, "red", dtype=object)}, DataError, "constant"),
         ({"context": np.zeros(N), "label": np.zeros(N, int)}, ConfigError, "categorical"),
         ({"context": np.arange(N) * 1.0, "val": np.zeros((5, 3))}, DataError, "context"),
         ({"context": np.arange(N) * 1.0, "val": {"x": np.zeros((5, 3)), "weights": np.ones(5)}}, DataError, "context"),

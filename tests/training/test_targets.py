@@ -267,3 +267,18 @@ def test_from_keeps_the_target_of_the_run(run: Run, tmp_path: Path) -> None:
     code, _, err = run("flowtrain", f"from={first}", "target=gaussian_mixture", "trainer.steps=2", "name=third")
     assert code == 0, err
     assert len(json.loads((tmp_path / "outputs/third/result.json").read_text())["mode_shares"]) == 40
+    code, _, err = run("flowtrain", f"from={first}", "target.n_modes=5", "trainer.steps=2", "name=fourth")
+    assert code == 0, err
+    fourth = checkpoint.load(tmp_path / "outputs/fourth/checkpoints/last.pt")["config"]["target"]
+    assert (fourth["n_modes"], fourth["std"]) == (5, 3.0)
+    assert len(json.loads((tmp_path / "outputs/fourth/result.json").read_text())["mode_shares"]) == 5
+
+
+def test_from_refuses_keys_of_a_target_for_a_run_without_one(run: Run, tmp_path: Path) -> None:
+    path = npy(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(200, 2)))
+    keys = ["data=array", f"data.path={path}", "model=affine", "trainer.steps=2", "trainer.plot_every=null"]
+    code, _, err = run("flowtrain", *keys, "name=first")
+    assert code == 0, err
+    code, _, err = run("flowtrain", f"from={tmp_path / 'outputs/first'}", "target.std=3.0")
+    assert code == 2
+    assert "target=funnel" in err

@@ -21,7 +21,7 @@ from flowtrain.data.tables.columns import Columns, listed
 from flowtrain.data.tables.csv_reader import DETECTED, TextFormat
 from flowtrain.data.tables.ids import read_ids
 from flowtrain.data.tables.missing import REFUSE, REFUSED, Missing, missing_of
-from flowtrain.data.tables.roles import Roles, read_roles
+from flowtrain.data.tables.roles import Roles, RoleTables, read_roles
 from flowtrain.data.tables.sample_spec import (
     Part,
     SampleSpec,
@@ -219,6 +219,8 @@ class ArrayData(Finite):
         types: the types of columns, by name or position, see `flowtrain.data.types.ColumnType.parse`. Columns without a
             type are real. None means that all columns are real.
         id: name or position of a column that identifies the rows, and is not part of a sample. It may contain anything.
+        earlier: the samples of an earlier training of the flow. Columns keep their categories and the maps of their
+            types, and there are at least as many classes as before. None for a new flow. It is not a config key.
         event_shape: the shape (C, H, W) of images. A row of the table is a flattened image. None means vectors.
         val_fraction, test_fraction: the fraction of the training file to hold out if there is no separate file.
         standardize: whether the flow standardizes samples by the mean and standard deviation of the training rows. None
@@ -272,6 +274,7 @@ class ArrayData(Finite):
         signed_weights: bool = False,
         types: Mapping[str | int, Any] | None = None,
         id: str | int | None = None,
+        earlier: Samples | None = None,
     ) -> None:
         path = _checked_paths(path, val_path, test_path)
         _check_types_alone(types, levels, event_shape, dequantize)
@@ -296,7 +299,7 @@ class ArrayData(Finite):
                 for role, table in first.tables.others.items():
                     check_same_columns(table, other.tables.others[role])
         self.types, context_types = _fitted_types(
-            [first, *(other for other in others if other is not None)], dequantize
+            [first, *(other for other in others if other is not None)], dequantize, earlier
         )
         width = len(first.table.columns)
         self.event_shape = _event_shape(event_shape, width)
@@ -326,7 +329,7 @@ class ArrayData(Finite):
         self._read_ids = {name: (other or first).read_ids for name, other in zip(sets, others, strict=True)}
         self.record = record_of((first.n, training.checksum), ((name, part.rows) for name, part in sets.items()))
         self.held_rows = {n: first.in_file(part.rows) for n, part in sets.items() if not isinstance(part.rows, tuple)}
-        self._check_held_out(first.table, training, spec, sets)
+        self._check_held_out(first.table, training, spec, sets, earlier)
         if training.subset_extras.weights is not None:
             held_weights = {n: p.extras.weights.numpy() for n, p in sets.items() if p.extras.weights is not None}
             check_held_out_weights(first.table.path, held_weights)
@@ -372,12 +375,18 @@ class ArrayData(Finite):
         return training, spec
 
     def _check_held_out(
-        self, table: Table, training: TrainingSplit, spec: SampleSpec, held: Mapping[str, Part]
+        self,
+        table: Table,
+        training: TrainingSplit,
+        spec: SampleSpec,
+        held: Mapping[str, Part],
+        earlier: Samples | None = None,
     ) -> None:
         """Counts the classes and warns of data whose likelihood is not meaningful."""
         labels = {name: part.extras.label.numpy() for name, part in held.items() if part.extras.label is not None}
         if len(labels) == len(held):
-            self.classes = max(len(training.class_counts), *(1 + int(own.max()) for own in labels.values()))
+            before = 0 if earlier is None else earlier.classes or 0
+            self.classes = max(before, len(training.class_counts), *(1 + int(own.max()) for own in labels.values()))
             counts = np.zeros(self.classes, np.int64)
             counts[: len(training.class_counts)] = training.class_counts
             self.class_counts = tuple(counts.tolist())
@@ -403,7 +412,7 @@ class ArrayData(Finite):
         if table is None or training.context is None:
             return
         mean, std = training.context[0], np.sqrt(training.context[1])
-        check_context(table, mean, std)
+        check_context(table, mean, std, types)
         self.context = tuple(
             ContextColumn(name, CATEGORICAL, categories=one.categories)
             if one.kind == CATEGORICAL
@@ -445,33 +454,41 @@ class ArrayData(Finite):
 
 
 def _fitted_types(
-    sources: Sequence[InMemoryTable | StreamedTable], dequantize: bool | Sequence[str | int] | str | int
+    sources: Sequence[InMemoryTable | StreamedTable],
+    dequantize: bool | Sequence[str | int] | str | int,
+    earlier: Samples | None = None,
 ) -> tuple[tuple[ColumnType, ...], tuple[ColumnType, ...]]:
     """Returns the types of the columns of the samples, () if all are real, and the types of the context columns.
 
-    Ranges and categories come from the training file. Columns that `data.dequantize` names are integers. In all
-    tables, categories are replaced by their positions.
+    Ranges and categories come from the training file, or from an earlier training. Columns that `data.dequantize` names
+    are integers. In all tables, categories are replaced by their positions.
 
     Args:
         sources: the tables. The first is the training file.
+        earlier: the samples of the earlier training, or None.
 
     Raises:
         DataError: a category that the training file does not contain.
     """
     first = sources[0]
     tables, types = first.tables, first.tables.types_of(first.table)
-    context = () if tables.context is None else _with_categories(tables.context, tables.types_of(tables.context))
+    context: tuple[ColumnType, ...] = ()
+    if tables.context is not None:
+        context = _with_known_categories(tables, tables.types_of(tables.context), earlier)
+        context = _with_categories(tables.context, context)
     if all(one.kind == REAL for one in types):
         types = ()
     else:
         everything, counts = _noise(dequantize, None, first.table)
         counts = tuple(range(len(types))) if everything else counts
         (low, high), some = first.values_range(), first.some_values(SOME_VALUES)
+        types = tuple(ColumnType(INTEGER) if i in counts and not one.is_whole else one for i, one in enumerate(types))
+        known = earlier.types if earlier is not None and len(earlier.types) == len(types) else types
         types = tuple(
-            (ColumnType(INTEGER) if i in counts and not one.is_whole else one).fitted(
-                float(low[i]), float(high[i]), some[:, i]
-            )
-            for i, one in enumerate(types)
+            before
+            if before is not one and before.is_fit_of(one)
+            else one.fitted(float(low[i]), float(high[i]), some[:, i])
+            for i, (one, before) in enumerate(zip(types, known, strict=True))
         )
         types = _with_categories(first.table, types)
     for source in sources:
@@ -480,10 +497,31 @@ def _fitted_types(
 
 
 def _with_categories(table: Table, types: Sequence[ColumnType]) -> tuple[ColumnType, ...]:
-    """Returns the types with the categories of the columns of a table. A table in a file has no rows."""
+    """Returns the types with the categories of the columns of a table, for those that have none yet.
+
+    A table in a file has no rows.
+    """
     return tuple(
-        one.with_categories(categories_of(table, i)) if one.kind == CATEGORICAL and len(table.values) else one
+        one.with_categories(categories_of(table, i))
+        if one.kind == CATEGORICAL and not one.categories and len(table.values)
+        else one
         for i, one in enumerate(types)
+    )
+
+
+def _with_known_categories(
+    tables: RoleTables, types: Sequence[ColumnType], earlier: Samples | None
+) -> tuple[ColumnType, ...]:
+    """Returns the types of the context columns with the categories of an earlier training."""
+    before = () if earlier is None else earlier.context
+    if tables.context is None or len(before) != len(types):
+        return tuple(types)
+    # a column with text may contain only numbers in another file
+    return tuple(
+        ColumnType(CATEGORICAL).with_categories(column.categories)
+        if column.kind == CATEGORICAL and (one.kind == CATEGORICAL or index not in tables.types)
+        else one
+        for index, one, column in zip(tables.context.indices, types, before, strict=True)
     )
 
 

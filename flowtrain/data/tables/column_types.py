@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowtrain.data.tables.columns import first_of, listed
+from flowtrain.data.tables.columns import listed
 from flowtrain.data.tables.table_checks import MOST_WHOLE
 from flowtrain.data.tables.table_reader import Table
 from flowtrain.data.types import (
@@ -144,7 +144,7 @@ def codes_of(table: Table, column: int, categories: Sequence[str | float]) -> ND
         more = f" and {len(categories) - _MOST_LISTED} more" if len(categories) > _MOST_LISTED else ""
         raise DataError(
             f"{table.place(row, column)}: the category {category_text(words[int(places[row])])!r} does not occur in "
-            f"the training file ({counted(len(unknown), 'row')} with unknown categories). The categories are {shown}"
+            f"training ({counted(len(unknown), 'row')} with unknown categories). The categories are {shown}"
             f"{more}. Remove these rows"
         )
     found: NDArray[np.float64] = codes[places]
@@ -238,8 +238,9 @@ _CIRCLES = (360.0, 2 * math.pi)
 _PART, _SHARE = 0.02, 0.2
 # a column looks positive if it has at least this skewness, and its logarithm has less than half of it
 _SKEWNESS = 1.5
-# a column looks like an interval if its values come this close to both ends
-_NEAR = 0.02
+# a column looks like an interval if a part _NEAR at each end has more than _OFTEN times the rows of a uniform density.
+# Most columns that were scaled to [0, 1] have few rows there, and their ends do not bound other rows
+_NEAR, _OFTEN = 0.05, 0.5
 # smallest number of rows for a hint
 _LEAST_ROWS = 50
 
@@ -269,9 +270,12 @@ def hint_of_types(
         chosen = {**given, **dict(list(found.items())[:_MOST_LISTED])}
         each = [f"{setting_key(table, i)}: {chosen[i]}" for i in sorted(chosen)]
         looks = {POSITIVE: "positive", INTERVAL: "bounded", CIRCULAR: "circular", INTEGER: "integer"}
-        words = [f"{table.columns[i]!r} looks {looks[kind.partition('(')[0]]}" for i, kind in found.items()]
+        words = []
+        for kind, look in looks.items():
+            names = [table.columns[i] for i, guess in found.items() if guess.partition("(")[0] == kind]
+            words += [f"{listed(names)} look{'s' * (len(names) == 1)} {look}"] if names else []
         _log.info(
-            f"{table.path}: {first_of(words[:_MOST_LISTED], len(words))}. If this is so, give the types of columns: "
+            f"{table.path}: {', '.join(words)}. If this is so, give the types of columns: "
             f"'data.types={{{', '.join(each)}}}'"
         )
 
@@ -295,7 +299,8 @@ def guessed_type(column: NDArray[np.float64]) -> str | None:
         return circle
     if (column == np.rint(column)).all():
         return INTEGER if len(np.unique(column)) <= len(column) // 20 else None
-    if low >= 0 and high <= 1 and low <= _NEAR and high >= 1 - _NEAR:
+    ends = ((column <= _NEAR).sum(), (column >= 1 - _NEAR).sum())
+    if low >= 0 and high <= 1 and min(ends) > _OFTEN * _NEAR * len(column):
         return "interval(0,1)"
     if low > 0:
         skewness = _skewness(column)

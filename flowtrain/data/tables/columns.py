@@ -2,8 +2,9 @@
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from flowtrain.utils.errors import ConfigError, DataError
@@ -171,12 +172,28 @@ class TextColumn:
             self.texts.add(cell.strip())
 
 
-def advice_on_text(found: Sequence[TextColumn], indices: Sequence[int]) -> str:
+# Advice on text in a column of another role than the samples, by the setting that names the column
+_TEXT_OF_ROLE = {
+    "data.label": "Labels are whole numbers 0, 1, 2, ...; text can be a context instead, with data.context",
+    "data.weights": "Weights are numbers; give another column as data.weights",
+    "data.context": "Leave {} out of data.context, or give it the type categorical",
+    "": "The flow was trained on numbers in {}",
+}
+
+
+def advice_on_text(
+    found: Sequence[TextColumn],
+    indices: Sequence[int],
+    needed: Mapping[int, str] = MappingProxyType({}),
+    frame: str = "",
+) -> str:
     """Names all columns with cells that are not numbers, and the options that leave them out.
 
     Args:
         found: these columns.
         indices: the positions of all columns that were to be read.
+        needed: see `flowtrain.data.tables.csv_reader.Chosen`.
+        frame: code that leaves the columns out, for rows in memory. Empty for a file.
 
     Example:
         >>> column = TextColumn(1, "sex", "text", "line 2", "m", 4, {"m", "f", "d", "x"})
@@ -185,14 +202,19 @@ def advice_on_text(found: Sequence[TextColumn], indices: Sequence[int]) -> str:
 text as categories with 'data.types={sex: categorical}'"
     """
     each = [f"{c.name!r} ({c.kind} in {counted(c.count, 'cell')})" for c in found[:_MOST_COLUMNS]]
-    words = f"Not numbers: column{'s' * (len(found) > 1)} {first_of(each, len(found))}. "
-    keep = [i for i in indices if i not in {c.index for c in found}]
-    words += f"Keep the other columns with {as_option(keep)}" if keep else "There are no other columns"
-    if {c.kind for c in found} == {"text"} and len(found) <= _MOST_COLUMNS:
-        keys = [c.name if re.fullmatch(r"[A-Za-z_]\w*", c.name) else str(c.index) for c in found]
+    words = f"Not numbers: column{'s' * (len(found) > 1)} {first_of(each, len(found))}"
+    free = [c for c in found if c.index not in needed]
+    if free:
+        keep = [i for i in indices if i not in {*needed, *(c.index for c in found)}]
+        words += f". Keep the other columns with {frame or as_option(keep)}" if keep else ". There are no other columns"
+    if free and {c.kind for c in free} == {"text"} and len(free) <= _MOST_COLUMNS:
+        keys = [c.name if re.fullmatch(r"[A-Za-z_]\w*", c.name) else str(c.index) for c in free]
         words += (
             f", or model the text as categories with 'data.types={{{','.join(f'{key}: categorical' for key in keys)}}}'"
         )
+    for key in dict.fromkeys(needed[c.index] for c in found if c.index in needed):
+        names = [c.name for c in found if needed.get(c.index) == key]
+        words += f". {_TEXT_OF_ROLE[key].format(listed(names))}"
     texts = sorted(set().union(*(c.texts for c in found)))
     # text with quotes needs other quotes than these
     plain = len(texts) <= _MOST_TEXTS and not re.search(r"[\"'\\\n]", "".join(texts))

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, NamedTuple, TextIO, cast
 
 import numpy as np
@@ -49,10 +50,13 @@ class Chosen(NamedTuple):
     Attributes:
         indices: the positions of the columns in the file.
         text: the positions of the columns among these that may contain text.
+        needed: the positions of the columns among these that data.columns cannot leave out, with the settings that name
+            them. The setting is empty for a column that a trained flow needs.
     """
 
     indices: list[int]
     text: Collection[int] = ()
+    needed: Mapping[int, str] = MappingProxyType({})
 
 
 # A function that returns the columns to keep. Its arguments are the names of all columns, and the positions of the
@@ -153,7 +157,7 @@ def read_delimited(path: Path, choose: ChooseColumns, text_format: TextFormat) -
     with _reading_errors(file):
         layout = find_layout(file, text_format)
         left_out = [i for i, name in enumerate(layout.names) if _is_row_index(file, layout, i)]
-        indices, text = choose(layout.names, left_out)
+        indices, text, needed = choose(layout.names, left_out)
         _warn_of_unnamed(path, layout, indices, left_out)
         rows = _plain_rows(file, layout)
         values = None if rows is None else _read_with_numpy(file, layout, indices, rows, text_format)
@@ -163,7 +167,7 @@ def read_delimited(path: Path, choose: ChooseColumns, text_format: TextFormat) -
         cells: dict[tuple[int, int], str] = {}
         labels: dict[int, tuple[str, ...]] = {}
         if values is None:
-            values, lines, cells, labels = _read_by_cell(file, layout, indices, text_format, text)
+            values, lines, cells, labels = _read_by_cell(file, layout, indices, text_format, text, needed)
     if not lines:
         raise DataError(f"{path} has no rows" + (" below its header" if layout.named else ""))
     return TextTable(values, tuple(layout.names[i] for i in indices), tuple(indices), lines, cells, labels)
@@ -572,12 +576,18 @@ def _missing_cells(delimiter: str | None, na: Collection[str]) -> re.Pattern[str
 
 
 def _read_by_cell(
-    file: _File, layout: Layout, indices: Sequence[int], text_format: TextFormat, text: Collection[int] = ()
+    file: _File,
+    layout: Layout,
+    indices: Sequence[int],
+    text_format: TextFormat,
+    text: Collection[int] = (),
+    needed: Mapping[int, str] = MappingProxyType({}),
 ) -> tuple[NDArray[np.float64], Sequence[int], dict[tuple[int, int], str], dict[int, tuple[str, ...]]]:
     """Reads the table cell by cell. Returns the values, the line numbers, the first missing cell, and the labels.
 
     Args:
         text: the positions of the columns that may contain text.
+        needed: see `Chosen`.
     """
     decimal = text_format.decimal or _decimal_mark(file, layout, [i for i in indices if i not in text])
     values, lines = array("d"), array("q")
@@ -600,7 +610,7 @@ def _read_by_cell(
                     error = _number_error(file.path, line, layout, i, row[i], decimal)
                     numeric = [j for j in indices if j not in words]
                     found = _text_columns(file, layout, numeric, text_format.na, decimal)
-                    raise DataError(f"{error}. {advice_on_text(found, indices)}")
+                    raise DataError(f"{error}. {advice_on_text(found, indices, needed)}")
                 value = float("nan")
                 if not cells:
                     cells[len(lines), column] = row[i]

@@ -90,8 +90,8 @@ def rows_and_labels(
             If it is empty or contains a name twice, all columns are read in their order.
         label_name: the column of labels that the flow was trained on. None if there is none.
         name: the name of x in messages.
-        categories: the categories of each categorical column, by its position in a sample. In a data frame, categories
-            are given by name. In other rows, they are given by position.
+        categories: the categories of each categorical column, by its position in a sample. In a data frame, and in a
+            column with text, categories are given by name. In other rows, they are given by position.
 
     Raises:
         DataError: columns are missing, values are not real numbers, or categories are unknown.
@@ -99,6 +99,8 @@ def rows_and_labels(
     if not is_frame(x):
         if isinstance(label, str):
             raise DataError(f"label={label!r}: {name} is not a data frame, so it has no column of that name")
+        if categories and (found := _coded(x, name, categories)) is not None:
+            return found, label
         return as_array(x, name), label
     if label is None and label_name in column_names(x):
         label = label_name
@@ -112,9 +114,23 @@ def rows_and_labels(
             table = table.only([table.columns.index(column) for column in columns])
         for i, each in categories.items():
             table = with_codes(table, i, each)
-        refuse_text(table, range(len(table.columns)))
+        refuse_text(table, range(len(table.columns)), needed=dict.fromkeys(table.indices, ""))
         return table.values, label
     return columns_of(x, columns, name) if by_name else as_array(x, name), label
+
+
+def _coded(x: Rows, name: str, categories: Mapping[int, Sequence[str | float]]) -> NDArray[np.float64] | None:
+    """Returns rows (n, d) with the codes of text in categorical columns; None for rows without text."""
+    if isinstance(x, Tensor) or (getattr(x, "dtype", None) is not None and x.dtype.kind in "biuf"):
+        return None
+    array = _object_array(x)
+    if array is None or array.ndim != 2:
+        return None
+    table = table_of(array, name)
+    for i in [i for i in categories if i in table.labels]:
+        table = with_codes(table, i, categories[i])
+    refuse_text(table, range(len(table.columns)), needed=dict.fromkeys(table.indices, ""))
+    return table.values
 
 
 def check_all_finite(rows: NDArray[Any], name: str = "x") -> None:
@@ -270,13 +286,13 @@ def table_of(x: Rows, name: str = "x", na: Collection[str] = ()) -> Table:
         name: the name of x in messages.
         na: text that counts as missing. Missing values become NaN; `read_table` refuses them or leaves out their rows.
 
-    Text in a data frame is stored in `Table.labels`. `read_table` refuses it unless the column is categorical.
+    The text of a column is stored in `Table.labels`. `read_table` refuses it unless the column is categorical.
 
     Raises:
         DataError: an array of another rank, without rows, or with values that are not real numbers.
     """
     names = column_names(x) if is_frame(x) else ()
-    array, labels = _with_codes(x, name, na) if names else (as_array(x, name, na), {})
+    array, labels = _with_codes(x, name, na)
     if array.ndim not in (1, 2, 4) or not array.size:
         raise DataError(f"{name} has shape {array.shape}; give rows (n, d), or images (n, C, H, W), with n > 0")
     values = np.ascontiguousarray(array.reshape(len(array), -1), dtype=np.float64)
@@ -284,24 +300,44 @@ def table_of(x: Rows, name: str = "x", na: Collection[str] = ()) -> Table:
     return Table(values, names or default_names(indices), indices, name, labels=labels)
 
 
-def _with_codes(frame: Any, name: str, na: Collection[str]) -> tuple[NDArray[Any], dict[int, tuple[str, ...]]]:
-    """Returns the values of a data frame, (n, d), and the distinct texts of its columns with text, by position.
+def _with_codes(x: Rows, name: str, na: Collection[str]) -> tuple[NDArray[Any], dict[int, tuple[str, ...]]]:
+    """Returns the values of rows, (n, d), and the distinct texts of their columns with text, by position.
 
     The values of a column with text are positions of texts.
     """
-    _refuse_dates(frame, name)
-    array = np.asarray(frame.to_numpy())
-    if array.dtype.kind not in "OUS" or array.ndim != 2:
-        return as_array(frame, name, na), {}
+    array: NDArray[Any] | None
+    if is_frame(x):
+        _refuse_dates(x, name)
+        array, names = np.asarray(x.to_numpy()), column_names(x)
+    else:
+        array = _object_array(x)
+        names = () if array is None else default_names(range(array.shape[-1]))
+    if array is None or array.dtype.kind not in "OUS" or array.ndim not in (1, 2) or not array.size:
+        return as_array(x, name, na), {}
+    array = array.reshape(len(array), -1)
     columns, labels = [], {}
     for i in range(array.shape[1]):
         texts = _texts_of(array[:, i], na)
         if texts is None:
-            columns.append(as_array(array[:, i], f"{name}, column {column_names(frame)[i]!r}", na).astype(np.float64))
+            columns.append(as_array(array[:, i], f"{name}, column {names[i]!r}", na).astype(np.float64))
         else:
             codes, labels[i] = codes_of_text(texts, na)
             columns.append(codes)
     return np.column_stack(columns), labels
+
+
+def _object_array(x: Rows) -> NDArray[Any] | None:
+    """Returns rows without column names as an array of objects or text; None for numbers and for other values."""
+    if isinstance(x, Tensor) or np.ma.isMaskedArray(x):
+        return None
+    try:
+        array = np.asarray(x)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError):
+        return None
+    if array.dtype.kind == "U" and not isinstance(x, np.ndarray):
+        # a list of text and numbers
+        array = np.asarray(x, dtype=object)
+    return array if array.dtype.kind in "OUS" and array.ndim else None
 
 
 def _texts_of(column: NDArray[Any], na: Collection[str]) -> list[str | None] | None:

@@ -103,6 +103,11 @@ class RolePositions(NamedTuple):
         """All positions."""
         return self.label + self.context + self.weights
 
+    @property
+    def settings(self) -> dict[int, str]:
+        """The setting that names each column, by its position."""
+        return {i: f"data.{role}" for role, indices in zip(self._fields, self, strict=True) for i in indices}
+
 
 @dataclass(frozen=True)
 class RoleTables:
@@ -197,7 +202,8 @@ def read_roles(
         indices = [*indices, *(i for i in positions.all if i not in indices)]
         types = picked_types(roles, names, source, positions, indices)
         text = [i for i in indices if i in types and types[i].kind == CATEGORICAL]
-        return Chosen(indices, [*text, *(i for i in positions.context if i not in types)])
+        text += [i for i in positions.context if i not in types]
+        return Chosen(indices, text, positions.settings)
 
     table = read_table(path, key, choose, text_format=text_format, missing=missing)
     # a table in memory may be part of another table, with other positions

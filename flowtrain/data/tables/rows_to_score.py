@@ -271,7 +271,7 @@ class _Selection:
             for i, column in zip(self.others["context"], self.samples.context, strict=True)
             if column.kind == CATEGORICAL
         ]
-        return Chosen(taken, text)
+        return Chosen(taken, text, dict.fromkeys(taken, "") | dict.fromkeys(self.others["weights"], "data.weights"))
 
     def divided(self, table: Table) -> RoleTables:
         """Divides the table by the roles of its columns. Categories become their positions.

@@ -429,7 +429,8 @@ class StreamedTable:
             check_finite(tables.samples, (t.samples for _, t in self._chunks()), self._missing.drops)
             spec.check(tables.samples, (t.samples for _, t in self._chunks()))
             for role, table in tables.others.items():
-                check_finite(table, (t.others[role] for _, t in self._chunks()), self._missing.drops)
+                needed = dict.fromkeys(table.indices, f"data.{role}")
+                check_finite(table, (t.others[role] for _, t in self._chunks()), self._missing.drops, needed)
             tables.check()
             out = wanted[places] - start
             found.add(places, tables.samples.values[out], tables.extras(out))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from flowtrain.data.tables.columns import as_option, first_of, listed
 from flowtrain.data.tables.table_reader import Table
+from flowtrain.data.types import ColumnType
 from flowtrain.utils.errors import DataError
 from flowtrain.utils.formatting import as_ranges, counted
 
@@ -301,16 +302,20 @@ def warn_of_signed_weights(path: str, weights: Iterable[NDArray[np.float64]]) ->
         )
 
 
-def check_context(table: Table, mean: NDArray[np.float64], std: NDArray[np.float64]) -> None:
+def check_context(
+    table: Table, mean: NDArray[np.float64], std: NDArray[np.float64], types: Sequence[ColumnType]
+) -> None:
     """Checks the context columns.
 
     Args:
         mean, std: mean and standard deviation of the training rows, (k,).
+        types: the types of the columns.
 
     Raises:
-        DataError: a column that is constant in training.
+        DataError: a column that is constant in training, unless an earlier training had other categories.
     """
-    constant = [name for name, m, s in zip(table.columns, mean, std, strict=True) if not s > abs(m) * 1e-14]
+    columns = zip(table.columns, mean, std, types, strict=True)
+    constant = [name for name, m, s, one in columns if not s > abs(m) * 1e-14 and len(one.categories) < 2]
     if constant:
         raise DataError(
             f"{table.path}: the context {listed(constant)} is constant in the training rows: leave it out of "

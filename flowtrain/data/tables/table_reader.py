@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,6 @@ from flowtrain.data.tables.columns import (
 from flowtrain.data.tables.csv_reader import DETECTED, ChooseColumns, Chosen, TextFormat, read_delimited
 from flowtrain.data.tables.missing import REFUSED, Missing
 from flowtrain.data.tables.typed_files import TYPED, read_typed
-from flowtrain.data.types import CATEGORICAL
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.formatting import counted
 
@@ -99,6 +99,8 @@ VALUES, COLUMNS = "x", "columns"
 # prefix of the names of the arrays that contain the texts of a column, followed by its position
 LABELS = "labels"
 TEXTS = (".csv", ".tsv", ".txt", ".data", ".tra", ".tes")
+# the setting that names context columns
+CONTEXT = "data.context"
 # Largest number of columns in a message on missing values
 _MOST_COLUMNS = 10
 
@@ -200,11 +202,20 @@ def read_table(
         ConfigError: `key` or `columns` that are not in the file, or a package that is not installed.
     """
     file = Path(path.path if isinstance(path, Table) else path).expanduser()
-    choose = columns if callable(columns) else lambda names, out: Chosen(pick(columns, names, file, option, out))
+    needed: Mapping[int, str] = {}
+
+    def choose(names: Sequence[str], left_out: Sequence[int]) -> Chosen:
+        nonlocal needed
+        found = columns(names, left_out) if callable(columns) else Chosen(pick(columns, names, file, option, left_out))
+        needed = found.needed
+        return found
+
     if isinstance(path, Table):
-        indices, text = choose(path.columns, ())
-        refuse_text(path, indices, text, in_memory=True)
-        return _complete(path.only(indices), missing)
+        indices, text, _ = choose(path.columns, ())
+        # a table in memory may be part of another table, with other positions
+        needed = {path.indices[i]: key for i, key in needed.items()}
+        refuse_text(path, indices, text, needed, in_memory=True)
+        return _complete(path.only(indices), missing, needed)
     ending = ending_of(file)
     check_file(file)
     if key is not None and not takes_key(file):
@@ -231,7 +242,7 @@ def read_table(
             table = _from_text(file, choose, replace(text_format, na=missing.texts, drops=missing.drops))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    return _complete(table, missing)
+    return _complete(table, missing, needed)
 
 
 def takes_key(file: Path) -> bool:
@@ -287,12 +298,12 @@ def read_array(file: Path, key: str | None, choose: ChooseColumns, event_shape: 
     if names and len(names) != len(everything):
         raise DataError(f"{file} names {counted(len(names), 'column')} in {COLUMNS!r}, but has {len(everything)}")
     names = names or default_names(everything)
-    indices, text = choose(names, ())
+    indices, text, needed = choose(names, ())
     kept = table if indices == list(everything) else table[:, indices]
     chosen = tuple(names[i] for i in indices)
     values = np.ascontiguousarray(kept, dtype=np.float64)
     found = Table(values, chosen, tuple(indices), str(file), labels={i: labels[i] for i in indices if i in labels})
-    refuse_text(found, range(len(indices)), [k for k, i in enumerate(indices) if i in text])
+    refuse_text(found, range(len(indices)), [k for k, i in enumerate(indices) if i in text], needed)
     return found
 
 
@@ -359,8 +370,11 @@ def check_array(shape: tuple[int, ...], dtype: np.dtype[Any], file: Path, event_
         raise DataError(f"{file} has shape {shape}: it is empty")
 
 
-def _complete(table: Table, missing: Missing) -> Table:
+def _complete(table: Table, missing: Missing, needed: Mapping[int, str]) -> Table:
     """Leaves out the rows that have a missing value, if `missing.drops`, and checks that all other values are finite.
+
+    Args:
+        needed: see `flowtrain.data.tables.csv_reader.Chosen`.
 
     Raises:
         DataError: missing values that are not left out, infinite values, or no row without missing values.
@@ -375,12 +389,11 @@ def _complete(table: Table, missing: Missing) -> Table:
             f"{table.path}: {left:,} of {counted(n, 'row')} {'has' if left == 1 else 'have'} missing values ({columns})"
         )
         if not len(rows):
-            raise DataError(
-                f"{words}, so no row is left. Leave out the columns with the most missing values, with data.columns"
-            )
+            advice = "Fill in values, or leave out the columns with the most missing values"
+            raise DataError(f"{words}, so no row is left. {advice}" + ("" if needed else ", with data.columns"))
         _log.info(f"{words} and {'is' if left == 1 else 'are'} left out (data.missing=drop)")
         table = replace(table, values=table.values[rows], kept=Kept(rows, n))
-    check_finite(table)
+    check_finite(table, needed=needed)
     return table
 
 
@@ -402,13 +415,20 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def refuse_text(table: Table, columns: Iterable[int], text: Collection[int] = (), in_memory: bool = False) -> None:
+def refuse_text(
+    table: Table,
+    columns: Iterable[int],
+    text: Collection[int] = (),
+    needed: Mapping[int, str] = MappingProxyType({}),
+    in_memory: bool = False,
+) -> None:
     """Checks that only some columns contain text.
 
     Args:
         columns: the positions in the table of the columns that are used.
         text: the positions in the table of the columns that may contain text.
-        in_memory: whether the table is a data frame, for the message.
+        needed: see `flowtrain.data.tables.csv_reader.Chosen`.
+        in_memory: whether the table was in memory, for the message.
 
     Raises:
         DataError: another column contains text.
@@ -421,12 +441,11 @@ def refuse_text(table: Table, columns: Iterable[int], text: Collection[int] = ()
             one.texts.update(texts)
             found.append(one)
     if found:
-        words = advice_on_text(found, [table.indices[i] for i in columns])
+        frame = ""
         if in_memory:
-            names = [one.name for one in found]
-            keep = [table.columns[i] for i in columns if table.columns[i] not in names]
-            words = f"Text is in {listed(names)}" + (f"; {table.path}[{keep}] leaves it out" if keep else "")
-            words += f"; overrides={{'data.types': {dict.fromkeys(names[:3], CATEGORICAL)}}} models it as categories"
+            kept = [i for i in columns if table.indices[i] not in {*needed, *(one.index for one in found)}]
+            frame = f"{table.path}[{[table.columns[i] for i in kept]}]" if table.named else f"{table.path}[:, {kept}]"
+        words = advice_on_text(found, [table.indices[i] for i in columns], needed, frame)
         raise DataError(f"{table.path}, column {found[0].name!r}: {found[0].first!r} is not a number. {words}")
 
 
@@ -444,7 +463,12 @@ def _by_column(table: Table, counts: NDArray[np.int64], first: Sequence[str] = (
     return first_of(each, some, "; ")
 
 
-def check_finite(table: Table, whole: Iterable[Table] | None = None, in_blocks: bool = False) -> None:
+def check_finite(
+    table: Table,
+    whole: Iterable[Table] | None = None,
+    in_blocks: bool = False,
+    needed: Mapping[int, str] = MappingProxyType({}),
+) -> None:
     """Raises DataError if values are missing, NaN or infinite.
 
     The message gives the number of these values by column, and the place of the first.
@@ -453,6 +477,7 @@ def check_finite(table: Table, whole: Iterable[Table] | None = None, in_blocks: 
         table: a file or a block of a file.
         whole: all blocks of the file, for the numbers in the message. None if `table` is the whole file.
         in_blocks: whether the user wants to leave out rows with missing values, but the file is read in blocks.
+        needed: see `flowtrain.data.tables.csv_reader.Chosen`.
     """
     bad = ~np.isfinite(table.values)
     if not bad.any():
@@ -468,7 +493,18 @@ def check_finite(table: Table, whole: Iterable[Table] | None = None, in_blocks: 
         rows, of_rows = rows + int(each.any(1).sum()), of_rows + len(each)
         empty = empty or bool(np.isnan(block.values).any())
     total = int(by_column.sum())
-    keep = [index for index, n in zip(table.indices, by_column, strict=True) if not n]
+    # data.columns removes missing values only if they are in columns of the samples
+    lost = {index: name for index, name, n in zip(table.indices, table.columns, by_column, strict=True) if n}
+    keep = [index for index in table.indices if index not in lost and index not in needed]
+    context = [name for index, name in lost.items() if needed.get(index) == CONTEXT]
+    others = []
+    if any(index not in needed for index in lost):
+        others = [f"keep only the complete columns: {as_option(keep)}"] if keep else []
+    if context:
+        others.append(f"leave {listed(context)} out of {CONTEXT}")
+    if {needed.get(index, CONTEXT) for index in lost} != {CONTEXT}:
+        # labels and weights are needed, and so are all columns for a trained flow
+        others = []
     in_file = row if table.kept is None else int(table.kept.rows[row])
     cell = table.cells.get((in_file, column))
     found = f"the value is {table.values[row, column]}"
@@ -485,5 +521,5 @@ def check_finite(table: Table, whole: Iterable[Table] | None = None, in_blocks: 
         f"{'is' if total == 1 else 'are'} missing or not finite, in {rows:,} of {counted(of_rows, 'row')} (by column, "
         f"{_by_column(table, by_column, places)}). The first: "
         f"{table.place(row, column).removeprefix(f'{table.path}, ')}: {found}. {advice}"
-        + (f", or keep only the complete columns: {as_option(keep)}" if keep else "")
+        + (f", or {' and '.join(others)}" if others else "")
     )

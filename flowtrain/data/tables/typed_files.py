@@ -99,7 +99,7 @@ def read_typed(
         left_out = [
             i for i, column in zip(unnamed, source.read(unnamed), strict=True) if _is_row_index(column, i, source)
         ]
-        indices, may_be_text = choose(source.names, left_out)
+        indices, may_be_text, needed = choose(source.names, left_out)
         columns = source.read(indices)
     n = len(columns[0])
     if not n:
@@ -120,7 +120,9 @@ def read_typed(
             if first.kind == "text"
             else f"this column contains {first.kind}, such as {first.first}"
         )
-        raise DataError(f"{file}, {first.place}, column {first.name!r}: {what}. {advice_on_text(found, indices)}")
+        raise DataError(
+            f"{file}, {first.place}, column {first.name!r}: {what}. {advice_on_text(found, indices, needed)}"
+        )
     cells = {}
     if np.isnan(values).any():
         row, k = (int(i) for i in np.argwhere(np.isnan(values))[0])

@@ -242,6 +242,10 @@ def test_numbers_that_count_as_missing_are_not_codes_of_text(tmp_path: Path) -> 
 RNG = np.random.default_rng(0)
 
 
+def scaled(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (values - values.min()) / np.ptp(values)
+
+
 @pytest.mark.parametrize(
     ("values", "guess"),
     [
@@ -249,6 +253,10 @@ RNG = np.random.default_rng(0)
         (RNG.normal(100, 1, 500), None),
         (np.exp(RNG.normal(size=500)), "positive"),
         (RNG.uniform(size=500), "interval(0,1)"),
+        (RNG.beta(0.5, 0.5, 500), "interval(0,1)"),
+        (np.clip(RNG.normal(0.5, 0.4, 500), 0, 1), "interval(0,1)"),
+        # columns that were scaled to [0, 1], which are not bounded there
+        *((scaled(draw), None) for draw in (RNG.normal(size=500), RNG.exponential(size=500), RNG.standard_t(3, 500))),
         (0.5 + 0.01 * RNG.normal(size=500), None),
         (RNG.uniform(0, 360, 500), "circular(360)"),
         (np.degrees(RNG.vonmises(0, 1, 500)), "circular(360)"),
@@ -265,8 +273,9 @@ def test_types_are_guessed(values: NDArray[np.float64], guess: str | None) -> No
 def test_hint_has_the_option_for_columns_without_a_type(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "flowtrain")
     rng = np.random.default_rng(0)
-    table = {"x": rng.normal(size=N), "age": np.exp(rng.normal(size=N)), "a b": rng.uniform(size=N)}
+    table = {"x": rng.normal(size=400), "age": np.exp(rng.normal(size=400)), "a b": rng.permutation(400) / 399}
     ArrayData(csv(tmp_path / "t.csv", table))
+    assert "'age' looks positive, 'a b' looks bounded" in caplog.text
     assert "'data.types={age: positive, 2: interval(0,1)}'" in caplog.text
     caplog.clear()
     ArrayData(csv(tmp_path / "t.csv", table), types={"age": "positive", "a b": "interval(0,1)"})
@@ -334,8 +343,11 @@ def test_flows_with_types_are_trained_further() -> None:
     flow = fit(frame, model="affine", steps=2, progress=False, overrides={"data.types": types})
     train(flow, frame, steps=3, progress=False)
     assert flow.log_prob(frame).shape == (N,)
-    with pytest.raises(DataError, match=r"data\.types"):
-        train(flow, frame.filter(pl.col("colour") != "red"), steps=3, progress=False)
+    types_before = flow.types
+    train(flow, frame.filter(pl.col("colour") != "red"), steps=3, progress=False)
+    assert flow.types == types_before
+    with pytest.raises(DataError, match="'pink'"):
+        train(flow, frame.with_columns(colour=pl.lit("pink")), steps=3, progress=False)
 
 
 def test_dequantize_of_all_columns_applies_to_columns_without_a_type(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_config_keys_match_the_constructor() -> None:
     assert isinstance(config.pop("name"), str)
     assert config.pop("_target_") == f"{ArrayData.__module__}.{ArrayData.__name__}"
     signature = inspect.signature(ArrayData.__init__).parameters
-    assert set(config) == set(signature) - {"self"}
+    assert set(config) == set(signature) - {"self", "earlier"}
     for name, value in config.items():
         default = signature[str(name)].default
         assert value == (None if default is inspect.Parameter.empty else default), name

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import flowtrain
 from flowtrain.data.tables import csv_reader
 from flowtrain.data.tables.array import ArrayData
-from flowtrain.data.tables.from_memory import table_of
+from flowtrain.data.tables.from_memory import table_of, write_table
 from flowtrain.data.tables.missing import missing_of
 from flowtrain.data.tables.rows_to_score import RowsToScore
 from flowtrain.data.tables.table_reader import read_table
@@ -94,6 +94,65 @@ def test_numbers_can_count_as_missing(tmp_path: Path, dtype: type, refused: Refu
     table = read_table(path, missing=missing_of("drop", [-999.9, np.inf]))
     np.testing.assert_array_equal(table.values, np.delete(values, [3, 7, 9], axis=0))
     assert table.row_name(3) == "row 4 (from 0)"
+
+
+@pytest.mark.parametrize("ending", [".csv", ".npy", "streamed", "memory"])
+@pytest.mark.parametrize("role", ["context", "label", "weights"])
+def test_advice_on_a_missing_value_of_a_role_does_not_choose_columns_of_samples(
+    role: str, ending: str, tmp_path: Path
+) -> None:
+    values = np.column_stack([normal(60, 2), np.arange(60) % 3])
+    values[7, 2] = np.nan
+    keys: dict[str, Any] = {role: "c2" if role != "context" else ["c2"]}
+    if ending == "memory":
+        path: Any = table_of(values)
+    elif ending == ".csv":
+        path = str(tmp_path / "t.csv")
+        pl.DataFrame(values, schema=["a", "b", "c2"]).with_columns(pl.all().fill_nan(None)).write_csv(path)
+    else:
+        path = npy(tmp_path / "t.npy", values)
+        keys[role] = 2 if role != "context" else [2]
+        keys["memory_map"] = ending == "streamed"
+    with pytest.raises(DataError) as error:
+        ArrayData(path, **keys)
+    assert "data.missing=drop" in str(error.value)
+    assert "data.columns" not in str(error.value)
+    assert ("out of data.context" in str(error.value)) == (role == "context")
+    if ending != "streamed":
+        assert ArrayData(path, missing="drop", **keys).n_train == 47
+
+
+def test_advice_on_missing_values_keeps_columns_of_samples_only(tmp_path: Path) -> None:
+    values = np.column_stack([normal(60, 3), np.arange(60) % 3])
+    values[7, [1, 3]] = np.nan
+    path = npy(tmp_path / "t.npy", values)
+    with pytest.raises(DataError) as error:
+        ArrayData(path, context=[0, 3])
+    assert "'data.columns=[2]' and leave 'c3' out of data.context" in str(error.value)
+    assert ArrayData(path, context=[0], columns=[2]).event_shape == (1,)
+    with pytest.raises(DataError) as error:
+        RowsToScore(path, ArrayData(npy(tmp_path / "whole.npy", normal(60, 4))).samples)
+    assert "data.columns" not in str(error.value)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".npz", ".parquet", "memory"])
+def test_advice_on_text_of_a_role_does_not_choose_columns_of_samples(ending: str, tmp_path: Path) -> None:
+    frame = pl.DataFrame({"a": normal(60, 1)[:, 0], "b": normal(60, 1)[:, 0], "c": ["x", "y"] * 30})
+    path: Any = str(tmp_path / f"t{ending}")
+    if ending == ".csv":
+        frame.write_csv(path)
+    elif ending == ".parquet":
+        frame.write_parquet(path)
+    elif ending == ".npz":
+        write_table(Path(path), table_of(frame))
+    else:
+        path = table_of(frame)
+    for role in ("label", "weights"):
+        with pytest.raises(DataError) as error:
+            ArrayData(path, **{role: "c"})
+        assert f"data.{role}" in str(error.value) or "data.context" in str(error.value)
+        assert not {"data.columns", "data.types"} & set(re.findall(r"data\.\w+", str(error.value)))
+    assert ArrayData(path, context=["c"]).context[0].categories == ("x", "y")
 
 
 def test_text_can_count_as_missing(tmp_path: Path) -> None:
@@ -267,4 +326,4 @@ def test_fit_reads_typed_files(tmp_path: Path) -> None:
 
 def test_frame_names_all_columns_of_text(refused: Refused) -> None:
     frame = pl.DataFrame({"a": [1.0, 2.0], "who": ["x", "y"], "b": [1, 2], "what": ["u", "v"]})
-    refused(lambda: fitted(frame), DataError, ["'x'", "'who', 'what'", "['a', 'b']"])
+    refused(lambda: fitted(frame), DataError, ["'x'", "'who'", "'what'", "['a', 'b']"])

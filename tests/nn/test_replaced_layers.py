@@ -1,0 +1,136 @@
+"""Networks with layers that a user has replaced: the hand-written kernels are used only for layers that they know."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from flowtrain import models
+from flowtrain.flow import Flow
+from flowtrain.nn.conditioners import ConvNet
+from flowtrain.nn.conv_field import ConvField
+from flowtrain.nn.mlp_field import MLPField
+from flowtrain.nn.residual_mlp import MaskedLinear
+
+
+class Scaled(nn.Linear):
+    """A linear layer of a user, whose outputs are twice as large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def without_bias(layer: nn.Linear) -> nn.Module:
+    layer.bias = None
+    return layer
+
+
+def scaled(layer: nn.Linear) -> nn.Module:
+    found = Scaled(layer.in_features, layer.out_features)
+    found.load_state_dict(layer.state_dict())
+    return found
+
+
+def hooked(layer: nn.Linear) -> nn.Module:
+    layer.register_forward_hook(lambda _, inputs, y: 2 * y)
+    return layer
+
+
+def in_sequence(layer: nn.Linear) -> nn.Module:
+    return nn.Sequential(layer, nn.Tanh())
+
+
+def parametrized(layer: nn.Linear) -> nn.Module:
+    return parametrizations.weight_norm(layer)
+
+
+REPLACED: list[Callable[[nn.Linear], nn.Module]] = [without_bias, scaled, hooked, in_sequence, parametrized]
+
+FLOWS: dict[str, Callable[[], Flow]] = {
+    "realnvp": lambda: models.realnvp(3, layers=3, hidden=[6, 6]),
+    "realnvp relu": lambda: models.realnvp(3, layers=3, hidden=[6, 6], activation="relu"),
+    "nsf": lambda: models.nsf(3, layers=3, hidden=[6], bins=4),
+    "maf": lambda: models.maf(3, layers=2, hidden=[6]),
+    "ffjord": lambda: models.ffjord(3, hidden=[6, 6]),
+    "ffjord concat": lambda: models.ffjord(3, hidden=[6, 6], field="concat"),
+}
+
+
+def replace_some(flow: nn.Module, change: Callable[[Any], nn.Module]) -> int:
+    """Replaces the linear layers of conditioners and fields that are not the first ones. Returns their number."""
+    places = [
+        (parent, name, layer)
+        for parent in flow.modules()
+        for name, layer in parent.named_children()
+        if type(layer) in (nn.Linear, MaskedLinear) and layer.bias is not None and layer.in_features == 6
+    ]
+    for parent, name, layer in places:
+        if isinstance(layer, MaskedLinear) and change in (scaled, in_sequence):
+            continue
+        setattr(parent, name, change(layer))
+    return len(places)
+
+
+@pytest.mark.parametrize("change", REPLACED)
+@pytest.mark.parametrize("family", FLOWS)
+def test_flows_with_replaced_layers_agree_with_their_jacobian(family: str, change: Callable[[Any], nn.Module]) -> None:
+    torch.manual_seed(0)
+    flow = FLOWS[family]().double()
+    for p in flow.parameters():
+        nn.init.normal_(p, std=0.4)
+    plain = flow.log_prob(x := torch.randn(5, 3)).detach()
+    assert replace_some(flow, change)
+    flow.eval()
+    with torch.no_grad():
+        log_p, z = flow.log_prob_and_latents(x)
+        again = flow.forward(z)
+    jacobians = torch.stack([torch.autograd.functional.jacobian(lambda r: flow.inverse(r[None])[0], row) for row in x])
+    expected = flow.base_log_prob(z) + torch.linalg.slogdet(jacobians)[1]
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if "ffjord" in family else {"rtol": 1e-8, "atol": 1e-8}
+    torch.testing.assert_close(log_p, expected, **tolerance)
+    torch.testing.assert_close(again, x, **tolerance)
+    if change is not parametrized and not (family == "maf" and change in (scaled, in_sequence)):
+        assert (log_p - plain).abs().max() > 1e-3
+    # the gradient in training mode is the derivative of the same function
+    flow.train()
+    weights = [p for p in flow.parameters() if p.requires_grad]
+    direction = [torch.randn_like(p) for p in weights]
+    flow.log_prob(x).sum().backward()
+    slope = sum((p.grad * d).sum() for p, d in zip(weights, direction, strict=True) if p.grad is not None)
+    values = []
+    for step in (1e-5, -2e-5):
+        with torch.no_grad():
+            for p, d in zip(weights, direction, strict=True):
+                p.add_(d, alpha=step)
+            values.append(flow.log_prob(x).sum())
+    torch.testing.assert_close(slope, (values[0] - values[1]) / 2e-5, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("layer", ["concatsquash", "concat", "time_embedding"])
+def test_fields_without_biases_have_the_jvp_of_autograd(layer: str) -> None:
+    t, e = torch.tensor([0.3]), torch.randn(2, 1, 4, 3)
+    fields: list[Any] = [MLPField(3, [6, 6], layer), ConvField(2, [4], layer)]
+    for field, x, tangents in zip(
+        fields, (torch.randn(4, 3), torch.randn(4, 2, 5, 5)), (e, torch.randn(2, 1, 4, 2, 5, 5)), strict=True
+    ):
+        for p in field.parameters():
+            nn.init.normal_(p, std=0.4)
+        for part in field.layers:
+            (part.linear if isinstance(field, MLPField) else part.conv).bias = None
+        v, je = field.jvp(t, x[None], tangents)
+        for k, tangent in enumerate(tangents):
+            expected = torch.func.jvp(lambda y, field=field: field(t, y), (x[None],), (tangent,))
+            torch.testing.assert_close((v, je[k]), expected)
+
+
+def test_a_convolutional_network_calls_a_hooked_activation() -> None:
+    net = ConvNet(2, [4], 2).float()
+    nn.init.normal_(net.last.weight)
+    x = torch.randn(2, 2, 6, 6, dtype=torch.float32)
+    with torch.no_grad():
+        before = net(x)
+        net.activation.register_forward_hook(lambda _, inputs, y: 2 * y)
+        torch.testing.assert_close(net(x) - net.last.bias.view(-1, 1, 1), 2 * (before - net.last.bias.view(-1, 1, 1)))
