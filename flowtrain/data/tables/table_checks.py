@@ -456,12 +456,12 @@ def warn_of_repeats(
             _log.warning(
                 f"{table.path}: the values of {listed(names)} are rounded to multiples of {step:g}. Their density is "
                 f"unbounded, and the likelihood is not meaningful. Replace the values x in the file by "
-                f"round({x} / {step:g}) and name the column in data.dequantize"
+                f"round({x} / {step:g}) and name the {'columns' if len(names) > 1 else 'column'} in data.dequantize"
             )
         else:
             _log.warning(
-                f"{table.path}: {listed(names)} has few distinct values. Their density is unbounded, and the "
-                "likelihood is not meaningful. Leave the column out with data.columns"
+                f"{table.path}: few distinct values in {listed(names)}. Their density is unbounded, and the likelihood "
+                f"is not meaningful. Leave the {'columns' if len(names) > 1 else 'column'} out with data.columns"
             )
     words = [
         f"{share:.0%} of the values of {table.columns[i]!r} are {value:g}"
