@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flowtrain.bijections import InvertibleLinear
 from flowtrain.models import maf
 from flowtrain.runs.compose import compose
-from flowtrain.training.muon import MOMENTUM, Muon, orthogonalized, hidden_matrices
+from flowtrain.training.muon import MOMENTUM, Muon, hidden_matrices, orthogonalized
 
 SHAPES = [(5, 4), (4, 9), (5, 4), (6, 2), (7,), (3, 3, 3, 3)]
 MATRICES = [0, 1, 2]
