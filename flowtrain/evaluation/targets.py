@@ -50,8 +50,8 @@ MOST_LOST = 0.01
 LEAST_MISSED = 0.01
 # for a flow that misses a part of the target that is connected with the rest
 ADVICE = (
-    "model=maf model.transform=affine_spline, for more steps, with objective=weighted_forward_kl, or with a wider "
-    "initial distribution (target.scale)"
+    "model=maf objective.anneal=0, for more steps, with objective=weighted_forward_kl, or with a wider initial "
+    "distribution (target.scale)"
 )
 # a mode is found if its share of the samples is at least this fraction of its share of the mass
 FOUND = 0.25
