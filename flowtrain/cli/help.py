@@ -59,7 +59,7 @@ EXAMPLES: list[Row] = [
     ("flowtrain", "FFJORD on two moons (defaults)"),
     ("flowtrain data=array data.path=a.csv", "your table, several models"),
     ("flowtrain data=array data.path=a.csv model=nsf", "your table, one model"),
-    ("flowtrain target=funnel", "a density known up to a constant"),
+    ("flowtrain target=energy1", "a density known up to a constant"),
     ("flowtrain model=nsf name=first", "run directory: outputs/first"),
     ("flowtrain -m model=nsf,maf seed=0,1", "a sweep of four runs"),
     ("flowtrain resume=outputs/first", "continues a stopped run"),

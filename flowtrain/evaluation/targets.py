@@ -26,6 +26,7 @@ from flowtrain.evaluation.log_weights import (
 )
 from flowtrain.evaluation.pareto import weight_tail
 from flowtrain.evaluation.result import Check
+from flowtrain.evaluation.target_moves import Moved, moved_samples
 from flowtrain.evaluation.target_result import LogZBudget, TargetEvaluation, TargetMember
 from flowtrain.flow import Density, Flow, rows_at_a_time
 from flowtrain.models.ensemble import Ensemble
@@ -47,6 +48,11 @@ SIGMAS = 3.0
 MOST_LOST = 0.01
 # the check `tails` fails only if samples in the tails add more than this to log Z, in nats
 LEAST_MISSED = 0.01
+# for a flow that misses a part of the target that is connected with the rest
+ADVICE = (
+    "model=maf objective.anneal=0, for more steps, with objective=weighted_forward_kl, or with a wider initial "
+    "distribution (target.scale)"
+)
 # a mode is found if its share of the samples is at least this fraction of its share of the mass
 FOUND = 0.25
 # largest number of modes, and largest number of distances that are computed at once
@@ -74,7 +80,8 @@ def evaluate_target(
     in a part of the target, no sample is in this part. Neither the weights nor their variance then show that the part
     is missing. The estimate of log Z therefore also uses n / 4 samples in the tails of the flow, see
     `flowtrain.evaluation.log_weights.balanced_weights`. ELBO, effective sample size (ESS) and Pareto k are computed
-    from the n samples of the flow alone.
+    from the n samples of the flow alone. The check `moves` moves samples of the flow by Hamiltonian Monte Carlo, see
+    `flowtrain.evaluation.target_moves.moved_samples`.
 
     The error of log Z is the root of the sum of the squares of four parts:
 
@@ -85,8 +92,8 @@ def evaluate_target(
     - precision: the change of log Z by float64, from the same base points
 
     The last two parts are measured on a subset of the base points. The error is not reliable if k of the weights is
-    above min(0.7, 1 - 1 / log10(n)). The check `pareto_k` then fails. Samples of q cannot show that q misses a distant
-    mode. The known modes, log Z or exact samples of the target can show it.
+    above min(0.7, 1 - 1 / log10(n)). The check `pareto_k` then fails. Neither samples of q nor moves can show that q
+    misses a distant mode. The known modes, log Z or exact samples of the target can show it.
 
     The trace of a continuous flow is computed exactly, because the exponential of an estimate of log q is biased. The
     state of the flow, the settings of torch and its random state do not change. The logger `flowtrain` logs failed
@@ -226,6 +233,8 @@ def _evaluate(
         if isinstance(flow, Flow):
             balanced = balanced_weights(flow, target, drawn, seed, batch_size)
     log_z, has_tails = balanced.log_z, len(balanced) > n
+    with phase("moving samples of the flow"):
+        moved = moved_samples(flow, target, drawn, log_w, seed, batch_size)
     with phase("estimating the error of log Z"):
         measured = rows_of_checks((target.dim,)) if thorough else FEW
         parts = log_z_budget(flow, target, balanced, elbo_stderr, seed, measured)
@@ -237,6 +246,7 @@ def _evaluate(
         check_finite_weights(drawn, unusable),
         check_pareto_k(None if tail is None else tail.k, n),
         check_tails(log_z - flow_only.log_z, math.hypot(flow_only.stderr, parts.sampling)) if has_tails else None,
+        check_moves(moved),
         check_log_z_solver(flow, parts),
         check_known_log_z(target, log_z, parts),
         check_kl((divergences["kl_forward"], divergences["kl_forward_stderr"])),
@@ -597,6 +607,21 @@ def check_tails(missed: float, error: float) -> Check:
         f"samples in the tails of the flow add {missed:.2g} nats to log Z, so the flow misses "
         f"{-math.expm1(-missed):.1%} of the mass of the target. ESS and k do not show it. Train for more steps, with "
         "objective=weighted_forward_kl, or with a wider initial distribution (target.scale)",
+    )
+
+
+def check_moves(moved: Moved | None) -> Check:
+    """Checks that moves, which leave the target invariant, do not reach a part of the target that the flow misses."""
+    if moved is None:
+        words = "there are too few effective samples to move, or log q of the moved samples cannot be computed"
+        return Check("moves", None, LEAST_MISSED, None, words)
+    return check_limit(
+        "moves",
+        moved.missed,
+        max(SIGMAS * moved.stderr, LEAST_MISSED),
+        "samples of the flow, moved by Hamiltonian Monte Carlo, reach a part of the target in which the flow has too "
+        f"few samples. This part has at least {-math.expm1(-moved.missed):.1%} of the mass, so log Z is too small by "
+        f"at least {moved.missed:.2g} nats. ESS and k do not show it. Train with {ADVICE}",
     )
 
 

@@ -40,9 +40,12 @@ class ColumnNetwork(ABC):
     @staticmethod
     @abstractmethod
     def gradient(
-        g: Tensor, x: Tensor, hidden: Sequence[Tensor], layers: Sequence[Layer], drops: Drops
+        g: Tensor, x: Tensor, hidden: Sequence[Tensor], layers: Sequence[Layer], drops: Drops, of_parts: bool = True
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Returns the gradients of the inputs (n_in, B) and of all parts, for the gradient g (n_out, B)."""
+        """Returns the gradients of the inputs (n_in, B) and of all parts, for the gradient g (n_out, B).
+
+        Without `of_parts`, the list of the gradients of the parts is empty.
+        """
 
 
 class Plain(ColumnNetwork):
@@ -66,12 +69,13 @@ class Plain(ColumnNetwork):
 
     @staticmethod
     def gradient(
-        g: Tensor, x: Tensor, hidden: Sequence[Tensor], layers: Sequence[Layer], drops: Drops
+        g: Tensor, x: Tensor, hidden: Sequence[Tensor], layers: Sequence[Layer], drops: Drops, of_parts: bool = True
     ) -> tuple[Tensor, list[Tensor | None]]:
         found: list[Tensor | None] = []
+        gradients = found if of_parts else None
         for layer, a in zip(reversed(layers[1:]), reversed(hidden), strict=True):
-            g = _through_relu(_through_layer(g, a, layer, found), a)
-        return _through_layer(g, x, layers[0], found), found
+            g = _through_relu(_through_layer(g, a, layer, gradients), a)
+        return _through_layer(g, x, layers[0], gradients), found
 
 
 class Residual(ColumnNetwork):
@@ -104,18 +108,19 @@ class Residual(ColumnNetwork):
 
     @staticmethod
     def gradient(
-        g: Tensor, x: Tensor, hidden: Sequence[Tensor], layers: Sequence[Layer], drops: Drops
+        g: Tensor, x: Tensor, hidden: Sequence[Tensor], layers: Sequence[Layer], drops: Drops, of_parts: bool = True
     ) -> tuple[Tensor, list[Tensor | None]]:
         found: list[Tensor | None] = []
-        g_h = _through_relu(_through_layer(g, hidden[-1], layers[-1], found), hidden[-1])
+        gradients = found if of_parts else None
+        g_h = _through_relu(_through_layer(g, hidden[-1], layers[-1], gradients), hidden[-1])
         for i in reversed(range(len(drops))):
             a, u = hidden[2 * i : 2 * i + 2]
-            g_u = _through_relu(_through_layer(g_h, u, layers[2 * i + 2], found), u)
+            g_u = _through_relu(_through_layer(g_h, u, layers[2 * i + 2], gradients), u)
             drop = drops[i]
             if drop is not None:
                 g_u.mul_(drop.T)
-            g_h = g_h + _through_relu(_through_layer(g_u, a, layers[2 * i + 1], found), a)
-        return _through_layer(g_h, x, layers[0], found), found
+            g_h = g_h + _through_relu(_through_layer(g_u, a, layers[2 * i + 1], gradients), a)
+        return _through_layer(g_h, x, layers[0], gradients), found
 
 
 def masked(weight: Tensor, mask: Tensor | None) -> Tensor:
@@ -138,14 +143,15 @@ def _in_parts(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def _through_layer(g: Tensor, a: Tensor, layer: Layer, found: list[Tensor | None]) -> Tensor:
+def _through_layer(g: Tensor, a: Tensor, layer: Layer, found: list[Tensor | None] | None) -> Tensor:
     """Returns the gradient of the inputs a (k, B) of a linear layer, for the gradient g (m, B) of its outputs.
 
-    The gradients of the parts of the layer are inserted at the start of `found`.
+    The gradients of the parts of the layer are inserted at the start of `found`, unless it is None.
     """
     weight, mask, _ = layer
-    g_weight = product(g, a)
-    found[:0] = [g_weight if mask is None else g_weight.mul_(mask), None, g.sum(1)]
+    if found is not None:
+        g_weight = product(g, a)
+        found[:0] = [g_weight if mask is None else g_weight.mul_(mask), None, g.sum(1)]
     return product(masked(weight, mask).T, g.T)
 
 

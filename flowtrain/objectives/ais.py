@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.support import ToSupport
 from flowtrain.data.targets.base import Target
-from flowtrain.data.types import circular_columns, whole_columns_of
 from flowtrain.flow import Flow
+from flowtrain.models.support import support_of
 from flowtrain.ode import AS_CONFIGURED, SolveOptions
 from flowtrain.utils.arguments import number, one_of, share, whole
 
@@ -120,8 +119,8 @@ class Annealing:
             "objective.acceptance", ACCEPTANCE[self.transition] if acceptance is None else acceptance
         )
         self.step_sizes = torch.full((self.intermediate,), self.first_step, dtype=torch.float64)
-        bounded = any(one.is_bounded or one.is_circular for one in target.types)
-        self.support = support_of(target).to(flow.like.device) if bounded else None
+        support = support_of(target.types)
+        self.support = None if support is None else support.to(flow.like.device)
 
     def draw(self, n: int, options: SolveOptions = AS_CONFIGURED) -> Drawn:
         """Draws n samples with log weights. Random numbers come from the global generator of torch.
@@ -232,10 +231,3 @@ def _slope(points: Points, b: float) -> Tensor:
     assert points.slope_q is not None
     assert points.slope_p is not None
     return (1 - b) * points.slope_q + b * points.slope_p
-
-
-def support_of(target: Target) -> ToSupport:
-    """Returns the map from the real line to the support of a target."""
-    low, high = zip(*(one.support for one in target.types), strict=True)
-    scale = [one.scale for one in target.types]
-    return ToSupport(low, high, circular_columns(target.types), whole_columns_of(target.types), scale)

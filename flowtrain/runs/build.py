@@ -16,13 +16,13 @@ from flowtrain.bijections.linear import FromGaussian, Preconditioned
 from flowtrain.bijections.logit import Logit
 from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.bijections.scale import Standardize
-from flowtrain.bijections.support import ToSupport
 from flowtrain.data.base import Dataset, Samples
 from flowtrain.data.context import feature_count
 from flowtrain.data.targets.base import FunctionTarget, Target, TargetData
-from flowtrain.data.types import circular_columns, whole_columns_of
+from flowtrain.data.types import circular_columns
 from flowtrain.flow import Density, Flow
 from flowtrain.models.described import TARGET
+from flowtrain.models.support import support_of
 from flowtrain.objectives.base import Objective
 from flowtrain.objectives.flow_matching import COUPLINGS, FlowMatching
 from flowtrain.ode import Solver
@@ -290,10 +290,8 @@ def _prepared(flow: Flow, samples: Samples) -> Bijection:
         bijection = Chain([bijection, Standardize(samples.event_shape, samples.centered, circular)])
     if samples.levels is not None:
         bijection = Chain([bijection, Logit(samples.levels, samples.alpha)])
-    if any(one.is_bounded or one.is_circular for one in samples.types):
-        low, high = zip(*(one.support for one in samples.types), strict=True)
-        scale = [one.scale for one in samples.types]
-        support = ToSupport(low, high, circular_columns(samples.types), whole_columns_of(samples.types), scale)
+    support = support_of(samples.types)
+    if support is not None:
         bijection = Chain([bijection, support])
     return bijection
 

@@ -26,8 +26,8 @@ TARGETS = ("energy1", "energy2", "energy3", "energy4", "double_well", "gaussian_
 # settings that differ from the recipes of the commands, for each target and model
 RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("gaussian_mixture", "nsf"): {"objective": "weighted_forward_kl", "target.scale": 1.0},
-    # all columns depend on the first one, which an autoregressive flow transforms first
-    ("funnel", "maf"): {"model.layers": 3, "trainer.steps": 1000, "trainer.lr": 0.003, "objective.anneal": 0.0},
+    # p~^beta has its mass far from p~ for a small beta
+    ("funnel", "maf"): {"objective.anneal": 0.0},
     ("many_well", "nsf"): {"objective": "weighted_forward_kl", "objective.intermediate": 2, "objective.chains": 512},
 }
 

@@ -76,3 +76,50 @@ def test_every_group_depends_on_the_label(groups: list[int]) -> None:
     torch.testing.assert_close(bijection(z, label)[0], x)
     others = bijection.inverse(x, torch.tensor([1, 2, 0]))[0]
     assert ((others - z).abs() > 1e-3).all()
+
+
+def by_groups(bijection: Autoregressive, z: Tensor) -> tuple[Tensor, Tensor]:
+    return bijection.group_by_group(z, lambda x: bijection.theta(x, None), bijection.linear_term)
+
+
+@pytest.mark.parametrize("splines", [False, True])
+@pytest.mark.parametrize("name", list(GROUPS))
+@pytest.mark.parametrize("bound", [None, 2.0])
+def test_implicit_gradient_equals_the_gradient_of_all_passes(name: str, splines: bool, bound: float | None) -> None:
+    bijection = make_bijection(GROUPS[name], splines=splines, bound=bound)
+    z = torch.randn(6, 4, requires_grad=True)
+    cotangents = [torch.randn(6, 4), torch.randn(6)]
+    wanted = [z, *bijection.parameters()]
+    found = bijection(z)
+    # the result has one node of autograd instead of a graph of all passes
+    assert type(found[0].grad_fn).__name__ == "ToDataBackward"
+    expected = by_groups(bijection, z)
+    torch.testing.assert_close(found, expected)
+    gradients, others = (
+        torch.autograd.grad(pair, wanted, cotangents, allow_unused=True, materialize_grads=True)
+        for pair in (found, expected)
+    )
+    torch.testing.assert_close(gradients, others)
+
+
+def test_implicit_gradient_can_be_differentiated_again() -> None:
+    bijection = make_bijection(GROUPS["three groups"], splines=True, bound=2.0)
+    z = torch.randn(3, 4, requires_grad=True)
+    assert torch.autograd.gradcheck(bijection, (z,))
+    assert torch.autograd.gradgradcheck(bijection, (z,))
+
+
+def test_implicit_gradient_in_float32_with_strong_dependencies() -> None:
+    """The entries of J^-1 are products of many large entries of J, and the iteration needs all passes."""
+    bijection = make_bijection(list(range(12)))
+    for p in bijection.parameters():
+        p.data.mul_(2)
+    z = torch.randn(50, 12)
+    exact = z.clone().requires_grad_()
+    [expected] = torch.autograd.grad(sum(v.sum() for v in by_groups(bijection, exact)), exact)
+    bijection.float()
+    single = z.float().requires_grad_()
+    [found] = torch.autograd.grad(sum(v.sum() for v in bijection(single)), single)
+    error = (found.double() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.median() < 1e-5
+    assert error.max() < 1e-2
