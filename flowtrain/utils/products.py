@@ -5,9 +5,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# The number of multiplications from which oneDNN is faster, although a call costs about 10 us more. On one AMD EPYC with
-# AVX-512, 512 x 128 x 128 takes 155 us with MKL and 85 us with oneDNN, because MKL uses AVX-512 only on Intel CPUs. On
-# a Zen 4, see `has_half_width`, it takes 172 us with MKL and 167 us with oneDNN
+# The number of multiplications from which oneDNN is faster, although a call costs about 10 us more. On one AMD EPYC
+# with AVX-512, 512 x 128 x 128 takes 155 us with MKL and 85 us with oneDNN, because MKL uses AVX-512 only on Intel
+# CPUs. On a Zen 4, see `has_half_width`, it takes 172 us with MKL and 167 us with oneDNN
 LARGE = 1_500_000
 
 
