@@ -571,18 +571,24 @@ class GaussianMixture(_Mixture):
     def log_prob(self, z: Tensor) -> Tensor:
         if torch.is_grad_enabled() or needs_autograd(z):
             return super().log_prob(z)
-        # one column for each row of z: sums over K and d are then fast
-        columns = z.flatten(1).T
-        e = columns - self.means.unsqueeze(2)
-        if self.lower is None:
-            e = e.mul_((-self.log_scale).exp_().unsqueeze(2))
+        x, means, log_scale, lower = z.flatten(1), self.means, self.log_scale, self.lower
+        constant = self.logits.log_softmax(0) - log_scale.sum(1)
+        if lower is None and len(x) == 1:
+            # a single row needs fewer operations
+            e = (x - means).div_(log_scale.exp())
+            log_p = torch.add(constant, e.square_().sum(1), alpha=-0.5).logsumexp(0, keepdim=True)
         else:
-            # torch.func cannot transform these operations, but they are faster than `scale_tril`
-            below = torch.ones(e.shape[1], e.shape[1], dtype=torch.bool, device=e.device).tril(-1)
-            factor = torch.diag_embed(self.log_scale.exp()).masked_scatter_(below, self.lower)
-            e = solve_lower(factor.to(e.dtype), e)
-        constant = self.logits.log_softmax(0) - self.log_scale.sum(1).add_(len(columns) * HALF_LOG_2PI)
-        return torch.add(constant.unsqueeze(1), e.square_().sum(1), alpha=-0.5).logsumexp(0)
+            # one column for each row of z: sums over K and d are then fast
+            e = x.T - means.unsqueeze(2)
+            if lower is None:
+                e = e.mul_((-log_scale).exp_().unsqueeze(2))
+            else:
+                # torch.func cannot transform these operations, but they are faster than `scale_tril`
+                below = torch.ones(e.shape[1], e.shape[1], dtype=torch.bool, device=e.device).tril(-1)
+                factor = torch.diag_embed(log_scale.exp()).masked_scatter_(below, lower)
+                e = solve_lower(factor.to(e.dtype), e)
+            log_p = torch.add(constant.unsqueeze(1), e.square_().sum(1), alpha=-0.5).logsumexp(0)
+        return log_p.sub_(x.shape[1] * HALF_LOG_2PI)
 
     @torch.no_grad()
     def _draw(self, n: int, generator: torch.Generator | None, temperature: float, like: Tensor) -> Tensor:

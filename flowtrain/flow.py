@@ -975,10 +975,13 @@ class Flow(Density):
 
     def _fixed_probes(self, x: Tensor) -> AbstractContextManager[None]:
         """Draws the probes of estimated traces from a fixed seed, in evaluation mode and outside of `seeded`."""
-        d = math.prod(self.event_shape)
-        if self.training or seeding_active() or all(m.trace.is_exact(d, training=False) for m in self.ode_blocks):
+        if self.training or seeding_active():
             return UNCHANGED
-        return seeded(PROBE_SEED, x.device)
+        d = math.prod(self.event_shape)
+        for m in submodules(self.bijection, CLOSED):
+            if _is_continuous(type(m)) and not cast(Continuous, m).trace.is_exact(d, training=False):
+                return seeded(PROBE_SEED, x.device)
+        return UNCHANGED
 
 
 def _without_overflow(log_p: Tensor, x: Tensor) -> Tensor:

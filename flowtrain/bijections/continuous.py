@@ -17,6 +17,7 @@ from flowtrain.ode import AS_CONFIGURED, Problem, Solution, SolveOptions, Solver
 from flowtrain.ode.captured_solve import Capturable, SolveGraphs
 from flowtrain.utils.autograd import transforms_active
 from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.modules import parameters_of
 
 
 class Continuous(Bijection):
@@ -125,14 +126,14 @@ class Continuous(Bijection):
 
     def velocity(self, context: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
         """Returns the function v(t, x) for a context or None. After `compile_field`, it is compiled in training."""
-        return self._functions(context)[0]
+        return self._functions(self.field, context)[0]
 
-    def _functions(self, context: Tensor | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def _functions(self, field: nn.Module, context: Tensor | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Returns the velocity and `integrands`, or the compiled functions."""
         if context is not None:
-            return given(self.field, context), integrands
+            return given(field, context), integrands
         compiled = self.compiled if self.training and not transforms_active() else None
-        return compiled or (self.field, integrands)
+        return compiled or (field, integrands)
 
     def _problem(
         self,
@@ -142,11 +143,15 @@ class Continuous(Bijection):
         t1: float,
         probes: Probes | None,
         options: SolveOptions,
+        prepared: nn.Module | None = None,
     ) -> Problem:
         integrals: Mapping[str, Integral] = options.integrals
-        velocity, evaluate_integrands = self._functions(context)
+        if prepared is None:
+            # in training, a solve begins with a tape of the field, which does not need a prepared field
+            prepared = self.field.prepared() if isinstance(self.field, Field) and not self.training else self.field
+        velocity, evaluate_integrands = self._functions(prepared, context)
         # compiled integrands also need the field, and not the compiled velocity
-        field = velocity if isinstance(velocity, Field) else self.field
+        field = velocity if isinstance(velocity, Field) else prepared
 
         def integrand(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             assert probes is not None
@@ -155,7 +160,8 @@ class Continuous(Bijection):
 
         def rows(index: Tensor) -> Problem:
             given = None if context is None else context[index]
-            return self._problem(x[index], given, t0, t1, None if probes is None else probes.of_rows(index), options)
+            of_rows = None if probes is None else probes.of_rows(index)
+            return self._problem(x[index], given, t0, t1, of_rows, options, prepared)
 
         return Problem(
             velocity=velocity,
@@ -163,7 +169,7 @@ class Continuous(Bijection):
             x=x,
             t0=t0,
             t1=t1,
-            parameters=tuple(self.field.parameters()),
+            parameters=parameters_of(self.field),
             n_integrals=1 + len(integrals),
             noisy=probes is not None and probes.noisy,
             recorder=velocity.recorder() if isinstance(velocity, Field) else None,

@@ -1,9 +1,11 @@
 """Velocity fields for vectors: multilayer perceptrons that depend on time, with hand-written derivatives."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from functools import reduce
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from flowtrain.nn.velocity_field import (
     LayeredField,
     TimedLayer,
     TimeEmbedded,
+    constant,
     jvp_by_autograd,
 )
 from flowtrain.utils.arguments import number, one_of, widths
@@ -24,6 +27,11 @@ from flowtrain.utils.products import product
 
 # on a CPU, the largest number of values and tangents of a layer in one block of rows. Larger blocks exceed the cache
 BLOCK = 2**18
+
+
+# a function of the times () or (B,) that returns (gate, a, b) for several layers, with the shift a b, each (B, n_out),
+# (B, 1), (1, n_out) or of 0 dimensions. A gate of None means 1
+Modulations = Callable[[Tensor], Iterable[tuple[Tensor | None, Tensor, Tensor]]]
 
 
 class TimedLinear(TimedLayer):
@@ -59,11 +67,13 @@ class TimedLinear(TimedLayer):
         weight = self.linear.weight
         return weight.expand(len(times), *weight.shape) if gate is None else gate.unsqueeze(-1) * weight, bias
 
-    def values(self, t: Tensor, x: Tensor) -> Tensor:
-        """Returns y (B, n_out) for x (B, n_in) and t () or (B,), without a gradient."""
-        gate, shift = self.modulation(t)
-        y = product(x, self.linear.weight, self.linear.bias)
-        return y.add_(shift) if gate is None else torch.addcmul(shift, y, gate)
+    @staticmethod
+    @abstractmethod
+    def modulations(layers: Sequence[Any]) -> "Modulations":
+        """Returns a function that computes `modulation` of several layers of this class, without gradients.
+
+        The parameters of the layers must not change between the calls of this function.
+        """
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
         """Returns y and (dy/dx) e for each tangent e. `modulation` is called only once."""
@@ -85,6 +95,16 @@ class Concat(TimedLinear):
     def modulation(self, t: Tensor) -> tuple[None, Tensor]:
         return None, self.shift(t.unsqueeze(-1))
 
+    @staticmethod
+    def modulations(layers: Sequence["Concat"]) -> Modulations:
+        shifts = [layer.shift.weight.T for layer in layers]
+
+        def found(t: Tensor) -> list[tuple[None, Tensor, Tensor]]:
+            column = t.unsqueeze(-1)
+            return [(None, column, shift) for shift in shifts]
+
+        return found
+
 
 class ConcatSquash(TimedLinear):
     """The layer y = (W x + b) sigmoid(a t + c) + u t (FFJORD's ConcatSquashLinear)."""
@@ -98,12 +118,20 @@ class ConcatSquash(TimedLinear):
         column = t.unsqueeze(-1)
         return torch.sigmoid(self.gate(column)), self.shift(column)
 
-    def values(self, t: Tensor, x: Tensor) -> Tensor:
-        # products with one column are slower than elementwise operations
-        column, gate = t.unsqueeze(-1), self.gate
-        factor = torch.addcmul(gate.bias, column, gate.weight.T).sigmoid_()
-        y = product(x, self.linear.weight, self.linear.bias)
-        return y.mul_(factor).addcmul_(column, self.shift.weight.T)
+    @staticmethod
+    def modulations(layers: Sequence["ConcatSquash"]) -> Modulations:
+        sizes = [layer.linear.out_features for layer in layers]
+        weight = torch.cat([layer.gate.weight for layer in layers]).T
+        bias = torch.cat([layer.gate.bias for layer in layers])
+        shifts = [layer.shift.weight.T for layer in layers]
+
+        def found(t: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+            # products with one column are slower than elementwise operations
+            column = t.unsqueeze(-1)
+            gates = torch.addcmul(bias, column, weight).sigmoid_().split_with_sizes(sizes, -1)
+            return [(gate, column, shift) for gate, shift in zip(gates, shifts, strict=True)]
+
+        return found
 
 
 class TimeEmbedding(TimedLinear, TimeEmbedded):
@@ -115,6 +143,14 @@ class TimeEmbedding(TimedLinear, TimeEmbedded):
 
     def modulation(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.gate_and_offset(t)
+
+    @staticmethod
+    def modulations(layers: Sequence["TimeEmbedding"]) -> Modulations:
+        def found(t: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+            waves, one = layers[0].waves(t), constant(1.0, t)
+            return [(*layer.gate_and_offset(t, waves), one) for layer in layers]
+
+        return found
 
     def with_waves(self, t: Tensor, x: Tensor, waves: Tensor) -> Tensor:
         """Returns y(t, x) for `waves(t)`, which all layers share."""
@@ -162,10 +198,26 @@ class MLPField(LayeredField[TimedLinear]):
         if init_scale is not None:
             spread_units(layers[0].linear, number("model.init_scale", init_scale))
 
+    # evaluations with constant parameters, during a solve
+    values: "MLPValues | None" = None
+
+    def prepared(self) -> "MLPField":
+        if torch.compiler.is_compiling() or transforms_active():
+            return self
+        found = copy(self)
+        found.values = MLPValues.of(self)
+        return found
+
+    def _values_at(self, t: Tensor, x: Tensor) -> "MLPValues | None":
+        """Returns the evaluations at x (B, d) and times () or (B,), or None if an operation of torch is needed."""
+        if torch.is_grad_enabled() or x.dim() != 2 or t.dim() > 1 or not x.numel() or needs_autograd(x):
+            return None
+        return self.values or MLPValues.of(self)
+
     def forward(self, t: Tensor, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        plain = not torch.is_grad_enabled() and x.dim() == 2 and t.dim() < 2 and x.numel() and not needs_autograd(x)
-        if plain and self.has_own_layers():
-            return self._values(t, x, shift)
+        values = self._values_at(t, x)
+        if values is not None:
+            return values.velocity(t, x, shift)
         first, *layers = self.layers
         if not isinstance(first, TimeEmbedding):
             return super().forward(t, x, shift)
@@ -183,18 +235,10 @@ class MLPField(LayeredField[TimedLinear]):
             return False
         return all(type(layer.linear) is nn.Linear or _is_parametrized(layer.linear) for layer in self.layers)
 
-    def _values(self, t: Tensor, x: Tensor, shift: Tensor | None) -> Tensor:
-        """Returns v (B, d) for x (B, d) and times () or (B,), without a gradient."""
-        *body, head = self.layers
-        gain = self.activation.gain(x.device)
-        for layer in body:
-            a = layer.values(t, x)
-            if shift is not None:
-                a, shift = a.add_(shift), None
-            x, _ = self.activation.replace(a if gain == 1 else a.mul_(gain))
-        return head.values(t, x)
-
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        values = self._values_at(t, x) if tangents.dim() == 3 else None
+        if values is not None:
+            return values.jvp(t, x, tangents, shift)
         if not self.has_own_layers():
             of_rows = None if shift is None else shift.expand(*x.shape[:-1], -1).flatten(0, -2)
             # a subclass may compute the inputs of the layers
@@ -212,47 +256,6 @@ class MLPField(LayeredField[TimedLinear]):
         shape = *nodes, rows, v.shape[-1]
         return v.view(shape), je.view(len(tangents), *shape)
 
-    def jvp_rows(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        of_rows = t.dim() == 1 and x.dim() == 2 and tangents.dim() == 3 and x.numel() > 0
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms_active() or not of_rows:
-            return super().jvp_rows(t, x, tangents, shift)
-        # rows in blocks that fit into the cache, see `BLOCK`
-        size = len(x)
-        if x.device.type == "cpu":
-            size = max(1, BLOCK // ((1 + len(tangents)) * max(layer.linear.out_features for layer in self.layers)))
-        rows = [slice(i, i + size) for i in range(0, len(x), size)]
-        shared = tangents.shape[1] == 1
-        blocks = [
-            self._jvp_of_rows(t[i], x[i], tangents if shared else tangents[:, i], None if shift is None else shift[i])
-            for i in rows
-        ]
-        if len(blocks) == 1:
-            return blocks[0]
-        v, je = zip(*blocks, strict=True)
-        return torch.cat(v), torch.cat(je, 1)
-
-    def _jvp_of_rows(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns (v, J e) for times (B,) and x (B, d), without gradients.
-
-        The gate of a layer is multiplied with the slope of the activation, and the product with the tangents, because
-        the tangents are the largest tensor.
-        """
-        gain = self.activation.gain(x.device)
-        for layer in self.layers[:-1]:
-            gate, offset = layer.modulation(t)
-            y = layer.linear(x)
-            a = y.add_(offset) if gate is None else torch.addcmul(offset, y, gate)
-            if shift is not None:
-                a, shift = a.add_(shift), None
-            x, kept = self.activation.replace(a if gain == 1 else a.mul_(gain))
-            factor = self.activation.slope(kept)
-            u = F.linear(tangents, layer.linear.weight)
-            if gate is not None:
-                factor = factor.mul_(gate)
-            tangents = u * factor if u.shape[1] == 1 else u.mul_(factor)
-        v, je = self.layers[-1].jvp(t, x, tangents)
-        return v, je.expand(len(je), *v.shape)
-
     def at(self, times: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the weights and biases of all layers at the times (M,), see `TimedLinear.at`."""
         weights, biases = zip(*(layer.at(times) for layer in self.layers), strict=True)
@@ -266,6 +269,90 @@ class MLPField(LayeredField[TimedLinear]):
 def _is_parametrized(module: nn.Module) -> bool:
     """Whether a module is a linear layer whose weight is a function of other parameters."""
     return type(module).__bases__ == (nn.Linear,) and "parametrizations" in module._modules
+
+
+class MLPValues:
+    """Evaluations of an MLP field without gradients, while its parameters are constant.
+
+    Args:
+        field: the field, whose layers have no hooks.
+    """
+
+    def __init__(self, field: MLPField) -> None:
+        layers = field.layers
+        self.activation = field.activation
+        self.modulations = type(layers[0]).modulations(layers)
+        self.linear = [(layer.linear.weight, layer.linear.bias) for layer in layers]
+        self.width = max(len(weight) for weight, _ in self.linear)
+
+    @staticmethod
+    @torch.no_grad()
+    def of(field: MLPField) -> "MLPValues | None":
+        """Returns the evaluations of a field, or None if it has hooks or modules of other classes than `LAYERS`."""
+        layers = field.layers
+        kind = type(layers[0])
+        if kind not in LAYERS.values():
+            return None
+        for layer in layers:
+            module, *parts = submodules(layer)
+            # only a call of a module runs its hooks
+            if type(module) is not kind or any(type(part) is not nn.Linear for part in parts):
+                return None
+            if any(is_hooked(part) for part in (module, *parts)):
+                return None
+        return MLPValues(field)
+
+    def velocity(self, t: Tensor, x: Tensor, shift: Tensor | None) -> Tensor:
+        """Returns v (B, d) for times () or (B,) and x (B, d). See `LayeredField.forward` for `shift`."""
+        last = len(self.linear) - 1
+        for i, modulation in enumerate(self.modulations(t)):
+            x = self._layer(i, x, *modulation)
+            if i == 0 and shift is not None:
+                x.add_(shift)
+            if i < last:
+                x, _ = self.activation.overwrite(x)
+        return x
+
+    def _layer(self, i: int, x: Tensor, gate: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        y = product(x, *self.linear[i])
+        return (y if gate is None else y.mul_(gate)).addcmul_(a, b)
+
+    def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns v (B, d) and J e (k, B, d) for times () or (B,), x (B, d) and tangents (k, 1 or B, d)."""
+        # rows in blocks that fit into the cache, see `BLOCK`
+        size = len(x)
+        if x.device.type == "cpu":
+            size = max(1, BLOCK // ((1 + len(tangents)) * self.width))
+        if size >= len(x):
+            return self._jvp(t, x, tangents, shift)
+        t, shared = t.expand(len(x)), tangents.shape[1] == 1
+        blocks = [
+            self._jvp(t[i], x[i], tangents if shared else tangents[:, i], None if shift is None else shift[i])
+            for i in (slice(start, start + size) for start in range(0, len(x), size))
+        ]
+        v, je = zip(*blocks, strict=True)
+        return torch.cat(v), torch.cat(je, 1)
+
+    def _jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Computes `jvp` for one block of rows.
+
+        The gate of a layer is multiplied with the slope of the activation, and the product with the tangents, because
+        the tangents are the largest tensor.
+        """
+        last = len(self.linear) - 1
+        for i, (gate, a, b) in enumerate(self.modulations(t)):
+            x = self._layer(i, x, gate, a, b)
+            if i == 0 and shift is not None:
+                x.add_(shift)
+            tangents = F.linear(tangents, self.linear[i][0])
+            factor = gate
+            if i < last:
+                x, kept = self.activation.overwrite(x)
+                factor = self.activation.slope(kept)
+                factor = factor if gate is None else factor.mul_(gate)
+            if factor is not None:
+                tangents = tangents * factor if tangents.shape[1] == 1 else tangents.mul_(factor)
+        return x, tangents.expand(-1, *x.shape)
 
 
 @torch.no_grad()

@@ -35,6 +35,11 @@ class Activation(ABC):
     def replace(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns f(x / gain), and a tensor `kept` for the derivatives, without a graph. x may be overwritten."""
 
+    def overwrite(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns f(x) and `kept`, see `replace`, for x without the gain. x may be overwritten."""
+        gain = self.gain(x.device)
+        return self.replace(x if gain == 1 else x.mul_(gain))
+
     @abstractmethod
     def slope(self, kept: Tensor) -> Tensor:
         """Returns f'(x), as a new tensor."""
@@ -66,6 +71,10 @@ class Activation(ABC):
         """Returns f(x) and f'(x), differentiable by autograd."""
 
 
+# the number of elements up to which torch.tanh is as fast as the three operations of the formula below
+FEW = 512
+
+
 @final
 class Tanh(Activation):
     """tanh(x), with f' = 1 - f^2 and f'' = -2 f f'."""
@@ -80,6 +89,12 @@ class Tanh(Activation):
 
     def replace(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = torch.add(constant(-1.0, x), x.sigmoid_(), alpha=2, out=x) if x.device.type == "cpu" else x.tanh_()
+        return y, y
+
+    def overwrite(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.numel() > FEW:
+            return super().overwrite(x)
+        y = x.tanh_()
         return y, y
 
     def slope(self, kept: Tensor) -> Tensor:
@@ -199,6 +214,10 @@ class Field(Recorded, nn.Module, ABC):
     def recorder(self) -> Any:
         """Returns a `flowtrain.ode.tape.Recorder` that is faster than autograd, or None."""
         return None
+
+    def prepared(self) -> "Field":
+        """Returns a field with the same values, for many evaluations while the parameters are constant."""
+        return self
 
 
 def field_jvp(field: nn.Module, t: Tensor, x: Tensor, tangents: Tensor, event_dims: int = 1) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
+
+# times, step sizes and ratios of rows. They are on the host, where the step control runs
+Array = NDArray[np.float64]
 
 # the largest number of retries after steps with an error that is NaN or infinite. Each retry has a shorter step
 NON_FINITE_RETRIES = 8
@@ -52,7 +54,7 @@ def step_end(t: float, t1: float, h: float) -> float:
     return t + (left / 2 if 2 * abs(h) > abs(left) else h)
 
 
-def step_factors(ratio: Tensor, before: Tensor, order: int) -> Tensor:
+def step_factors(ratio: Array, before: Array, order: int) -> Array:
     """Returns the size of the next step divided by the size of the last step, for each row, (n,).
 
     After a rejected step this is `step_factor`. After an accepted step it is 0.9 ratio^(-0.7/order)
@@ -65,42 +67,44 @@ def step_factors(ratio: Tensor, before: Tensor, order: int) -> Tensor:
         order: p, if the error of a step of size h is proportional to h^p.
 
     Example:
-        >>> step_factors(torch.tensor([1.0, torch.nan]), torch.ones(2), 5)
-        tensor([0.9000, 0.2000])
+        >>> step_factors(np.array([1.0, np.nan]), np.ones(2), 5)
+        array([0.9, 0.2])
     """
-    least = ratio.clamp_min(1e-4)
-    before = torch.where(before.isnan(), least, before.clamp_min(1e-4))
+    least = np.maximum(ratio, 1e-4)
+    before = np.where(np.isnan(before), least, np.maximum(before, 1e-4))
     accepted = ratio <= 1
-    ideal = SAFETY * torch.where(
+    ideal = SAFETY * np.where(
         accepted, least ** (-RESPONSE / order) * before ** (MEMORY / order), least ** (-1 / order)
     )
-    factor = torch.minimum(ideal.clamp_min(SHRINK), torch.where(accepted, GROW, 1.0).to(ideal))
-    return torch.where(torch.isfinite(ratio), factor, SHRINK)
+    factor = np.minimum(np.maximum(ideal, SHRINK), np.where(accepted, GROW, 1.0))
+    return np.where(np.isfinite(ratio), factor, SHRINK)
 
 
-def step_ends(t: Tensor, t1: float, h: Tensor) -> Tensor:
+def step_ends(t: Array, t1: float, h: Array) -> Array:
     """Returns `step_end` of each row, for times and step sizes (n,).
 
     Example:
-        >>> step_ends(torch.zeros(2), 1.0, torch.tensor([0.9, 0.3]))
-        tensor([0.5000, 0.3000])
+        >>> step_ends(np.zeros(2), 1.0, np.array([0.9, 0.3]))
+        array([0.5, 0.3])
     """
     left = t1 - t
-    end = t + torch.where(2 * h.abs() > left.abs(), left / 2, h)
-    return torch.where(h.abs() >= left.abs() * (1 - 1e-9), t1, end)
+    length, remaining = np.abs(h), np.abs(left)
+    end = t + np.where(2 * length > remaining, left / 2, h)
+    return np.where(length >= remaining * (1 - 1e-9), t1, end)
 
 
-def first_guesses(size: Tensor, speed: Tensor, span: float) -> Tensor:
+def first_guesses(size: Array, speed: Array, span: float) -> Array:
     """Returns the first guess of each step size, with its sign, from the scaled RMS of x and of the slope, (n,).
 
     If the state or the slope is nearly zero, the guess is 1e-3. Hairer, Norsett and Wanner use 1e-6. This is too short
     for an untrained flow, whose field is zero.
     """
-    guess = torch.where((size < 1e-5) | (speed < 1e-5), 1e-3, 0.01 * size / speed)
-    return torch.clamp_max(guess, abs(span)) * math.copysign(1, span)
+    with np.errstate(all="ignore"):
+        guess = np.where((size < 1e-5) | (speed < 1e-5), 1e-3, 0.01 * size / speed)
+    return np.minimum(guess, abs(span)) * math.copysign(1, span)
 
 
-def first_steps(guess: Tensor, speed: Tensor, change: Tensor, span: float, order: int, smallest: float) -> Tensor:
+def first_steps(guess: Array, speed: Array, change: Array, span: float, order: int, smallest: float) -> Array:
     """Returns the first step size of each row, with its sign (Hairer, Norsett and Wanner, II.4, 'starting step size').
 
     The constant 0.3 replaces 0.01 of the book. The result is not finite if the guess is not finite.
@@ -113,12 +117,13 @@ def first_steps(guess: Tensor, speed: Tensor, change: Tensor, span: float, order
         order: the order of the method.
         smallest: the smallest length of a step. Near the origin the estimate can be below the rounding error of t.
     """
-    length = guess.abs()
-    largest = torch.maximum(speed, change / length)
-    ideal = torch.where(largest > 1e-15, (FIRST / largest) ** (1 / order), abs(span))
-    found = torch.minimum(100 * length, ideal).clamp_max(abs(span))
-    found = torch.where(torch.isfinite(largest), found, length).clamp_min(smallest)
-    return torch.where(torch.isfinite(guess), found * math.copysign(1, span), guess)
+    length = np.abs(guess)
+    with np.errstate(all="ignore"):
+        largest = np.maximum(speed, change / length)
+        ideal = np.where(largest > 1e-15, (FIRST / largest) ** (1 / order), abs(span))
+    found = np.minimum(np.minimum(100 * length, ideal), abs(span))
+    found = np.maximum(np.where(np.isfinite(largest), found, length), smallest)
+    return np.where(np.isfinite(guess), found * math.copysign(1, span), guess)
 
 
 @dataclass(frozen=True)

@@ -41,3 +41,14 @@ def first_floating(module: nn.Module) -> Tensor | None:
             if buffer is not None and buffer.is_floating_point():
                 return buffer
     return None
+
+
+def parameters_of(module: nn.Module) -> tuple[nn.Parameter, ...]:
+    """Returns the parameters of a module, each once, in the order of `nn.Module.parameters`.
+
+    Example:
+        >>> [tuple(p.shape) for p in parameters_of(nn.Linear(1, 2))]
+        [(2, 1), (2,)]
+    """
+    found = (p for part in submodules(module) for p in part._parameters.values() if p is not None)
+    return tuple(dict.fromkeys(found))

@@ -196,6 +196,56 @@ def test_one_time_per_row_without_gradients_equals_the_jvp_with_gradients(
     assert all(torch.equal(a, b) for a, b in zip(kept, (x, t, shift, tangents), strict=True))
 
 
+@pytest.mark.parametrize(("layer", "activation"), list(itertools.product(LAYERS, ACTIVATIONS)))
+@pytest.mark.parametrize("rows", [1, 200])
+@pytest.mark.parametrize("times", ["one", "of_rows"])
+def test_prepared_field_equals_the_field(layer: str, activation: str, rows: int, times: str) -> None:
+    torch.manual_seed(0)
+    field = random_field(3, layer, activation)
+    x, shift, e = torch.randn(rows, 3), torch.randn(rows, 5), torch.eye(3).unsqueeze(1)
+    t = torch.rand(()) if times == "one" else torch.rand(rows)
+    prepared = field.prepared()
+    for given in (None, shift):
+        expected = field(t, x, given), *field.jvp(t, x, e, given)
+        with torch.no_grad():
+            found = prepared(t, x, given), *prepared.jvp(t, x, e, given)
+        assert all(y.requires_grad for y in expected)
+        torch.testing.assert_close(found, tuple(y.detach() for y in expected))
+        # with gradients, a prepared field has the gradients of the field
+        again = torch.autograd.grad(prepared(t, x, given).sum(), list(field.body.parameters()))
+        torch.testing.assert_close(again, torch.autograd.grad(expected[0].sum(), list(field.body.parameters())))
+
+
+class Doubled(nn.Linear):
+    """A linear layer of a user, which is twice the layer with the same weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("change", ["in place", "hook", "replaced"])
+@torch.no_grad()
+def test_solve_uses_the_present_parameters_hooks_and_modules(change: str) -> None:
+    torch.manual_seed(0)
+    field = random_field(3, "concatsquash")
+    flow, x = Continuous(field, ode_solver("dopri5", rtol=1e-8)).eval(), torch.randn(2, 3)
+    before, linear = flow.map_forward(x), field.layers[0].linear
+    if change == "in place":
+        linear.weight.mul_(2)
+        linear.bias.mul_(2)
+    elif change == "hook":
+        linear.register_forward_hook(lambda module, inputs, y: 2 * y)
+    else:
+        doubled = Doubled(linear.in_features, linear.out_features)
+        doubled.load_state_dict(linear.state_dict())
+        field.layers[0].linear = doubled
+    found = flow.map_forward(x)
+    assert not torch.allclose(found, before)
+    with torch.enable_grad():
+        torch.testing.assert_close(found, flow.map_forward(x).detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(flow.map_inverse(found), x, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("used", ["v", "je", "both"])
 def test_kernel_gradient_if_only_some_results_are_used(used: str) -> None:
     x, t = torch.randn(3, 4, 3, requires_grad=True), torch.rand(3, 1)

@@ -4,7 +4,22 @@ import pytest
 import torch
 
 from flowtrain.nn.residual_mlp import ResidualMLP
-from flowtrain.utils.products import LARGE, prefers_onednn, product, relu_product, sum_product, weight_gradient
+from flowtrain.utils import products
+from flowtrain.utils.products import (
+    LARGE,
+    has_half_width,
+    prefers_onednn,
+    product,
+    relu_product,
+    sum_product,
+    weight_gradient,
+)
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["wide", "half width"])
+def half_width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests the products of a CPU with fast oneDNN, and of a Zen 4."""
+    monkeypatch.setattr(products, "has_half_width", lambda: request.param)
 
 
 @pytest.mark.parametrize("rows", [0, 7, 600])
@@ -66,3 +81,19 @@ def test_slices_of_columns_are_not_multiplied_by_onednn() -> None:
     # oneDNN would be a thousand times slower
     x = torch.randn(2000, 128)[:, ::2]
     assert not prefers_onednn(torch.randn(64, 64), x)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx_vnni": False, "l1d_cache_size": 32768}, True),
+        ({"cpu_name": "AMD EPYC", "avx_vnni": True, "l1d_cache_size": 49152}, False),
+        ({"cpu_name": "Intel(R) Xeon(R)", "avx_vnni": False, "l1d_cache_size": 32768}, False),
+        ({}, False),
+    ],
+)
+def test_half_width_is_found_from_the_capabilities_of_the_cpu(
+    capabilities: dict[str, object], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert has_half_width.__wrapped__() == expected
