@@ -478,7 +478,7 @@ def test_byte_images_with_labels_are_fitted() -> None:
         (torch.empty(50, 2, device="meta"), "meta"),
         (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), "nested"),
         ([torch.ones(2, device="meta")], "x"),
-        (np.array([[1, 10**400]] * 50, dtype=object), "row 0, column 1"),
+        (np.array([[1, 10**400]] * 50, dtype=object), "'c1'"),
     ],
 )
 def test_error_for_bad_data_names_the_fault(bad: Any, words: str) -> None:
