@@ -229,7 +229,7 @@ class MLPField(LayeredField[TimedLinear]):
             x = layer.with_waves(t, self.activation(x), waves)
         return x
 
-    def has_own_layers(self) -> bool:
+    def has_known_layers(self) -> bool:
         """Whether no layer has a hook or was replaced by a user. Only a call of the layer evaluates these."""
         if any(is_hooked(module) for layer in self.layers for module in submodules(layer)):
             return False
@@ -239,7 +239,7 @@ class MLPField(LayeredField[TimedLinear]):
         values = self._values_at(t, x) if tangents.dim() == 3 else None
         if values is not None:
             return values.jvp(t, x, tangents, shift)
-        if not self.has_own_layers():
+        if not self.has_known_layers():
             of_rows = None if shift is None else shift.expand(*x.shape[:-1], -1).flatten(0, -2)
             # a subclass may compute the inputs of the layers
             return jvp_by_autograd(lambda t, x: MLPField.forward(self, t, x, of_rows), t, x, tangents)
@@ -263,7 +263,7 @@ class MLPField(LayeredField[TimedLinear]):
 
     def recorder(self, shift: Tensor | None = None) -> "MLPRecorder | None":
         # a subclass may compute another function
-        return MLPRecorder(self, shift) if type(self) is MLPField and self.has_own_layers() else None
+        return MLPRecorder(self, shift) if type(self) is MLPField and self.has_known_layers() else None
 
 
 def _is_parametrized(module: nn.Module) -> bool:
