@@ -19,7 +19,8 @@ class Autoregressive(Conditioned):
 
     The log-determinant is sum_i log f'(z_i). The direction from data to base, which log p(x) uses, needs one evaluation
     of the conditioner. The direction from base to data needs one evaluation for each group: d if each element is a
-    group, and 2 for a coupling. `sequential` and `implicit_gradient` need less time for usual conditioners.
+    group, and 2 for a coupling. For the conditioners of this package, `sequential` computes this direction faster, and
+    `implicit_gradient` its gradient.
 
     f and `input_bound` have the same meaning as in `Coupling`. With a bound B, x_i = f(z_i; theta_i(c)) + (W x)_i with
     c = B tanh(x / B), and W has the mask of the conditioner.
@@ -135,7 +136,7 @@ class Autoregressive(Conditioned):
     def group_by_group(
         self, z: Tensor, theta: Callable[[Tensor], Tensor], linear_term: Callable[[Tensor], Tensor | None]
     ) -> tuple[Tensor, Tensor]:
-        """Computes `forward` with an evaluation of the functions x -> theta and x -> W x for each group."""
+        """Computes `forward` with one call of `theta` (x -> theta) and of `linear_term` (x -> W x) for each group."""
         x, log_slope = torch.zeros_like(z), torch.zeros_like(z)
         for group in range(self.passes):
             y, log_slopes = self.transform.to_data(z, theta(x))

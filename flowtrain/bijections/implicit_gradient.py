@@ -21,12 +21,12 @@ from flowtrain.utils.autograd import needs_autograd
 if TYPE_CHECKING:
     from flowtrain.bijections.autoregressive import Autoregressive
 
-# the largest residual of a triangular solve, in units of the rounding error of its largest term in the row
+# the largest residual of a triangular solve, in units of the rounding error of the largest term of the row
 ROUNDING = 64.0
 
 
 def to_data(of: "Autoregressive", z: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Computes `Autoregressive.forward` at z (B, d) as one operation of autograd, or returns None if not possible."""
+    """Computes `Autoregressive.forward` at z (B, d) as one operation of autograd. Returns None if it cannot."""
     if not torch.is_grad_enabled() or z.dim() != 2 or not z.numel() or needs_autograd(z):
         return None
     # a subclass may override other methods
@@ -77,7 +77,7 @@ class ToData(torch.autograd.Function):
                 g_in = torch.addmm(g_in, w.T, g_b, alpha=-1)
             return g_x + g_in + g_b, g_b, found
 
-        # J is triangular, so that each iteration makes the solution exact for at least one more group
+        # J is triangular, so each iteration makes the solution exact for at least one more group
         u = g_x / slope
         for _ in range(of.passes):
             r, _, _ = residual(u, False)
@@ -96,7 +96,7 @@ class ToData(torch.autograd.Function):
     def by_autograd(
         ctx: Any, z: Tensor, weight: Tensor | None, mask: Tensor | None, parts: Parts, grad: Tensor, grad_log: Tensor
     ) -> tuple[Any, ...]:
-        """Computes the gradient by operations that autograd can differentiate and vmap can batch."""
+        """Returns the gradient, computed by operations that autograd can differentiate and vmap can batch."""
         of: Autoregressive = ctx.of
         layers, drops, needed = in_layers(parts), [None] * of.n_drops, ctx.needs_input_grad
 

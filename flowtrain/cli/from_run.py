@@ -32,7 +32,7 @@ def with_choices_of_from(arguments: Sequence[str]) -> list[str]:
     if not isinstance(run, str) or not run or override.is_sweep_override():
         raise ConfigError(f"{arguments[places[-1]]}: give one run directory")
     has_target = chooses_target(arguments)
-    changes_target = not has_target and target_keys(arguments)
+    changed = [] if has_target else target_keys(arguments)
     fixed = ("model", "experiment", "recipe", *(() if has_target else ("data",)))
     refuse_changes(arguments, FROM_MESSAGE, fixed)
     path = checkpoint_files.find(Path(run.replace("\\${", "${")).expanduser())
@@ -45,8 +45,10 @@ def with_choices_of_from(arguments: Sequence[str]) -> list[str]:
         names = {"model": names["model"], "data": "target"}
     elif saved.get("target"):
         names["target"] = saved["target"].get("name")
-    elif changes_target:
-        raise ConfigError(f"{changes_target[0]}: the run of from= has no target; give its name, as in target=funnel")
+    elif changed:
+        raise ConfigError(
+            f"{changed[0]}: the run of from= has no target to change; choose a target, as in target=funnel"
+        )
     if names["data"] == "target":
         names |= {k: v for k, v in TARGET_CHOICES.items() if k == "objective" and k not in keys_of(arguments)}
     ours = [f"{group}={name}" for group, name in names.items() if name in options(group)]

@@ -1,4 +1,4 @@
-"""Weighted samples of a flow are moved by Hamiltonian Monte Carlo, to find a part of a target that the flow misses."""
+"""Moves of weighted samples by Hamiltonian Monte Carlo, which find a part of a target that the flow misses."""
 
 import math
 from typing import NamedTuple
@@ -18,8 +18,8 @@ from flowtrain.utils.weighting import effective_rows
 CHAINS, FEWEST = 0.1, 100
 # the number of moves of a chain, and of leapfrog steps of a move
 MOVES, LEAPFROG = 20, 10
-# the smallest and the largest step size in standard deviations of the samples. Each move of a chain draws one of them,
-# because a density can have parts of different widths
+# the smallest and the largest step size in standard deviations of the samples. Each move of a chain draws a step size
+# between them, because a density can have parts of different widths
 LEAST_STEP, LARGEST_STEP = 0.01, 1.0
 
 
@@ -40,21 +40,21 @@ def moved_samples(
 ) -> Moved | None:
     """Moves weighted samples of a flow q, and estimates the part of log Z that the flow misses.
 
-    m start points are resampled from the samples of the flow in proportion to their weights. If the flow misses a part
-    M of the target p = p~ / Z, they are samples of p outside of M. The moves leave p invariant, so that without a
-    missed part the end points are also samples of p. With a missed part, some of them are in M. Bridge sampling (Meng
-    and Wong 1996) estimates Z from samples of q and of p, with w = p~ / q:
+    m start points are drawn from the samples of the flow with probabilities proportional to their weights. If the flow
+    misses a part M of the target p = p~ / Z, the start points are samples of p outside of M. The moves leave p
+    invariant. Without a missed part, the end points are therefore also samples of p. With a missed part, some end
+    points are in M. Bridge sampling (Meng and Wong 1996) estimates Z from samples of q and of p, with w = p~ / q:
 
         Z = E_q[w h] / E_p[h],  h = 1 / (1 + w / Z_q)
 
-    with the estimate Z_q from the weights. h is between 0 and 1, about 1/2 where q = p, and about 0 in M. So samples
-    of p in M increase the estimate, and `missed` is log mean(h) over the start points minus log mean(h) over the end
-    points. Both means are of the same chains, so the error is small. As the chains do not reach all of M, `missed` is
-    usually a lower bound.
+    Z_q is the estimate from the weights. h is between 0 and 1, about 1/2 where q = p, and about 0 in M. Samples of p in
+    M therefore increase the estimate. `missed` is log mean(h) over the start points minus log mean(h) over the end
+    points. Both means are of the same chains, so the error of `missed` is small. The chains do not reach all of M, so
+    `missed` is usually a lower bound.
 
     A move is a trajectory of Hamiltonian Monte Carlo on the real line, which `ToSupport` maps to the support of the
-    target. A log density without a gradient is explored by Metropolis proposals. m is n / 10, and at most the effective
-    sample size.
+    target. If the log density has no gradient, a move consists of Metropolis proposals. m is n / 10, but at most the
+    effective sample size.
 
     Args:
         drawn: samples of the flow.
@@ -153,7 +153,7 @@ class Chains:
 
     def _moved_without_gradient(self, u: Tensor) -> Tensor:
         log_f = self._log_density(u)
-        # with as many evaluations of the density
+        # as many evaluations of the density as with Hamiltonian Monte Carlo
         for _ in range(MOVES * LEAPFROG):
             y = u + self._steps(u) * torch.randn_like(u)
             log_y = self._log_density(y)

@@ -48,7 +48,7 @@ SIGMAS = 3.0
 MOST_LOST = 0.01
 # the check `tails` fails only if samples in the tails add more than this to log Z, in nats
 LEAST_MISSED = 0.01
-# for a flow that misses a part of the target that is connected with the rest
+# what to train with, for a flow that misses a part of the target that is connected with the rest
 ADVICE = (
     "model=maf objective.anneal=0, for more steps, with objective=weighted_forward_kl, or with a wider initial "
     "distribution (target.scale)"
@@ -611,7 +611,7 @@ def check_tails(missed: float, error: float) -> Check:
 
 
 def check_moves(moved: Moved | None) -> Check:
-    """Checks that moves, which leave the target invariant, do not reach a part of the target that the flow misses."""
+    """Checks that moved samples do not reach a part of the target that the flow misses."""
     if moved is None:
         words = "there are too few effective samples to move, or log q of the moved samples cannot be computed"
         return Check("moves", None, LEAST_MISSED, None, words)

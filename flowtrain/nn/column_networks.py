@@ -195,8 +195,8 @@ class ColumnFunction(torch.autograd.Function):
 def weights_of(module: Any, kind: type[nn.Linear] = nn.Linear) -> Layer | None:
     """Returns the weight, the mask or None, and the bias of a linear layer.
 
-    Returns None for a layer that only a call can evaluate: of another class than `kind`, such as a layer that a user
-    has put in its place or with a parametrization, with a hook, or without a bias.
+    Returns None for a layer that the kernels do not know and that must be called: a layer of another class than `kind`
+    (such as a layer of a user, or a parametrized layer), a layer with a hook, or a layer without a bias.
     """
     if type(module) is not kind or is_hooked(module):
         return None

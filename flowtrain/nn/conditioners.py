@@ -69,7 +69,7 @@ class MLP(Recorded, nn.Sequential):
         return ColumnFunction.apply(x, Plain, (), *in_turn(layers))  # type: ignore[no-untyped-call,no-any-return]
 
     def layers(self) -> list[Layer] | None:
-        """Returns the linear layers, or None with dropout, another activation than relu, or a layer of a user."""
+        """Returns the linear layers. None with dropout, other activations than relu, or a layer that must be called."""
         found: list[Layer] = []
         # iterating over the module takes longer
         for i, one in enumerate(self._modules.values()):

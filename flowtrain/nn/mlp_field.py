@@ -29,8 +29,8 @@ from flowtrain.utils.products import product
 BLOCK = 2**18
 
 
-# a function of the times () or (B,) that returns (gate, a, b) for several layers, with the shift a b, each (B, n_out),
-# (B, 1), (1, n_out) or of 0 dimensions. A gate of None means 1
+# a function of the times () or (B,) that returns (gate, a, b) for each of several layers. The shift of a layer is a b.
+# A gate of None means 1. The tensors broadcast against (B, n_out)
 Modulations = Callable[[Tensor], Iterable[tuple[Tensor | None, Tensor, Tensor]]]
 
 
@@ -69,7 +69,7 @@ class TimedLinear(TimedLayer):
 
     @staticmethod
     @abstractmethod
-    def modulations(layers: Sequence[Any]) -> "Modulations":
+    def modulations(layers: Sequence[Any]) -> Modulations:
         """Returns a function that computes `modulation` of several layers of this class, without gradients.
 
         The parameters of the layers must not change between the calls of this function.
@@ -198,7 +198,7 @@ class MLPField(LayeredField[TimedLinear]):
         if init_scale is not None:
             spread_units(layers[0].linear, number("model.init_scale", init_scale))
 
-    # evaluations with constant parameters, during a solve
+    # the evaluations of a prepared field, whose parameters are constant
     values: "MLPValues | None" = None
 
     def prepared(self) -> "MLPField":
@@ -209,7 +209,7 @@ class MLPField(LayeredField[TimedLinear]):
         return found
 
     def _values_at(self, t: Tensor, x: Tensor) -> "MLPValues | None":
-        """Returns the evaluations at x (B, d) and times () or (B,), or None if an operation of torch is needed."""
+        """Returns the evaluations for t () or (B,) and x (B, d). None for gradients, other shapes or other layers."""
         if torch.is_grad_enabled() or x.dim() != 2 or t.dim() > 1 or not x.numel() or needs_autograd(x):
             return None
         return self.values or MLPValues.of(self)
@@ -229,8 +229,8 @@ class MLPField(LayeredField[TimedLinear]):
             x = layer.with_waves(t, self.activation(x), waves)
         return x
 
-    def has_own_layers(self) -> bool:
-        """Whether the weights determine all linear maps: only a call runs hooks, and layers of a user."""
+    def has_known_layers(self) -> bool:
+        """Whether no layer has a hook or was replaced by a user. Only a call of the layer evaluates these."""
         if any(is_hooked(module) for layer in self.layers for module in submodules(layer)):
             return False
         return all(type(layer.linear) is nn.Linear or _is_parametrized(layer.linear) for layer in self.layers)
@@ -239,7 +239,7 @@ class MLPField(LayeredField[TimedLinear]):
         values = self._values_at(t, x) if tangents.dim() == 3 else None
         if values is not None:
             return values.jvp(t, x, tangents, shift)
-        if not self.has_own_layers():
+        if not self.has_known_layers():
             of_rows = None if shift is None else shift.expand(*x.shape[:-1], -1).flatten(0, -2)
             # a subclass may compute the inputs of the layers
             return jvp_by_autograd(lambda t, x: MLPField.forward(self, t, x, of_rows), t, x, tangents)
@@ -263,7 +263,7 @@ class MLPField(LayeredField[TimedLinear]):
 
     def recorder(self, shift: Tensor | None = None) -> "MLPRecorder | None":
         # a subclass may compute another function
-        return MLPRecorder(self, shift) if type(self) is MLPField and self.has_own_layers() else None
+        return MLPRecorder(self, shift) if type(self) is MLPField and self.has_known_layers() else None
 
 
 def _is_parametrized(module: nn.Module) -> bool:
@@ -288,7 +288,7 @@ class MLPValues:
     @staticmethod
     @torch.no_grad()
     def of(field: MLPField) -> "MLPValues | None":
-        """Returns the evaluations of a field, or None if it has hooks or modules of other classes than `LAYERS`."""
+        """Returns the evaluations of a field, or None if it has hooks or layers of other classes than `LAYERS`."""
         layers = field.layers
         kind = type(layers[0])
         if kind not in LAYERS.values():
@@ -336,8 +336,8 @@ class MLPValues:
     def _jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         """Computes `jvp` for one block of rows.
 
-        The gate of a layer is multiplied with the slope of the activation, and the product with the tangents, because
-        the tangents are the largest tensor.
+        The gate of a layer is multiplied with the slope of the activation first, and their product with the tangents,
+        because the tangents are the largest tensor.
         """
         last = len(self.linear) - 1
         for i, (gate, a, b) in enumerate(self.modulations(t)):

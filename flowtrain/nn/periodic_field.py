@@ -77,7 +77,7 @@ class PeriodicField(MLPField):
 
     def recorder(self, shift: Tensor | None = None) -> "PeriodicRecorder | None":
         # a subclass may compute another function
-        return PeriodicRecorder(self, shift) if type(self) is PeriodicField and self.has_own_layers() else None
+        return PeriodicRecorder(self, shift) if type(self) is PeriodicField and self.has_known_layers() else None
 
 
 class PeriodicRecorder(MLPRecorder):

@@ -68,7 +68,7 @@ class ResidualMLP(Recorded, nn.Module):
         return ColumnFunction.apply(x, Residual, drops, *in_turn(layers))  # type: ignore[no-untyped-call,no-any-return]
 
     def _called(self, x: Tensor) -> Tensor:
-        """Returns the outputs by calls of the layers."""
+        """Returns `forward` for inputs that include the context, by calls of the layers."""
         h, blocks = self.first(x), list(self.blocks)
         for one, two in zip(blocks[::2], blocks[1::2], strict=True):
             h = h + two(F.dropout(self.activation(one(self.activation(h))), self.dropout, self.training))
@@ -79,7 +79,7 @@ class ResidualMLP(Recorded, nn.Module):
         return type(self.activation) is nn.ReLU and not is_hooked(self.activation)
 
     def layers(self) -> list[Layer] | None:
-        """Returns the first layer, two layers for each block, and the last layer; None with a layer of a user."""
+        """Returns the first layer, two of each block, and the last layer. None if one of them must be called."""
         # attribute access takes longer
         own = self._modules
         blocks = own["blocks"]
@@ -176,5 +176,5 @@ class MaskedLinear(nn.Linear):
 
 
 def is_matrix(linear: nn.Module) -> bool:
-    """Whether a layer is only a product with its weight: a linear layer of this package without a bias or a hook."""
+    """Whether a layer is only a product with its weight: a plain or masked linear layer without a bias or a hook."""
     return type(linear) in (nn.Linear, MaskedLinear) and linear.bias is None and not is_hooked(linear)

@@ -27,7 +27,7 @@ from flowtrain.utils.errors import ConfigError
 
 @dataclass
 class _Rows:
-    """The rows that have not reached the end. All arrays and tensors have the length n of these rows.
+    """The n rows that have not reached the end.
 
     Attributes:
         index: the positions of the rows in the batch, (n,).
@@ -237,10 +237,10 @@ class _RowRun:
     def with_rejected(
         self, moved: _Rows, before: _Rows, accepted: NDArray[np.bool_], v: Tensor, q: Tensor | None
     ) -> _Rows:
-        """Returns the rows after a step that only some of them accept, with the same next step sizes.
+        """Returns the rows after a step that is accepted for some of them only. The next step sizes do not change.
 
         Args:
-            moved: the rows if all steps are accepted.
+            moved: the rows after the step, as if it were accepted for all rows.
             before: the rows before the step.
             accepted: whether the step of a row is accepted, (n,).
             v, q: the velocity and the integrand before the step.

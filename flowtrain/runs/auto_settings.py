@@ -70,7 +70,7 @@ _RESIDUAL: dict[int, Groups] = {
 # dropout below 5,000 rows. Validation NLL on landsat (143 rows per column, 36 columns) with the settings of _MANY and
 # of _SOME: realnvp -5.03 and -5.24, nsf -4.81 and -4.93
 _DENSE = 200
-# nsf has a dropout of 0.1 from there to this number of rows per column. Validation NLL after 30 s without and with it:
+# with _DENSE to _DENSE_NSF rows per column, nsf has a dropout of 0.1. Validation NLL after 30 s without and with it:
 # pendigits (344 rows per column) -30.82 and -31.59, 3,000 rows of gas (375) -5.83 and -6.05, 2,000 rows of annthyroid
 # (333) -19.29 and -19.28, mammography (1,046) -4.29 and -4.11. On pendigits, maf has -31.49 and -30.87
 _DENSE_NSF = 600
@@ -133,11 +133,11 @@ _IMAGES: dict[str, Groups] = {
 }
 # largest batch of vectors
 _BATCH = 512
-# from this number of training rows on, and for more than this number of columns, Muon trains the flows with couplings
-# and autoregressive maps. For fewer rows and columns it overfits, see "Optimizers of flows on tables" in
+# Muon trains flows with couplings and autoregressive maps on tables with at least this number of training rows, or with
+# more than this number of columns. On other tables it overfits, see "Optimizers of flows on tables" in
 # scripts/bench/README.md
 _MUON_ROWS, _MUON_COLUMNS = 10_000, 16
-# the learning rate of Muon in the tier _SOME
+# the learning rate of Muon with the other settings of _SOME
 _MUON_LR = 0.0035
 
 

@@ -45,8 +45,8 @@ def build_data(config: Config, earlier: Samples | None = None, **tables: Any) ->
     """Builds the data set of a config. For data=target, it also builds the target.
 
     Args:
-        earlier: the samples on which the flow was trained before, which determine the categories of columns. None
-            for a new flow.
+        earlier: the samples of an earlier training of the flow, which determine the categories of columns. None for a
+            new flow.
         tables: tables in memory that replace the paths in the config.
 
     Raises:

@@ -57,7 +57,7 @@ log = logging.getLogger("flowtrain")
 TABLES = {"path": "data/train.npz", "val_path": "data/val.npz", "test_path": "data/test.npz"}
 # further files that a fit writes in its run directory
 FILES = (".hydra/*.yaml", "flowtrain.log", "checkpoints/*.pt", "plots/*.png", "plots/*.pdf", "plots/*.svg")
-# models whose trainer settings are used for a flow of an unknown model: if it solves ODEs, and otherwise
+# models whose trainer settings are used for a flow of an unknown model: for a flow that solves ODEs, and for others
 CONTINUOUS, DISCRETE = "ffjord", "realnvp"
 
 
@@ -119,8 +119,8 @@ def fit(
             names of a frame. Rows with missing values are refused, or left out with overrides={"data.missing": "drop"}.
         model: the name of a model: "nsf", "maf", "ffjord", "realnvp", "glow", "mixture" or "affine"; or "auto", which
             searches for the best. None: "auto" for rows and files, "ffjord" for data sets by name.
-        flow: a flow to start from, such as the result of an earlier fit. A copy of `flow` is trained by `train`. None:
-            a new flow.
+        flow: a flow to start from, such as the result of an earlier fit. `train` trains a copy of it, so `model` is not
+            given. None: a new flow.
         label: for p(x | label), a class 0, 1, ... for each row, (n,), or the name or position of a column of x. True
             uses the labels of a data set.
         context: for p(x | context), the values of the context c for each row: an array (n, k) or (n,), or a data frame,
@@ -506,7 +506,7 @@ def _data_settings(flow: Flow, source: Source, picked: bool) -> dict[str, Any]:
         picked: whether the user has chosen columns of the table.
 
     Raises:
-        DataError: another number of columns than in the samples of the flow.
+        DataError: x has another number of columns than the samples of the flow.
     """
     parts, table = list(flow.modules()), source.tables["path"]
     label, context, weights = (source.settings.get(f"data.{role}") for role in ROLES)

@@ -78,7 +78,7 @@ def prepare(
     # checkpoints of older versions have no time budget
     seconds = config.get("time_budget")
     seconds = None if seconds is None else number("time_budget", seconds)
-    # a resumed run reads the copy in its own directory, see below
+    # a resumed run reads the copy in its run directory, see below
     teacher_checkpoint = None if saved is not None else read_teacher(config, run_dir, False)
     before = _samples_before(saved or teacher_checkpoint, given.flow)
     with phase("reading the data"):
@@ -308,8 +308,8 @@ def check_same(who: str, before: Samples, now: Samples) -> None:
     """
     if before.columns != now.columns and sorted(before.columns) == sorted(now.columns):
         raise ConfigError(
-            f"{who}: the run was trained on the columns {listed(before.columns)}, but the data have them in the order "
-            f"{listed(now.columns)}: write the columns of the file in the first order"
+            f"{who}: the run was trained on the columns {listed(before.columns)} in this order, but the data now have "
+            f"the order {listed(now.columns)}: change the order of the columns in the file"
         )
     for key in (
         "event_shape",

@@ -225,7 +225,7 @@ class Doubled(nn.Linear):
 
 @pytest.mark.parametrize("change", ["in place", "hook", "replaced"])
 @torch.no_grad()
-def test_solve_uses_the_present_parameters_hooks_and_modules(change: str) -> None:
+def test_solve_uses_the_current_parameters_hooks_and_modules(change: str) -> None:
     torch.manual_seed(0)
     field = random_field(3, "concatsquash")
     flow, x = Continuous(field, ode_solver("dopri5", rtol=1e-8)).eval(), torch.randn(2, 3)

@@ -60,7 +60,7 @@ FLOWS: dict[str, Callable[[], Flow]] = {
 
 
 def replace_some(flow: nn.Module, change: Callable[[Any], nn.Module]) -> int:
-    """Replaces the linear layers of conditioners and fields that are not the first ones. Returns their number."""
+    """Changes the linear layers whose inputs are hidden units. Returns the number of such layers."""
     places = [
         (parent, name, layer)
         for parent in flow.modules()

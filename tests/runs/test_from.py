@@ -69,7 +69,7 @@ def test_from_keeps_the_types_of_the_run_for_a_file_with_fewer_categories(run: R
     second = last_line(out)
     before, after = flowtrain.load(first), flowtrain.load(second)
     assert (after.types, after.context) == (before.types, before.context)
-    # the run has to be resumed, evaluated and scored with these categories, not with those of its file
+    # a resume and an evaluation must use these categories, not the categories of the file
     assert run("flowtrain", f"resume={second}", "trainer.steps=9")[0] == 0
     code, _, err = run("floweval", f"ckpt={second}")
     assert code == 0, err
@@ -110,7 +110,7 @@ def test_from_keeps_the_number_of_classes(run: Run, tmp_path: Path) -> None:
     assert "classes=3" in err
 
 
-# From Python
+# In Python
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_fit_trains_a_copy_of_a_flow_on_columns_that_it_finds_by_name(fitted: Fl
         assert all(torch.equal(before[name], value) for name, value in fitted.state_dict().items())
         assert flow.log_prob(other, context=other).mean() > fitted.log_prob(other, context=other).mean() - 0.1
     assert flowtrain.load(tmp_path / "r").types == fitted.types
-    # one step with a tiny rate keeps the density, so the flow has started from the weights of the other
+    # one step with a tiny learning rate keeps the density, so the copy starts from the weights of the flow
     still = flowtrain.fit(
         other, flow=fitted, context=["colour"], steps=1, progress=False, overrides={"trainer.lr": 1e-12}
     )

@@ -219,8 +219,8 @@ class ArrayData(Finite):
         types: the types of columns, by name or position, see `flowtrain.data.types.ColumnType.parse`. Columns without a
             type are real. None means that all columns are real.
         id: name or position of a column that identifies the rows, and is not part of a sample. It may contain anything.
-        earlier: the samples of an earlier training of the flow. Columns keep their categories and the maps of their
-            types, and there are at least as many classes as before. None for a new flow. It is not a config key.
+        earlier: the samples of an earlier training of the flow, or None for a new flow. Columns keep the categories and
+            the maps of their types. There are at least as many classes as before. It is not a config key.
         event_shape: the shape (C, H, W) of images. A row of the table is a flattened image. None means vectors.
         val_fraction, test_fraction: the fraction of the training file to hold out if there is no separate file.
         standardize: whether the flow standardizes samples by the mean and standard deviation of the training rows. None
@@ -497,9 +497,9 @@ def _fitted_types(
 
 
 def _with_categories(table: Table, types: Sequence[ColumnType]) -> tuple[ColumnType, ...]:
-    """Returns the types with the categories of the columns of a table, for those that have none yet.
+    """Returns the types, in which categorical types without categories get the categories of the columns of a table.
 
-    A table in a file has no rows.
+    A table that is read in blocks has no rows here, and its types do not change.
     """
     return tuple(
         one.with_categories(categories_of(table, i))
@@ -516,7 +516,7 @@ def _with_known_categories(
     before = () if earlier is None else earlier.context
     if tables.context is None or len(before) != len(types):
         return tuple(types)
-    # a column with text may contain only numbers in another file
+    # in another file, a column of categories may contain only numbers
     return tuple(
         ColumnType(CATEGORICAL).with_categories(column.categories)
         if column.kind == CATEGORICAL and (one.kind == CATEGORICAL or index not in tables.types)

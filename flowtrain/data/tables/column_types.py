@@ -239,7 +239,7 @@ _PART, _SHARE = 0.02, 0.2
 # a column looks positive if it has at least this skewness, and its logarithm has less than half of it
 _SKEWNESS = 1.5
 # a column looks like an interval if a part _NEAR at each end has more than _OFTEN times the rows of a uniform density.
-# Most columns that were scaled to [0, 1] have few rows there, and their ends do not bound other rows
+# Most columns that were scaled to [0, 1] have fewer rows there, and other rows can be outside of [0, 1]
 _NEAR, _OFTEN = 0.05, 0.5
 # smallest number of rows for a hint
 _LEAST_ROWS = 50

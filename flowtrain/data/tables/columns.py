@@ -172,7 +172,7 @@ class TextColumn:
             self.texts.add(cell.strip())
 
 
-# Advice on text in a column of another role than the samples, by the setting that names the column
+# advice on text in a column that data.columns cannot leave out, by the setting that names the column
 _TEXT_OF_ROLE = {
     "data.label": "Labels are whole numbers 0, 1, 2, ...; text can be a context instead, with data.context",
     "data.weights": "Weights are numbers; give another column as data.weights",
@@ -193,7 +193,7 @@ def advice_on_text(
         found: these columns.
         indices: the positions of all columns that were to be read.
         needed: see `flowtrain.data.tables.csv_reader.Chosen`.
-        frame: code that leaves the columns out, for rows in memory. Empty for a file.
+        frame: for rows in memory, an expression that leaves out the columns with text. Empty for a file.
 
     Example:
         >>> column = TextColumn(1, "sex", "text", "line 2", "m", 4, {"m", "f", "d", "x"})

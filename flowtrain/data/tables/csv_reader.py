@@ -50,8 +50,8 @@ class Chosen(NamedTuple):
     Attributes:
         indices: the positions of the columns in the file.
         text: the positions of the columns among these that may contain text.
-        needed: the positions of the columns among these that data.columns cannot leave out, with the settings that name
-            them. The setting is empty for a column that a trained flow needs.
+        needed: the columns among these that `data.columns` cannot leave out: the setting that names the column, by its
+            position. The setting is empty for a column that a trained flow needs.
     """
 
     indices: list[int]

@@ -120,7 +120,7 @@ def rows_and_labels(
 
 
 def _coded(x: Rows, name: str, categories: Mapping[int, Sequence[str | float]]) -> NDArray[np.float64] | None:
-    """Returns rows (n, d) with the codes of text in categorical columns; None for rows without text."""
+    """Returns rows (n, d) with codes in place of the text of categorical columns. None for rows without text."""
     if isinstance(x, Tensor) or (getattr(x, "dtype", None) is not None and x.dtype.kind in "biuf"):
         return None
     array = _object_array(x)
@@ -335,7 +335,7 @@ def _object_array(x: Rows) -> NDArray[Any] | None:
     except (ValueError, TypeError, RuntimeError, NotImplementedError):
         return None
     if array.dtype.kind == "U" and not isinstance(x, np.ndarray):
-        # a list of text and numbers
+        # in a list of text and numbers, the numbers stay numbers
         array = np.asarray(x, dtype=object)
     return array if array.dtype.kind in "OUS" and array.ndim else None
 

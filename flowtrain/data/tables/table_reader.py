@@ -428,7 +428,7 @@ def refuse_text(
         columns: the positions in the table of the columns that are used.
         text: the positions in the table of the columns that may contain text.
         needed: see `flowtrain.data.tables.csv_reader.Chosen`.
-        in_memory: whether the table was in memory, for the message.
+        in_memory: whether the rows were given in memory, for the message.
 
     Raises:
         DataError: another column contains text.
@@ -493,7 +493,7 @@ def check_finite(
         rows, of_rows = rows + int(each.any(1).sum()), of_rows + len(each)
         empty = empty or bool(np.isnan(block.values).any())
     total = int(by_column.sum())
-    # data.columns removes missing values only if they are in columns of the samples
+    # data.columns can leave out columns of the samples only
     lost = {index: name for index, name, n in zip(table.indices, table.columns, by_column, strict=True) if n}
     keep = [index for index in table.indices if index not in lost and index not in needed]
     context = [name for index, name in lost.items() if needed.get(index) == CONTEXT]
@@ -503,7 +503,7 @@ def check_finite(
     if context:
         others.append(f"leave {listed(context)} out of {CONTEXT}")
     if {needed.get(index, CONTEXT) for index in lost} != {CONTEXT}:
-        # labels and weights are needed, and so are all columns for a trained flow
+        # columns of labels and weights, and columns that a trained flow needs, cannot be left out
         others = []
     in_file = row if table.kept is None else int(table.kept.rows[row])
     cell = table.cells.get((in_file, column))
