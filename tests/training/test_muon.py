@@ -140,7 +140,8 @@ def test_matrices_between_hidden_layers_are_updated_by_muon() -> None:
     [
         ({"data": "moons"}, "muon"),
         ({"data": "rings"}, "muon"),
-        ({"data": "moons", "objective": "flow_matching"}, "adam"),
+        ({"data": "moons", "objective": "flow_matching"}, "muon"),
+        ({"data": "moons", "objective": "rectified"}, "adam"),
         ({"data": "moons", "objective": "hybrid"}, "muon"),
         ({"data": "moons", "model": "realnvp"}, "adam"),
         ({"data": "array", "model": "ffjord", "data.path": "x.csv"}, "muon"),
