@@ -209,9 +209,10 @@ text as categories with 'data.types={sex: categorical}'"
         words += f". Keep the other columns with {frame or as_option(keep)}" if keep else ". There are no other columns"
     if free and {c.kind for c in free} == {"text"} and len(free) <= _MOST_COLUMNS:
         keys = [c.name if re.fullmatch(r"[A-Za-z_]\w*", c.name) else str(c.index) for c in free]
-        words += (
-            f", or model the text as categories with 'data.types={{{','.join(f'{key}: categorical' for key in keys)}}}'"
-        )
+        option = f"'data.types={{{','.join(f'{key}: categorical' for key in keys)}}}'"
+        if frame:
+            option = f"overrides={{'data.types': {dict.fromkeys(keys, 'categorical')}}}"
+        words += f", or model the text as categories with {option}"
     for key in dict.fromkeys(needed[c.index] for c in found if c.index in needed):
         names = [c.name for c in found if needed.get(c.index) == key]
         words += f". {_TEXT_OF_ROLE[key].format(listed(names))}"
@@ -220,5 +221,6 @@ text as categories with 'data.types={sex: categorical}'"
     plain = len(texts) <= _MOST_TEXTS and not re.search(r"[\"'\\\n]", "".join(texts))
     if plain and {c.kind for c in found} == {"text"}:
         quoted = ",".join(f'"{text}"' for text in texts)
-        words += f". If the text stands for missing values, give 'data.na=[{quoted}]'"
+        option = f"overrides={{'data.na': {texts}}}" if frame else f"'data.na=[{quoted}]'"
+        words += f". If the text stands for missing values, give {option}"
     return words
