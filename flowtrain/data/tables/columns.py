@@ -185,7 +185,6 @@ def advice_on_text(
     found: Sequence[TextColumn],
     indices: Sequence[int],
     needed: Mapping[int, str] = MappingProxyType({}),
-    frame: str = "",
 ) -> str:
     """Names all columns with cells that are not numbers, and the options that leave them out.
 
@@ -193,7 +192,6 @@ def advice_on_text(
         found: these columns.
         indices: the positions of all columns that were to be read.
         needed: see `flowtrain.data.tables.csv_reader.Chosen`.
-        frame: code that leaves the columns out, for rows in memory. Empty for a file.
 
     Example:
         >>> column = TextColumn(1, "sex", "text", "line 2", "m", 4, {"m", "f", "d", "x"})
@@ -206,7 +204,7 @@ text as categories with 'data.types={sex: categorical}'"
     free = [c for c in found if c.index not in needed]
     if free:
         keep = [i for i in indices if i not in {*needed, *(c.index for c in found)}]
-        words += f". Keep the other columns with {frame or as_option(keep)}" if keep else ". There are no other columns"
+        words += f". Keep the other columns with {as_option(keep)}" if keep else ". There are no other columns"
     if free and {c.kind for c in free} == {"text"} and len(free) <= _MOST_COLUMNS:
         keys = [c.name if re.fullmatch(r"[A-Za-z_]\w*", c.name) else str(c.index) for c in free]
         words += (

@@ -214,7 +214,7 @@ def read_table(
         indices, text, _ = choose(path.columns, ())
         # a table in memory may be part of another table, with other positions
         needed = {path.indices[i]: key for i, key in needed.items()}
-        refuse_text(path, indices, text, needed, in_memory=True)
+        refuse_text(path, indices, text, needed)
         return _complete(path.only(indices), missing, needed)
     ending = ending_of(file)
     check_file(file)
@@ -420,7 +420,6 @@ def refuse_text(
     columns: Iterable[int],
     text: Collection[int] = (),
     needed: Mapping[int, str] = MappingProxyType({}),
-    in_memory: bool = False,
 ) -> None:
     """Checks that only some columns contain text.
 
@@ -428,7 +427,6 @@ def refuse_text(
         columns: the positions in the table of the columns that are used.
         text: the positions in the table of the columns that may contain text.
         needed: see `flowtrain.data.tables.csv_reader.Chosen`.
-        in_memory: whether the table was in memory, for the message.
 
     Raises:
         DataError: another column contains text.
@@ -445,11 +443,7 @@ def refuse_text(
             one.texts.update(words)
             found.append(one)
     if found:
-        frame = ""
-        if in_memory:
-            kept = [i for i in columns if table.indices[i] not in {*needed, *(one.index for one in found)}]
-            frame = f"{table.path}[{[table.columns[i] for i in kept]}]" if table.named else f"{table.path}[:, {kept}]"
-        advice = advice_on_text(found, [table.indices[i] for i in columns], needed, frame)
+        advice = advice_on_text(found, [table.indices[i] for i in columns], needed)
         raise DataError(f"{table.path}, column {found[0].name!r}: {found[0].first!r} is not a number. {advice}")
 
 
