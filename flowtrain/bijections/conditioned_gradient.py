@@ -17,7 +17,7 @@ from flowtrain.bijections.elementwise import Elementwise
 from flowtrain.nn.column_networks import ColumnNetwork, Layer, Parts, in_layers, in_turn, is_hooked, masked
 from flowtrain.nn.conditioners import MLP
 from flowtrain.nn.residual_mlp import MaskedLinear, MaskedMLP, ResidualMLP, is_matrix
-from flowtrain.utils.autograd import needs_autograd
+from flowtrain.utils.autograd import differentiable_vjp, needs_autograd
 
 # the networks with a hand-written gradient; a subclass may compute another function
 NETWORKS = (MLP, ResidualMLP, MaskedMLP)
@@ -195,16 +195,15 @@ class ToBase(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         """Computes the gradient by operations that autograd can differentiate and vmap can batch."""
         of: Conditioned = ctx.of
-        needed = ctx.needs_input_grad
-        with torch.enable_grad():
+
+        def evaluated(x: Tensor, weight: Tensor | None, *parts: Tensor | None) -> tuple[Tensor, Tensor]:
             a, b = of.split(x)
             theta = ctx.network.evaluated(bounded(a, of.input_bound), in_layers(parts), ctx.drops, nn.ReLU())
             if weight is not None:
                 b = b - F.linear(a, masked(weight, mask))
             z, log_slope = of.transform.to_base(b, theta)
-            answer = of.join(x, a, z), log_slope.sum(1)
-            which = [needed[0], needed[4], *needed[6:]]
-            wanted: Any = [v for v, n in zip([x, weight, *parts], which, strict=True) if n]
-            given = iter(torch.autograd.grad(answer, wanted, [grad, grad_log], create_graph=True))
-        found = [next(given) if n else None for n in which]
+            return of.join(x, a, z), log_slope.sum(1)
+
+        needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[4], *ctx.needs_input_grad[6:]]
+        found = differentiable_vjp(evaluated, [x, weight, *parts], needed, [grad, grad_log])
         return found[0], None, None, None, found[1], None, *found[2:]

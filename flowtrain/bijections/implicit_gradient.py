@@ -16,7 +16,7 @@ from flowtrain.bijections.conditioned_gradient import bounded
 from flowtrain.bijections.evaluation import TRANSFORMS
 from flowtrain.nn.column_networks import Parts, in_layers, in_turn, masked
 from flowtrain.nn.residual_mlp import MaskedLinear
-from flowtrain.utils.autograd import needs_autograd
+from flowtrain.utils.autograd import differentiable_vjp, needs_autograd
 
 if TYPE_CHECKING:
     from flowtrain.bijections.autoregressive import Autoregressive
@@ -98,18 +98,19 @@ class ToData(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         """Returns the gradient, computed by operations that autograd can differentiate and vmap can batch."""
         of: Autoregressive = ctx.of
-        layers, drops, needed = in_layers(parts), [None] * of.n_drops, ctx.needs_input_grad
+        drops, needed = [None] * of.n_drops, ctx.needs_input_grad
 
-        def theta(x: Tensor) -> Tensor:
-            return of.network.evaluated(bounded(x, of.input_bound), layers, drops, nn.ReLU())
+        def evaluated(z: Tensor, weight: Tensor | None, *parts: Tensor | None) -> tuple[Tensor, Tensor]:
+            layers = in_layers(parts)
 
-        def linear_term(x: Tensor) -> Tensor | None:
-            return None if weight is None else F.linear(x, masked(weight, mask))
+            def theta(x: Tensor) -> Tensor:
+                return of.network.evaluated(bounded(x, of.input_bound), layers, drops, nn.ReLU())
 
-        with torch.enable_grad():
-            answer = of.group_by_group(z, theta, linear_term)
-            which = [needed[0], needed[2], *needed[4:]]
-            wanted: Any = [v for v, n in zip([z, weight, *parts], which, strict=True) if n]
-            given = iter(torch.autograd.grad(answer, wanted, [grad, grad_log], create_graph=True, allow_unused=True))
-        found = [next(given) if n else None for n in which]
+            def linear_term(x: Tensor) -> Tensor | None:
+                return None if weight is None else F.linear(x, masked(weight, mask))
+
+            return of.group_by_group(z, theta, linear_term)
+
+        which = [needed[0], needed[2], *needed[4:]]
+        found = differentiable_vjp(evaluated, [z, weight, *parts], which, [grad, grad_log])
         return found[0], None, found[1], None, *found[2:]

@@ -10,7 +10,7 @@ from torch._C import _functorch
 
 from flowtrain.bijections.base import Bijection, check_sample, elements_per_channel, per_channel, var_mean, varies
 from flowtrain.utils.arguments import shape_of
-from flowtrain.utils.autograd import needs_autograd, transforms_active
+from flowtrain.utils.autograd import differentiable_vjp, needs_autograd, transforms_active
 from flowtrain.utils.errors import DataError
 
 # the smallest standard deviation that ActNorm divides a channel by
@@ -93,16 +93,12 @@ class _Normalize(torch.autograd.Function):
         ctx: Any, x: Tensor, shift: Tensor, log_scale: Tensor, grad: Tensor, grad_log: Tensor
     ) -> tuple[Tensor | None, ...]:
         """Computes the gradient by operations that autograd can differentiate and vmap can batch."""
-        needed = ctx.needs_input_grad
-        with torch.enable_grad():
+
+        def evaluated(x: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
             z = (x - _over(shift, x)) * _over((-log_scale).exp(), x)
-            log_det = (-_shared(log_scale, x) * log_scale.sum()).expand(len(x))
-            wanted = [v for v, n in zip((x, shift, log_scale), needed, strict=True) if n]
-            # without log_scale, log_det is a constant
-            answers = [(z, grad), (log_det, grad_log)][: 1 + needed[2]]
-            outputs, grads = zip(*answers, strict=True)
-            given = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
-        return tuple(next(given) if n else None for n in needed)
+            return z, (-_shared(log_scale, x) * log_scale.sum()).expand(len(x))
+
+        return tuple(differentiable_vjp(evaluated, [x, shift, log_scale], ctx.needs_input_grad, [grad, grad_log]))
 
 
 def _over(v: Tensor, x: Tensor) -> Tensor:

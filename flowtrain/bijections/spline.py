@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from flowtrain.bijections.elementwise import LOG2_E, Elementwise
-from flowtrain.utils.autograd import transforms_active
+from flowtrain.utils.autograd import differentiable_vjp, transforms_active
 from flowtrain.utils.errors import FlowtrainError
 
 
@@ -341,13 +341,8 @@ class _ToBase(torch.autograd.Function):
     @staticmethod
     def by_autograd(ctx: Any, grad_z: Tensor, grad_log: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Computes the gradient by operations that autograd can differentiate and vmap can batch."""
-        wanted = ctx.needs_input_grad[:2]
-        with torch.enable_grad():
-            inputs = ctx.saved_tensors[:2]
-            given = [v for v, needed in zip(inputs, wanted, strict=True) if needed]
-            answer = ctx.spline.evaluated(*inputs)
-            found = iter(torch.autograd.grad(answer, given, [grad_z, grad_log], create_graph=True))
-        x, theta = (next(found) if needed else None for needed in wanted)
+        inputs, needed = ctx.saved_tensors[:2], ctx.needs_input_grad[:2]
+        x, theta = differentiable_vjp(ctx.spline.evaluated, inputs, needed, [grad_z, grad_log])
         return x, theta, None
 
 

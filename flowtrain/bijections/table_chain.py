@@ -23,7 +23,7 @@ from flowtrain.bijections.linear import InvertibleLinear, Permutation
 from flowtrain.bijections.scale import ActNorm
 from flowtrain.nn.column_networks import Layer, Parts, in_layers, in_turn
 from flowtrain.ode import AS_CONFIGURED, SolveOptions
-from flowtrain.utils.autograd import needs_autograd
+from flowtrain.utils.autograd import differentiable_vjp, needs_autograd
 from flowtrain.utils.precision import full_precision
 
 # the most columns of a table for which one matrix is faster than its factors. Both parts of an autoregressive map are
@@ -332,8 +332,10 @@ class _ToBase(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         """Computes the gradient by operations that autograd can differentiate and vmap can batch."""
         plan: Plan = ctx.plan
-        needed = ctx.needs_input_grad
-        with torch.enable_grad():
+
+        def evaluated(
+            x: Tensor, first: Tensor, further: Tensor, last: Tensor, *parts: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
             one = torch.ones_like(x[:, :1])
             before, log_det = torch.cat([x, one], 1), torch.zeros_like(x[:, 0])
             for i, network in enumerate(plan.networks(parts)):
@@ -344,10 +346,10 @@ class _ToBase(torch.autograd.Function):
                 theta = layer.network.evaluated(inputs, network, [None] * layer.n_drops, nn.ReLU())
                 z, log_slope = layer.transform.to_base(b, theta)
                 before, log_det = torch.cat([a, z, one], 1), log_det + log_slope.sum(1)
-            which = [needed[0], *needed[2:]]
-            wanted: Any = [v for v, n in zip([x, first, further, last, *parts], which, strict=True) if n]
-            given = iter(torch.autograd.grad((before @ last.T, log_det), wanted, [grad, grad_log], create_graph=True))
-        g_x, *others = [next(given) if n else None for n in which]
+            return before @ last.T, log_det
+
+        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
+        g_x, *others = differentiable_vjp(evaluated, [x, first, further, last, *parts], needed, [grad, grad_log])
         return g_x, None, *others
 
 

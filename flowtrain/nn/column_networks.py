@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _functorch
 
-from flowtrain.utils.autograd import transforms_active
+from flowtrain.utils.autograd import differentiable_vjp, transforms_active
 from flowtrain.utils.products import columns_product, product
 
 # a weight (m, k), its mask or None, and its bias (m,)
@@ -183,12 +183,12 @@ class ColumnFunction(torch.autograd.Function):
     @staticmethod
     def by_autograd(ctx: Any, x: Tensor, parts: Parts, grad: Tensor) -> tuple[Any, ...]:
         """Computes the gradient by operations that autograd can differentiate and vmap can batch."""
-        wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
-        with torch.enable_grad():
-            inputs: Any = [v for v, needed in zip([x, *parts], wanted, strict=True) if needed]
-            answer = ctx.network.evaluated(x, in_layers(parts), ctx.drops, nn.ReLU())
-            given = iter(torch.autograd.grad(answer, inputs, grad, create_graph=True))
-        g_x, *rest = (next(given) if needed else None for needed in wanted)
+
+        def evaluated(x: Tensor, *parts: Tensor | None) -> list[Tensor]:
+            return [ctx.network.evaluated(x, in_layers(parts), ctx.drops, nn.ReLU())]
+
+        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
+        g_x, *rest = differentiable_vjp(evaluated, [x, *parts], needed, [grad])
         return g_x, None, None, *rest
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch
 
-from flowtrain.utils.autograd import needs_autograd
+from flowtrain.utils.autograd import differentiable_vjp, needs_autograd
 from flowtrain.utils.products import has_onednn, product
 
 # the most channels of images for which products are faster than the convolutions of torch
@@ -87,17 +87,16 @@ class ConvColumns(torch.autograd.Function):
         ctx: Any, x: Tensor, places: Tensor | None, parts: Sequence[Tensor], grad: Tensor
     ) -> tuple[Any, ...]:
         """Computes the gradient by operations that autograd can differentiate and vmap can batch."""
-        needed = ctx.needs_input_grad
-        with torch.enable_grad():
+
+        def evaluated(x: Tensor, places: Tensor | None, *parts: Tensor) -> list[Tensor]:
             h = F.conv2d(x, parts[0], parts[1], padding=1)
             if places is not None:
                 h = h + places
             for weight, bias in zip(parts[2:-2:2], parts[3:-2:2], strict=True):
                 h = F.conv2d(h.relu(), weight, bias)
-            y = F.conv2d(h.relu(), parts[-2], parts[-1], padding=1)
-            wanted: Any = [v for v, n in zip((x, places, *parts), needed, strict=True) if n]
-            given = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-        return tuple(next(given) if n else None for n in needed)
+            return [F.conv2d(h.relu(), parts[-2], parts[-1], padding=1)]
+
+        return tuple(differentiable_vjp(evaluated, [x, places, *parts], ctx.needs_input_grad, [grad]))
 
 
 def _channels_last(gradient: Tensor, weight: Tensor) -> Tensor:

@@ -263,7 +263,8 @@ class MLPField(LayeredField[TimedLinear]):
 
     def recorder(self, shift: Tensor | None = None) -> "MLPRecorder | None":
         # a subclass may compute another function
-        return MLPRecorder(self, shift) if type(self) is MLPField and self.has_known_layers() else None
+        own = type(self) is MLPField and self.has_known_layers() and not is_hooked(self)
+        return MLPRecorder(self, shift) if own else None
 
 
 def _is_parametrized(module: nn.Module) -> bool:

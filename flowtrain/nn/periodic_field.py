@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flowtrain.nn.column_networks import is_hooked
 from flowtrain.nn.mlp_field import MLPField, MLPRecorder
 from flowtrain.nn.mlp_kernels import MLPTape
 from flowtrain.utils.circle import circular_indices
@@ -77,7 +78,8 @@ class PeriodicField(MLPField):
 
     def recorder(self, shift: Tensor | None = None) -> "PeriodicRecorder | None":
         # a subclass may compute another function
-        return PeriodicRecorder(self, shift) if type(self) is PeriodicField and self.has_known_layers() else None
+        own = type(self) is PeriodicField and self.has_known_layers() and not is_hooked(self)
+        return PeriodicRecorder(self, shift) if own else None
 
 
 class PeriodicRecorder(MLPRecorder):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowtrain.nn.column_networks import is_hooked
 from flowtrain.nn.conditioners import embedded
 from flowtrain.utils.arguments import one_of
 from flowtrain.utils.autograd import transforms_active
@@ -233,7 +234,10 @@ def field_jvp(field: nn.Module, t: Tensor, x: Tensor, tangents: Tensor, event_di
     Returns:
         v with the shape of x, and J e (k, *x.shape).
     """
-    return field.jvp(t, x, tangents) if isinstance(field, Field) else jvp_by_autograd(field, t, x, tangents, event_dims)
+    # only a call of a field runs its hooks
+    if isinstance(field, Field) and not is_hooked(field):
+        return field.jvp(t, x, tangents)
+    return jvp_by_autograd(field, t, x, tangents, event_dims)
 
 
 def jvp_by_autograd(
@@ -394,6 +398,9 @@ class Given(Field):
         return v
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        if is_hooked(self.field):
+            of_rows = self.shift.expand(*x.shape[: x.dim() - self.event_dims], -1).flatten(0, -2)
+            return jvp_by_autograd(lambda t, x: self.field(t, x, of_rows), t, x, tangents, self.event_dims)
         return self.field.jvp(t, x, tangents, self.shift)
 
     def recorder(self) -> Any:

@@ -32,8 +32,11 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+# YAML 1.1 reads 1:3 as the number 63 of base 60. In data.columns it is a range
+for _first in "-+0123456789":
+    _Loader.yaml_implicit_resolvers[_first].insert(0, ("tag:yaml.org,2002:str", re.compile(r"[-+]?[0-9]+(:[0-9]+)+$")))
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def options(group: str, folders: Sequence[Path]) -> list[str]:
 
 
 def read_yaml(text: str) -> Any:
-    """Parses YAML, with numbers as Hydra reads them.
+    """Parses YAML, with numbers and ranges as Hydra reads them.
 
     Raises:
         ConfigError: the text is not valid YAML.
@@ -91,6 +94,8 @@ def read_yaml(text: str) -> Any:
     Example:
         >>> read_yaml("[1e-3, null, a]")
         [0.001, None, 'a']
+        >>> read_yaml("[1:3, 5]")  # data.columns
+        ['1:3', 5]
     """
     try:
         return yaml.load(text, _Loader)

@@ -272,8 +272,11 @@ def train(
     kind = _kind(flow)
     where = flow.like.device if device is None else device
     settings = {**source.settings, "model": kind, "seed": seed, "device": str(where)}
+    picked = "data.columns" in flattened(as_mapping(overrides))
     if source.tables:
-        settings |= _data_settings(flow, source, "data.columns" in flattened(as_mapping(overrides)))
+        settings |= _data_settings(flow, source, picked)
+    elif "data.path" in settings:
+        settings |= _types_in_file(flow, source, picked)
     composed = _composed(settings, steps, minutes, overrides, ("model", "solver"), source.held_keys)
     composed.config["model"] = {"name": kind}
     if run_dir is not None:
@@ -497,6 +500,15 @@ def _kind(flow: Flow) -> str:
     name = None if flow.record is None else flow.record.config["model"].get("name")
     known = name in options("model", [config_dir()]) and name != AUTO
     return str(name) if known else CONTINUOUS if flow.ode_blocks else DISCRETE
+
+
+def _types_in_file(flow: Flow, source: Source, picked: bool) -> dict[str, Any]:
+    """Returns the types of the columns of a file, by name. Without names, all columns must belong to the samples."""
+    names: Sequence[str | int] = () if flow.record is None else flow.record.samples.columns
+    if not names and not picked and not any(f"data.{role}" in source.settings for role in ROLES):
+        names = range(len(flow.types))
+    types = {str(name): str(one) for name, one in zip(names, flow.types, strict=False)}
+    return {"data.types": types} if types else {}
 
 
 def _data_settings(flow: Flow, source: Source, picked: bool) -> dict[str, Any]:

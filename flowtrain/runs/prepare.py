@@ -228,7 +228,13 @@ def _for_trained(data: Dataset, saved: Mapping[str, Any] | None, given: Parts) -
         if given.flow is None or given.initialize:
             return data
         if given.flow.record is not None:
-            _warn_if_changed("flow: since it was trained", given.flow.record.samples, data.samples)
+            before = given.flow.record.samples
+            if before.columns != data.columns and sorted(before.columns) == sorted(data.columns):
+                raise DataError(
+                    f"the flow was trained on the columns {listed(before.columns)}, but x has them in the order "
+                    f"{listed(data.columns)}: give overrides={{'data.columns': {list(before.columns)}}}"
+                )
+            _warn_if_changed("flow: since it was trained", before, data.samples)
         return with_context(data, given.flow.context)
     before = load.samples_of(saved)
     if isinstance(data, TargetData):

@@ -114,9 +114,10 @@ class Muon(Adam):
 def hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
     """Returns the weights that `Muon` updates by orthogonal matrices: square matrices of linear layers.
 
-    These are the matrices between hidden layers of equal widths. The first and the last matrix of a network, and the
-    factors of invertible matrices, are updated by Adam. This gives a lower NLL, see "Optimizers of flows on tables" in
-    scripts/bench/README.md.
+    These are the matrices between hidden layers of equal widths. The matrix W of a map with an `input_bound` is
+    also square in autoregressive maps, and in couplings of equal halves. The first and the last matrix of a
+    network, unless they are square, and the factors of invertible matrices are updated by Adam. This gives a lower
+    NLL, see "Optimizers of flows on tables" in scripts/bench/README.md.
     """
     weights = [m.weight for m in module.modules() if isinstance(m, nn.Linear) and isinstance(m.weight, nn.Parameter)]
     found = {id(p): p for p in weights if p.shape[0] == p.shape[1] >= LEAST_SIDE}

@@ -5,7 +5,7 @@ A hand-written gradient (`torch.autograd.Function`) computes outside of autograd
 use ordinary differentiable operations instead.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -49,6 +49,38 @@ def plain_max(x: Tensor) -> float:
     """Returns the largest of `plain_values(x)`; NaN if one of them is NaN."""
     x = plain_values(x)
     return float(x.max() if x.dim() else x)
+
+
+def differentiable_vjp(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    cotangents: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Computes the gradients of a function by operations that autograd can differentiate and vmap can batch.
+
+    Args:
+        function: returns the outputs for the inputs.
+        inputs: the inputs. An input may be a function of other inputs.
+        needed: whether the gradient of each input is needed.
+        cotangents: the cotangent of each output.
+
+    Returns:
+        The gradient of each input at fixed other inputs, or None.
+
+    Example:
+        >>> x = torch.tensor(3.0, requires_grad=True)
+        >>> differentiable_vjp(lambda x, y: [x * y], [x, 2 * x], [True, True], [torch.tensor(1.0)])[0].item()
+        6.0
+    """
+    with torch.enable_grad():
+        # without new tensors, the gradient of x would include the path through y, if y is a function of x
+        own: Any = [v.view_as(v) if v is not None and n else v for v, n in zip(inputs, needed, strict=True)]
+        pairs = [(y, c) for y, c in zip(function(*own), cotangents, strict=True) if y.requires_grad]
+        outputs, of_outputs = zip(*pairs, strict=True)
+        wanted = [v for v, n in zip(own, needed, strict=True) if n]
+        found = iter(torch.autograd.grad(outputs, wanted, of_outputs, create_graph=True, allow_unused=True))
+    return [next(found) if n else None for n in needed]
 
 
 def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:

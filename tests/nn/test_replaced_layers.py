@@ -1,6 +1,7 @@
 """Networks with layers that a user has replaced: the hand-written kernels are used only for layers that they know."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -134,3 +135,26 @@ def test_a_convolutional_network_calls_a_hooked_activation() -> None:
         before = net(x)
         net.activation.register_forward_hook(lambda _, inputs, y: 2 * y)
         torch.testing.assert_close(net(x) - net.last.bias.view(-1, 1, 1), 2 * (before - net.last.bias.view(-1, 1, 1)))
+
+
+@pytest.mark.parametrize("options", [{}, {"circular": [0]}, {"context": 2}])
+def test_log_prob_and_its_gradient_use_the_hooks_of_a_field(options: dict[str, Any]) -> None:
+    flow = models.ffjord(2, hidden=[6], **options).eval()
+    for p in flow.parameters():
+        nn.init.normal_(p, std=0.4)
+    context = torch.randn(4, 2) if "context" in options else None
+    [field] = [m for m in flow.modules() if isinstance(m, MLPField)]
+    # the field v(t, x) / 2 is also the field with a last layer of half the size
+    halved = deepcopy(flow)
+    [other] = [m for m in halved.modules() if isinstance(m, MLPField)]
+    for p in (other.layers[-1].linear.weight, other.layers[-1].linear.bias, other.layers[-1].shift.weight):
+        p.data.mul_(0.5)
+    field.register_forward_hook(lambda _, inputs, y: 0.5 * y)
+    x = torch.randn(4, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(flow.log_prob(x, context), halved.log_prob(x, context), rtol=1e-4, atol=1e-4)
+    gradients = []
+    for one in (flow.train(), halved.train()):
+        x.requires_grad_()
+        gradients += torch.autograd.grad(one.log_prob(x, context).sum(), x)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)

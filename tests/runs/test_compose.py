@@ -3,7 +3,7 @@
 import pytest
 
 from flowtrain.cli.config_files import compose_defaults
-from flowtrain.runs.compose import COMMAND_KEYS, compose, options
+from flowtrain.runs.compose import COMMAND_KEYS, compose, options, read_yaml
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.files import config_dir
 
@@ -54,3 +54,8 @@ def test_recipes_list_the_keys_that_they_set() -> None:
         "trainer.batch_size",
         "trainer.steps",
     }
+
+
+@pytest.mark.parametrize("text", ["1:3", "0:2", "10:20", "1e3abc"])
+def test_ranges_of_columns_and_words_with_digits_are_text(text: str) -> None:
+    assert read_yaml(text) == text

@@ -190,3 +190,28 @@ def test_fit_warns_of_rows_that_the_flow_may_have_seen(fitted: Flow, caplog: pyt
 
     assert warned(columns(140))
     assert not warned(columns())
+
+
+def test_fit_keeps_the_types_for_a_file(fitted: Flow, tmp_path: Path) -> None:
+    path = csv(tmp_path / "a.csv", columns())
+    again = flowtrain.fit(path, flow=fitted, context=["colour"], steps=2, progress=False)
+    assert again.types == fitted.types
+
+
+def test_fit_keeps_the_types_for_a_file_without_names(tmp_path: Path) -> None:
+    np.savetxt(path := tmp_path / "a.txt", np.random.default_rng(0).exponential(size=(90, 2)))
+    flow = flowtrain.fit(path, model="affine", steps=2, progress=False, overrides={"data.types": {"1": "positive"}})
+    assert flowtrain.fit(path, flow=flow, steps=2, progress=False).types == flow.types
+
+
+def test_fit_refuses_the_columns_of_a_file_in_another_order(tmp_path: Path) -> None:
+    """The flow would be trained on other columns. The message names the option that puts them in order."""
+    rng = np.random.default_rng(0)
+    table = {"x": rng.normal(size=90), "y": 100 + rng.normal(size=90)}
+    flow = flowtrain.fit(csv(tmp_path / "a.csv", table), model="affine", steps=2, progress=False)
+    path = csv(tmp_path / "b.csv", dict(reversed(table.items())))
+    with pytest.raises(DataError, match=r"'data.columns': \['x', 'y'\]"):
+        flowtrain.fit(path, flow=flow, steps=2, progress=False)
+    again = flowtrain.fit(path, flow=flow, steps=2, progress=False, overrides={"data.columns": ["x", "y"]})
+    assert again.record is not None
+    assert again.record.samples.columns == ("x", "y")

@@ -185,7 +185,7 @@ def advice_on_text(
     found: Sequence[TextColumn],
     indices: Sequence[int],
     needed: Mapping[int, str] = MappingProxyType({}),
-    frame: str = "",
+    in_memory: bool = False,
 ) -> str:
     """Names all columns with cells that are not numbers, and the options that leave them out.
 
@@ -193,7 +193,7 @@ def advice_on_text(
         found: these columns.
         indices: the positions of all columns that were to be read.
         needed: see `flowtrain.data.tables.csv_reader.Chosen`.
-        frame: for rows in memory, an expression that leaves out the columns with text. Empty for a file.
+        in_memory: whether the rows were given in memory, so that the options are Python arguments.
 
     Example:
         >>> column = TextColumn(1, "sex", "text", "line 2", "m", 4, {"m", "f", "d", "x"})
@@ -201,18 +201,20 @@ def advice_on_text(
         "Not numbers: column 'sex' (text in 4 cells). Keep the other columns with 'data.columns=[0,2]', or model the \
 text as categories with 'data.types={sex: categorical}'"
     """
+
+    def given(option: str) -> str:
+        return f"overrides=[{option}]" if in_memory else option
+
     each = [f"{c.name!r} ({c.kind} in {counted(c.count, 'cell')})" for c in found[:_MOST_COLUMNS]]
     words = f"Not numbers: column{'s' * (len(found) > 1)} {first_of(each, len(found))}"
     free = [c for c in found if c.index not in needed]
     if free:
         keep = [i for i in indices if i not in {*needed, *(c.index for c in found)}]
-        words += f". Keep the other columns with {frame or as_option(keep)}" if keep else ". There are no other columns"
+        words += f". Keep the other columns with {given(as_option(keep))}" if keep else ". There are no other columns"
     if free and {c.kind for c in free} == {"text"} and len(free) <= _MOST_COLUMNS:
         keys = [c.name if re.fullmatch(r"[A-Za-z_]\w*", c.name) else str(c.index) for c in free]
         option = f"'data.types={{{','.join(f'{key}: categorical' for key in keys)}}}'"
-        if frame:
-            option = f"overrides={{'data.types': {dict.fromkeys(keys, 'categorical')}}}"
-        words += f", or model the text as categories with {option}"
+        words += f", or model the text as categories with {given(option)}"
     for key in dict.fromkeys(needed[c.index] for c in found if c.index in needed):
         names = [c.name for c in found if needed.get(c.index) == key]
         words += f". {_TEXT_OF_ROLE[key].format(listed(names))}"
@@ -221,6 +223,6 @@ text as categories with 'data.types={sex: categorical}'"
     plain = len(texts) <= _MOST_TEXTS and not re.search(r"[\"'\\\n]", "".join(texts))
     if plain and {c.kind for c in found} == {"text"}:
         quoted = ",".join(f'"{text}"' for text in texts)
-        option = f"overrides={{'data.na': {texts}}}" if frame else f"'data.na=[{quoted}]'"
-        words += f". If the text stands for missing values, give {option}"
+        option = f"'data.na=[{quoted}]'"
+        words += f". If the text stands for missing values, give {given(option)}"
     return words

@@ -437,16 +437,16 @@ def refuse_text(
     for i in columns:
         texts = table.labels.get(table.indices[i])
         if texts and i not in text:
-            one = TextColumn(table.indices[i], table.columns[i], "text", table.row_name(0), texts[0], len(table.values))
-            one.texts.update(texts)
+            # cells with numbers are not the cause, unless there are no others
+            words = [text for text in texts if math.isnan(_number(text))] or list(texts)
+            rows = np.isin(table.values[:, i], [texts.index(text) for text in words])
+            place = table.row_name(int(rows.argmax()) if len(rows) else 0)
+            one = TextColumn(table.indices[i], table.columns[i], "text", place, words[0], int(rows.sum()))
+            one.texts.update(words)
             found.append(one)
     if found:
-        frame = ""
-        if in_memory:
-            kept = [i for i in columns if table.indices[i] not in {*needed, *(one.index for one in found)}]
-            frame = f"{table.path}[{[table.columns[i] for i in kept]}]" if table.named else f"{table.path}[:, {kept}]"
-        words = advice_on_text(found, [table.indices[i] for i in columns], needed, frame)
-        raise DataError(f"{table.path}, column {found[0].name!r}: {found[0].first!r} is not a number. {words}")
+        advice = advice_on_text(found, [table.indices[i] for i in columns], needed, in_memory)
+        raise DataError(f"{table.path}, column {found[0].name!r}: {found[0].first!r} is not a number. {advice}")
 
 
 def _by_column(table: Table, counts: NDArray[np.int64], first: Sequence[str] = ()) -> str:

@@ -326,4 +326,24 @@ def test_fit_reads_typed_files(tmp_path: Path) -> None:
 
 def test_frame_names_all_columns_of_text(refused: Refused) -> None:
     frame = pl.DataFrame({"a": [1.0, 2.0], "who": ["x", "y"], "b": [1, 2], "what": ["u", "v"]})
-    refused(lambda: fitted(frame), DataError, ["'x'", "'who'", "'what'", "['a', 'b']"])
+    refused(lambda: fitted(frame), DataError, ["'x'", "'who'", "'what'", "data.columns=[0,2]"])
+
+
+def test_the_message_on_text_in_memory_is_about_the_cells_that_are_not_numbers() -> None:
+    rows = np.random.default_rng(0).normal(size=(60, 2)).astype(object)
+    rows[3, 0] = "oops"
+    with pytest.raises(DataError, match=r"'oops' is not a number.*in 1 cell") as caught:
+        flowtrain.fit(rows, model="affine", steps=2, progress=False)
+    assert 'data.na=["oops"]' in str(caught.value)
+    overrides = ["data.na=[oops]", "data.missing=drop"]
+    flowtrain.fit(rows, model="affine", steps=2, progress=False, overrides=overrides)
+
+
+def test_the_advice_on_text_in_memory_keeps_the_column_of_weights() -> None:
+    rows = np.random.default_rng(0).exponential(size=(60, 4)).astype(object)
+    rows[3, 0] = "oops"
+    keys: dict[str, Any] = {"model": "affine", "weights": 3, "steps": 2, "progress": False}
+    with pytest.raises(DataError) as caught:
+        flowtrain.fit(rows, **keys)
+    [advice] = re.findall(r"'(data\.columns=[^']*)'", str(caught.value))
+    assert flowtrain.fit(rows, overrides=[advice], **keys).event_shape == (2,)
