@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import Run
+from torch import Tensor
+from torch.nn import functional
 
 import flowtrain
 from flowtrain import ode
 from flowtrain.bijections.continuous import Continuous
 from flowtrain.flow import Flow
+from flowtrain.nn import conditioners, residual_mlp
 from flowtrain.ode.tableaus import TABLEAUS
 from flowtrain.training import checkpoint
 
@@ -32,7 +35,7 @@ TORCHDIFFEQ_ENGINE = "flowtrain.ode.torchdiffeq_engine"
 # compared keys of a train row in metrics.jsonl
 TRAIN_KEYS = ("nll", "lr", "grad_norm", "rtol", "atol")
 
-pytestmark = pytest.mark.usefixtures("float32", "shared_steps")
+pytestmark = pytest.mark.usefixtures("float32", "shared_steps", "factors_of_torch")
 
 
 @pytest.fixture
@@ -40,6 +43,17 @@ def shared_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the rows of a batch share the steps of adaptive solvers, as in the versions that made the goldens."""
     problem = Continuous._problem
     monkeypatch.setattr(Continuous, "_problem", lambda *arguments: replace(problem(*arguments), rows=None))
+
+
+@pytest.fixture
+def factors_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets torch draw the factors of dropout, as in the versions that made the goldens."""
+
+    def drawn(rate: float, width: int, x: Tensor) -> Tensor | None:
+        return functional.dropout(x.new_ones(len(x), width), rate).T if rate else None
+
+    for module in (conditioners, residual_mlp):
+        monkeypatch.setattr(module, "dropout_factors", drawn)
 
 
 class Golden:

@@ -90,11 +90,20 @@ class Conditioned(Bijection):
         assert isinstance(net, MLP | ResidualMLP)
         return net.n_drops
 
-    def plain_layers(self, x: Tensor) -> list[Layer] | None:
+    def drops(self, x: Tensor) -> list[Tensor | None]:
+        """Draws the factors of dropout of the conditioner, each (width, B), for vectors x (B, d)."""
+        net = self.conditioner
+        assert isinstance(net, MLP | ResidualMLP)
+        return net.drops(x)
+
+    def plain_layers(self, x: Tensor, dropout: bool = False) -> list[Layer] | None:
         """Returns the linear layers of the conditioner for vectors x, or None if there is no hand-written gradient.
 
-        A hand-written gradient exists for networks in NETWORKS without context, dropout and hooks, for transforms with
-        a gradient and without hooks, and for vectors of the dtype of the network without angles.
+        A hand-written gradient exists for networks in NETWORKS without context and hooks, for transforms with a
+        gradient and without hooks, and for vectors of the dtype of the network without angles.
+
+        Args:
+            dropout: whether hidden units may be dropped, see `drops`. If not, the result is None when they are.
         """
         net, linear = self.conditioner, self.linear
         if (
@@ -105,7 +114,7 @@ class Conditioned(Bijection):
         ):
             return None
         assert isinstance(net, MLP | ResidualMLP)
-        layers = net.plain_layers()
+        layers = net.plain_layers(dropout)
         if layers is None or layers[0][0].dtype != x.dtype or (linear is not None and not is_matrix(linear)):
             return None
         return layers
@@ -131,10 +140,10 @@ class Conditioned(Bijection):
         if x.dim() != 2 or context is not None or not x.numel() or needs_autograd(x):
             return None
         # a subclass may override other methods
-        layers = self.plain_layers(x) if "gradient_of_split" in vars(type(self)) else None
+        layers = self.plain_layers(x, dropout=True) if "gradient_of_split" in vars(type(self)) else None
         if layers is None:
             return None
-        drops = [None] * self.n_drops
+        drops = self.drops(x)
         weight = None if self.linear is None else self.linear.weight
         mask = self.linear.mask if isinstance(self.linear, MaskedLinear) else None
         return ToBase.apply(x, self, self.network, drops, weight, mask, *in_turn(layers))  # type: ignore[no-untyped-call,no-any-return]
@@ -153,7 +162,7 @@ class ToBase(torch.autograd.Function):
         x: Tensor,
         of: Conditioned,
         network: type[ColumnNetwork],
-        drops: list[None],
+        drops: list[Tensor | None],
         weight: Tensor | None,
         mask: Tensor | None,
         *parts: Tensor | None,

@@ -38,9 +38,9 @@ class TableChain(Chain):
     """A `Chain` of bijections of vectors, whose inverse is faster for chains of the following form.
 
     The chain consists of couplings of one class, with ActNorms, invertible linear maps and permutations between them.
-    Or it consists of autoregressive maps with invertible linear maps between them. There is no context and no dropout,
-    and the vectors have at most MOST_COLUMNS or MOST_AUTOREGRESSIVE elements. Other chains are computed as a `Chain`.
-    The results differ only by rounding.
+    Or it consists of autoregressive maps with invertible linear maps between them. There is no context, and the
+    vectors have at most MOST_COLUMNS or MOST_AUTOREGRESSIVE elements. Other chains are computed as a `Chain`. The
+    results differ only by rounding.
 
     Example:
         >>> from flowtrain.nn.conditioners import MLP
@@ -79,7 +79,7 @@ class TableChain(Chain):
             kind = type(bijection)
             if kind in CONDITIONED and (not layers or kind is type(layers[0])):
                 assert isinstance(bijection, Conditioned)
-                network = bijection.plain_layers(x)
+                network = bijection.plain_layers(x, dropout=True)
                 if network is None:
                     return None
                 layers.append(bijection)
@@ -96,7 +96,7 @@ class TableChain(Chain):
             between, log_det = _linear_parts(stages, x)
             matrices = _matrices(layers, between)
         kept = [_size_of_a(layer, x.shape[1]) for layer in layers]
-        plan = Plan(layers, depths, kept, torch.is_grad_enabled())
+        plan = Plan(layers, depths, kept, [layer.drops(x) for layer in layers], torch.is_grad_enabled())
         for norm in first_norms:
             x, of_norm = norm.inverse(x)
             log_det = log_det + of_norm
@@ -111,12 +111,14 @@ class Plan(NamedTuple):
         layers: the layers.
         depths: the number of linear layers of each conditioner.
         kept: the size of part a of each layer.
+        drops: the factors of dropout of each conditioner.
         is_differentiated: whether autograd may need the gradient.
     """
 
     layers: list[Conditioned]
     depths: list[int]
     kept: list[int]
+    drops: list[list[Tensor | None]]
     is_differentiated: bool
 
     def networks(self, parts: Parts) -> list[list[Layer]]:
@@ -273,7 +275,7 @@ class _ToBase(torch.autograd.Function):
             _product(further[i - 1] if i else first, before, y)
             b = y[plan.kept[i] :]
             inputs, tanh = layer.network_inputs(y[: plan.kept[i]])
-            theta, hidden = layer.network.values(inputs, network, [None] * layer.n_drops)
+            theta, hidden = layer.network.values(inputs, network, plan.drops[i])
             z, log_slope, of_transform = layer.transform.columns_to_base(b, theta)
             b.copy_(z)
             log_slopes.append(log_slope)
@@ -305,7 +307,7 @@ class _ToBase(torch.autograd.Function):
             of_network, of_transform = kept[2 * i], kept[2 * i + 1]
             n_inputs = 1 + (layer.input_bound is not None)
             g_b, g_theta = layer.transform.columns_gradient(of_transform, g_y[n:], grad_log)
-            drops = [None] * layer.n_drops
+            drops = plan.drops[i]
             g_a, of_parts = layer.network.gradient(g_theta, of_network[0], of_network[n_inputs:], networks[i], drops)
             if layer.input_bound is not None:
                 g_a = torch.ops.aten.tanh_backward(g_a, of_network[1])
@@ -343,7 +345,7 @@ class _ToBase(torch.autograd.Function):
                 y = before @ (further[i - 1] if i else first).T
                 a, b = y[:, : plan.kept[i]], y[:, plan.kept[i] :]
                 inputs = bounded(a, layer.input_bound)
-                theta = layer.network.evaluated(inputs, network, [None] * layer.n_drops, nn.ReLU())
+                theta = layer.network.evaluated(inputs, network, plan.drops[i], nn.ReLU())
                 z, log_slope = layer.transform.to_base(b, theta)
                 before, log_det = torch.cat([a, z, one], 1), log_det + log_slope.sum(1)
             return before @ last.T, log_det

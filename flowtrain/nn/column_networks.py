@@ -18,7 +18,7 @@ from flowtrain.utils.products import columns_product, product
 
 # a weight (m, k), its mask or None, and its bias (m,)
 Layer = tuple[Tensor, Tensor | None, Tensor]
-# for each residual block, the factors of dropout, (B, width), or None
+# for each hidden layer of `Plain` and each block of `Residual`, the factors of dropout, (width, B), or None
 Drops = Sequence[Tensor | None]
 # the parts of all layers in turn
 Parts = Sequence[Tensor | None]
@@ -49,21 +49,24 @@ class ColumnNetwork(ABC):
 
 
 class Plain(ColumnNetwork):
-    """Linear layers with an activation between them. There are no factors of dropout."""
+    """Linear layers, with an activation and dropout between them."""
 
     @staticmethod
     def evaluated(x: Tensor, layers: Sequence[Layer], drops: Drops, f: nn.Module) -> Tensor:
-        for weight, mask, bias in layers[:-1]:
+        for (weight, mask, bias), drop in zip(layers[:-1], drops, strict=True):
             x = f(F.linear(x, masked(weight, mask), bias))
+            x = x if drop is None else x * drop.T
         weight, mask, bias = layers[-1]
         return F.linear(x, masked(weight, mask), bias)
 
     @staticmethod
     def values(x: Tensor, layers: Sequence[Layer], drops: Drops) -> tuple[Tensor, list[Tensor]]:
         hidden: list[Tensor] = []
-        for weight, mask, bias in layers[:-1]:
-            hidden.append(columns_product(masked(weight, mask), bias, x.T).relu_())
-            x = hidden[-1]
+        for (weight, mask, bias), drop in zip(layers[:-1], drops, strict=True):
+            x = columns_product(masked(weight, mask), bias, x.T).relu_()
+            if drop is not None:
+                x.mul_(drop)
+            hidden.append(x)
         weight, mask, bias = layers[-1]
         return columns_product(masked(weight, mask), bias, x.T), hidden
 
@@ -73,8 +76,10 @@ class Plain(ColumnNetwork):
     ) -> tuple[Tensor, list[Tensor | None]]:
         found: list[Tensor | None] = []
         gradients = found if of_parts else None
-        for layer, a in zip(reversed(layers[1:]), reversed(hidden), strict=True):
+        for layer, a, drop in zip(reversed(layers[1:]), reversed(hidden), reversed(drops), strict=True):
             g = _through_relu(_through_layer(g, a, layer, gradients), a)
+            if drop is not None:
+                g.mul_(drop)
         return _through_layer(g, x, layers[0], gradients), found
 
 
@@ -87,7 +92,7 @@ class Residual(ColumnNetwork):
         h = F.linear(x, *first)
         for (one, two), drop in zip(_in_parts(inner, 2), drops, strict=True):
             u = f(F.linear(f(h), *one))
-            h = h + F.linear(u if drop is None else u * drop, *two)
+            h = h + F.linear(u if drop is None else u * drop.T, *two)
         weight, bias = last
         return torch.addmm(bias.unsqueeze(1), weight, f(h).T).T
 
@@ -100,7 +105,7 @@ class Residual(ColumnNetwork):
             a = h.relu()
             u = columns_product(one[0], one[1], a.T).relu_()
             if drop is not None:
-                u.mul_(drop.T)
+                u.mul_(drop)
             h.add_(columns_product(two[0], two[1], u.T))
             hidden += [a, u]
         hidden.append(h.relu_())
@@ -118,7 +123,7 @@ class Residual(ColumnNetwork):
             g_u = _through_relu(_through_layer(g_h, u, layers[2 * i + 2], gradients), u)
             drop = drops[i]
             if drop is not None:
-                g_u.mul_(drop.T)
+                g_u.mul_(drop)
             g_h = g_h + _through_relu(_through_layer(g_u, a, layers[2 * i + 1], gradients), a)
         return _through_layer(g_h, x, layers[0], gradients), found
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from flowtrain.nn.column_networks import ColumnFunction, Layer, Plain, in_turn, is_hooked, weights_of
 from flowtrain.nn.conv_columns import ConvColumns, is_faster
+from flowtrain.nn.dropout import dropout_factors
 from flowtrain.utils.autograd import needs_autograd, transforms_active
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.recorded import Recorded
@@ -38,8 +40,6 @@ class MLP(Recorded, nn.Sequential):
     """
 
     network = Plain
-    # the number of factors of dropout that `network` needs
-    n_drops = 0
 
     def __init__(
         self,
@@ -66,15 +66,17 @@ class MLP(Recorded, nn.Sequential):
         if layers is None:
             y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
             return y
-        return ColumnFunction.apply(x, Plain, (), *in_turn(layers))  # type: ignore[no-untyped-call,no-any-return]
+        return ColumnFunction.apply(x, Plain, self.drops(x), *in_turn(layers))  # type: ignore[no-untyped-call,no-any-return]
 
     def layers(self) -> list[Layer] | None:
-        """Returns the linear layers. None with dropout, other activations than relu, or a layer that must be called."""
+        """Returns the linear layers. None with other activations than relu, or a layer that must be called."""
         found: list[Layer] = []
         # iterating over the module takes longer
         for i, one in enumerate(self._modules.values()):
             if i % 2:
-                if type(one) is not nn.ReLU or is_hooked(one):
+                if type(one) is not nn.ReLU and not _is_relu_with_dropout(one):
+                    return None
+                if is_hooked(one):
                     return None
                 continue
             layer = weights_of(one)
@@ -84,9 +86,43 @@ class MLP(Recorded, nn.Sequential):
         # the last layer is linear
         return found if len(self._modules) % 2 else None
 
-    def plain_layers(self) -> list[Layer] | None:
-        """Returns `layers`, or None if there is a context or a hook."""
-        return self.layers() if self.classes is None and not is_hooked(self) else None
+    @property
+    def n_drops(self) -> int:
+        """The number of hidden layers."""
+        return len(self._modules) // 2
+
+    def drops(self, x: Tensor) -> list[Tensor | None]:
+        """Draws the factors of dropout of each hidden layer, (width, B), for inputs (B, n). None without dropout."""
+        modules: list[Any] = list(self._modules.values())
+        return [
+            dropout_factors(_rate(one), linear.out_features, x) if type(one) is nn.Sequential else None
+            for linear, one in zip(modules[:-1:2], modules[1::2], strict=True)
+        ]
+
+    def plain_layers(self, dropout: bool = False) -> list[Layer] | None:
+        """Returns `layers`, or None if there is a context or a hook.
+
+        Also returns None if hidden units are dropped, unless `dropout` allows it.
+        """
+        if self.classes is not None or is_hooked(self):
+            return None
+        layers = self.layers()
+        if dropout or layers is None:
+            return layers
+        return None if any(type(one) is nn.Sequential and _rate(one) for one in self._modules.values()) else layers
+
+
+def _is_relu_with_dropout(module: Any) -> bool:
+    """Whether a module is relu and dropout, without hooks."""
+    if type(module) is not nn.Sequential or [type(one) for one in module] != [nn.ReLU, nn.Dropout]:
+        return False
+    return not any(is_hooked(one) for one in module)
+
+
+def _rate(relu_with_dropout: nn.Sequential) -> float:
+    """Returns the probability of dropping a hidden unit in the present mode."""
+    dropout: Any = relu_with_dropout[1]
+    return dropout.p if dropout.training else 0.0
 
 
 def one_width(hidden: Sequence[int]) -> int:

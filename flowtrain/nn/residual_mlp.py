@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flowtrain.nn.column_networks import ColumnFunction, Layer, Residual, in_turn, is_hooked, masked, weights_of
 from flowtrain.nn.conditioners import ACTIVATIONS, one_width, with_context, zero
+from flowtrain.nn.dropout import dropout_factors
 from flowtrain.utils.autograd import needs_autograd
 from flowtrain.utils.recorded import Recorded
 
@@ -59,10 +60,7 @@ class ResidualMLP(Recorded, nn.Module):
         layers = self.layers()
         if layers is None:
             return self._called(x)
-        drops: list[Tensor | None] = [None] * self.n_drops
-        if self.training and self.dropout:
-            ones = x.new_ones(len(x), len(layers[0][0]))
-            drops = [F.dropout(ones, self.dropout) for _ in drops]
+        drops = self.drops(x)
         if needs_autograd(x) or not self._has_relu():
             return Residual.evaluated(x, layers, drops, self.activation)
         return ColumnFunction.apply(x, Residual, drops, *in_turn(layers))  # type: ignore[no-untyped-call,no-any-return]
@@ -97,10 +95,18 @@ class ResidualMLP(Recorded, nn.Module):
         """The number of blocks."""
         return len(self.blocks) // 2
 
-    def plain_layers(self) -> list[Layer] | None:
-        """Returns `layers`, or None if there is a context, dropout, a hook, or another activation than relu."""
+    def drops(self, x: Tensor) -> list[Tensor | None]:
+        """Draws the factors of dropout of each block, (width, B), for inputs (B, n). None without dropout."""
+        rate, width = self.dropout if self.training else 0.0, self.first.out_features
+        return [dropout_factors(rate, width, x) for _ in range(self.n_drops)]
+
+    def plain_layers(self, dropout: bool = False) -> list[Layer] | None:
+        """Returns `layers`, or None if there is a context, a hook, or another activation than relu.
+
+        Also returns None if hidden units are dropped, unless `dropout` allows it.
+        """
         ordinary = self.classes is None and self._has_relu() and not is_hooked(self)
-        return self.layers() if ordinary and not (self.training and self.dropout) else None
+        return self.layers() if ordinary and (dropout or not (self.training and self.dropout)) else None
 
 
 class MaskedMLP(ResidualMLP):

@@ -3,6 +3,7 @@
     git worktree add /tmp/before COMMIT
     python scripts/bench/training_steps.py --other /tmp/before
     python scripts/bench/training_steps.py --other /tmp/before --cases nsf maf --turns 40
+    python scripts/bench/training_steps.py --other /tmp/before --cases nsf --set model.dropout=0.2
     python scripts/bench/training_steps.py --profile nsf    # the operations with the largest CPU time
 
 Each checkout trains the same run in a process of its own, on one thread. The processes take turns of a few steps, so
@@ -24,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
 from common import keep_freed_memory, machine, progress, table, use_threads
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,18 +52,19 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--profile", choices=list(CASES), help="a case whose operations are listed")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more settings of each case")
     parser.add_argument("--worker", choices=list(CASES), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker or args.profile:
         use_threads(1)
         keep_freed_memory()
-        work(args.worker or args.profile, args.data.resolve(), bool(args.profile))
+        work(args.worker or args.profile, args.data.resolve(), args.set, bool(args.profile))
         return
     if args.other is None:
         parser.error("give --other, a checkout to compare with, or --profile")
     rows = []
     for case in args.cases:
-        mine, its, equal = compare(case, [ROOT, args.other.resolve()], args.data.resolve(), args.turns)
+        mine, its, equal = compare(case, [ROOT, args.other.resolve()], args.data.resolve(), args.set, args.turns)
         ratios = sorted(b / a for a, b in zip(mine, its, strict=True))
         spread = f"{ratios[len(ratios) // 10]:.2f} to {ratios[-1 - len(ratios) // 10]:.2f}"
         times = [f"{statistics.median(one):.2f}" for one in (its, mine)]
@@ -71,9 +74,11 @@ def main() -> None:
     print(table(["case", "other, ms", "this, ms", "ratio", "10% to 90%", "equal losses"], rows))
 
 
-def compare(case: str, roots: list[Path], data: Path, turns: int) -> tuple[list[float], list[float], bool]:
+def compare(
+    case: str, roots: list[Path], data: Path, more: list[str], turns: int
+) -> tuple[list[float], list[float], bool]:
     """Returns the milliseconds of CPU time for each step, by turn, of both checkouts; and whether losses are equal."""
-    command = [sys.executable, __file__, "--worker", case, "--data", str(data)]
+    command = [sys.executable, __file__, "--worker", case, "--data", str(data), "--set", *more]
     workers = [
         subprocess.Popen(
             command,
@@ -107,10 +112,10 @@ def compare(case: str, roots: list[Path], data: Path, turns: int) -> tuple[list[
     return mine, its, [loss for _, loss in found[0]] == [loss for _, loss in found[1]]
 
 
-def work(case: str, data: Path, profile: bool) -> None:
+def work(case: str, data: Path, more: list[str], profile: bool) -> None:
     """Trains one case. Waits for a line of standard input before each turn, and answers with milliseconds and loss."""
     settings, warm, steps = CASES[case]
-    settings = dict(settings)
+    settings = {**settings, **{key: yaml.safe_load(value) for key, _, value in (one.partition("=") for one in more)}}
     if settings["data"] == "gas":
         settings |= {"data": "array", "data.path": str(data / "gas" / "train.csv")}
     if settings["data"] == "mnist":
