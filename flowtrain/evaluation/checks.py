@@ -421,7 +421,7 @@ def reach_of(base: Base) -> float:
 
     For a Student t base, P(|z| > r) decreases as r^-nu, and a Lipschitz map preserves nu.
     """
-    return max(REACH, LEFT_OUT ** (-1 / float(base.df.min()))) if isinstance(base, StudentT) else REACH
+    return max(REACH, LEFT_OUT ** (-1 / float(base.df.detach().min()))) if isinstance(base, StudentT) else REACH
 
 
 def check_log_det(exact: Flow, subset: Subset) -> Check:

@@ -16,7 +16,7 @@ from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.squeeze import FactorOut, Squeeze
 from flowtrain.bijections.table_chain import TableChain
 from flowtrain.flow import Flow
-from flowtrain.models.multiscale import Size, conditioned, from_data, halved, of_images, over_images
+from flowtrain.models.multiscale import Size, base, conditioned, from_data, halved, of_images, over_images
 from flowtrain.models.nsf import spline
 from flowtrain.nn.conditioners import ACTIVATIONS, MLP, ConvNet, InformedConv, zero
 from flowtrain.utils.arguments import flag, number, one_of, shape_of, share, whole, widths
@@ -37,6 +37,7 @@ def glow(
     bins: int = 8,
     bound: float = 5.0,
     dropout: float = 0.0,
+    df: float | None = None,
     scales: int | None = None,
     positional_bias: bool = False,
     conditional: bool = False,
@@ -61,6 +62,8 @@ def glow(
             scale of images always have an affine coupling.
         bins, bound: settings of the splines, see `flowtrain.models.nsf`.
         dropout: for vectors, the dropout probability in the conditioners.
+        df: the degrees of freedom of the base, independent Student t distributions. This is their initial value. Each
+            element has its own, which training fits. None: a standard normal base.
         scales: the number of times that images are halved. None: images are halved while both sides are
             even and at least 8.
         positional_bias: for images, whether the conditioners have a bias for each pixel.
@@ -93,9 +96,9 @@ def glow(
         classes=size,
     )
     if of_images("glow", event_shape, least=2):
-        return over_images(event_shape, made.scale, scales, pixels=True, kind=kind)
+        return over_images(event_shape, made.scale, scales, pixels=True, kind=kind, df=df)
     d = event_shape[0]
-    return Flow(event_shape, TableChain(reversed([*made.at(d), ActNorm(d)])), **kind)
+    return Flow(base(event_shape, df), TableChain(reversed([*made.at(d), ActNorm(d)])), **kind)
 
 
 @dataclass(frozen=True)

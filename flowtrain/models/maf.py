@@ -42,6 +42,7 @@ def maf(
     cap: float = 2.0,
     input_bound: float | None = None,
     dropout: float = 0.0,
+    df: float | None = None,
     conditional: bool = False,
     classes: int | None = None,
     context: int | None = None,
@@ -68,6 +69,8 @@ def maf(
         cap: a bound on the log-scale of each affine map.
         input_bound: a bound on the inputs of the conditioners, see `Coupling`. None: no bound.
         dropout: the dropout probability in the conditioners.
+        df: the degrees of freedom of the base, independent Student t distributions. This is their initial value. Each
+            column has its own, which training fits. None: a standard normal base.
         conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
         context: the number of real features c of a flow p(x | c), in place of labels. None: no context.
@@ -79,7 +82,7 @@ def maf(
 
     Raises:
         ConfigError: samples that are not vectors, `conditional` without `classes` or together with `context`, or a
-            setting out of range.
+            setting out of range, or `df` with circular columns.
     """
     d = columns("maf", event_shape)
     angles = circular_indices(circular, d, "model.circular")
@@ -102,7 +105,7 @@ def maf(
         net = MaskedMLP(inputs, residual, order[f.owners(d)], activation, given, drop)
         parts += [*mixed_real(mixing, d - m), *permuted(mixing, d - m, m)] if m else mixed(mixing, torch.randperm(d))
         parts.append(Autoregressive(order, net, input_bound=limit, transform=f, n_circular=m))
-    return assembled(d, angles, parts, kind)
+    return assembled(d, angles, parts, kind, df)
 
 
 def permuted(mixing: str, n: int, m: int) -> list[Bijection]:

@@ -1,12 +1,13 @@
-"""Functions shared by models of images at several scales."""
+"""Functions shared by models: the base distribution, the context, and images at several scales."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from flowtrain.bases import Base, StandardNormal, StudentT
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.scale import ActNorm
 from flowtrain.flow import Flow
-from flowtrain.utils.arguments import whole
+from flowtrain.utils.arguments import number, whole
 from flowtrain.utils.errors import ConfigError
 
 Size = tuple[int, int]
@@ -40,6 +41,7 @@ def over_images(
     scales: int | None,
     pixels: bool,
     kind: dict[str, Any],
+    df: float | None = None,
 ) -> Flow:
     """Builds a flow of images (C, H, W).
 
@@ -49,6 +51,7 @@ def over_images(
         scales: the number of halvings, or None, see `halvings`.
         pixels: whether there is an ActNorm of each pixel at the data end.
         kind: the arguments of `Flow` for a conditional flow, see `conditioned`.
+        df: see `base`.
 
     Raises:
         ConfigError: more halvings than the sides allow.
@@ -56,7 +59,7 @@ def over_images(
     channels, height, width = event_shape
     inside = scale(channels, (height, width), halvings((height, width), scales))
     # at the data end, the pixels have different means and scales, for example at a border that is always black
-    return Flow(event_shape, from_data([*([ActNorm(event_shape)] if pixels else []), inside]), **kind)
+    return Flow(base(event_shape, df), from_data([*([ActNorm(event_shape)] if pixels else []), inside]), **kind)
 
 
 def halved(size: Size) -> Size:
@@ -88,6 +91,19 @@ def halvings(size: Size, asked: int | None) -> int:
 def from_data(bijections: Iterable[Bijection]) -> Chain:
     """Builds a chain from bijections that are listed from data to base."""
     return Chain(list(bijections)[::-1])
+
+
+def base(event_shape: tuple[int, ...], df: float | None) -> Base:
+    """Returns independent Student t distributions, or a standard normal distribution if df is None.
+
+    Args:
+        event_shape: the shape of one sample.
+        df: the initial degrees of freedom of each element. They are parameters of the flow.
+
+    Raises:
+        ConfigError: df that is not a positive number.
+    """
+    return StandardNormal(event_shape) if df is None else StudentT(event_shape, number("model.df", df), trainable=True)
 
 
 def conditioned(

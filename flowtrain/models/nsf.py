@@ -24,7 +24,7 @@ from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.spline import Spline
 from flowtrain.bijections.table_chain import TableChain
 from flowtrain.flow import Flow
-from flowtrain.models.multiscale import conditioned, from_data
+from flowtrain.models.multiscale import base, conditioned, from_data
 from flowtrain.nn.conditioners import ACTIVATIONS
 from flowtrain.nn.residual_mlp import MaskedMLP, ResidualMLP
 from flowtrain.utils.arguments import flag, number, one_of, shape_of, share, whole, widths
@@ -45,6 +45,7 @@ def nsf(
     mixing: str = "linear",
     input_bound: float | None = None,
     dropout: float = 0.0,
+    df: float | None = None,
     conditional: bool = False,
     classes: int | None = None,
     context: int | None = None,
@@ -68,6 +69,8 @@ def nsf(
             layer.
         input_bound: a bound on the inputs of the conditioners, see `Coupling`. None: no bound.
         dropout: the dropout probability in the conditioners.
+        df: the degrees of freedom of the base, independent Student t distributions. This is their initial value. Each
+            column has its own, which training fits. None: a standard normal base.
         conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
         context: the number of real features c of a flow p(x | c), in place of labels. None: no context.
@@ -78,7 +81,7 @@ def nsf(
 
     Raises:
         ConfigError: samples that are not vectors, `conditional` without `classes` or together with `context`, or a
-            setting out of range.
+            setting out of range, or `df` with circular columns.
     """
     d = columns("nsf", event_shape)
     angles = circular_indices(circular, d, "model.circular")
@@ -113,7 +116,7 @@ def nsf(
             kept = d - half if swap else half
             net = ResidualMLP(kept, residual, transform.size * (d - kept), activation, given, drop)
             parts.append(HalfCoupling(d, swap, net, input_bound=limit, transform=transform))
-    return assembled(d, angles, parts, kind)
+    return assembled(d, angles, parts, kind, df)
 
 
 def mixed(mixing: str, order: Tensor) -> list[Bijection]:
@@ -146,7 +149,9 @@ def kept_half(n: int, m: int, mixing: str) -> Tensor:
     return mask
 
 
-def assembled(d: int, angles: Sequence[int], layers: Sequence[Bijection], kind: Mapping[str, Any]) -> Flow:
+def assembled(
+    d: int, angles: Sequence[int], layers: Sequence[Bijection], kind: Mapping[str, Any], df: float | None
+) -> Flow:
     """Builds the flow from its layers, listed from data to base.
 
     If there are circular columns, the layers receive the real columns first and the circular columns last.
@@ -156,9 +161,17 @@ def assembled(d: int, angles: Sequence[int], layers: Sequence[Bijection], kind: 
         angles: the indices of the circular columns.
         layers: the layers.
         kind: the arguments of `Flow` for a conditional flow, see `conditioned`.
+        df: see `nsf`.
+
+    Raises:
+        ConfigError: df with circular columns.
     """
     if not angles:
-        return Flow((d,), TableChain([*reversed(layers), ActNorm(d)]), **kind)
+        return Flow(base((d,), df), TableChain([*reversed(layers), ActNorm(d)]), **kind)
+    if df is not None:
+        raise ConfigError(
+            f"model.df={df}: with circular columns, the base of the other columns is normal; omit model.df"
+        )
     real = [i for i in range(d) if i not in angles]
     order = torch.tensor([*real, *angles], device="cpu")
     norm = [OnColumns(ActNorm(len(real)), list(range(len(real))))] if real else []

@@ -19,7 +19,7 @@ from flowtrain.bijections.scale import ActNorm, BatchNorm
 from flowtrain.bijections.squeeze import FactorOut, Squeeze
 from flowtrain.bijections.table_chain import TableChain
 from flowtrain.flow import Flow
-from flowtrain.models.multiscale import Size, conditioned, from_data, halved, of_images, over_images
+from flowtrain.models.multiscale import Size, base, conditioned, from_data, halved, of_images, over_images
 from flowtrain.nn.conditioners import ACTIVATIONS, MLP, ResidualNet
 from flowtrain.utils.arguments import flag, number, one_of, shape_of, share, whole, widths
 
@@ -38,6 +38,7 @@ def realnvp(
     cap: float = 2.0,
     input_bound: float | None = None,
     dropout: float = 0.0,
+    df: float | None = None,
     scales: int | None = None,
     positional_bias: bool = False,
     conditional: bool = False,
@@ -63,6 +64,8 @@ def realnvp(
         input_bound: for vectors, a bound on the inputs of the conditioners, see `flowtrain.bijections.Coupling`.
             None: no bound.
         dropout: for vectors, the dropout probability in the conditioners.
+        df: the degrees of freedom of the base, independent Student t distributions. This is their initial value. Each
+            element has its own, which training fits. None: a standard normal base.
         scales: the number of times that images are halved. None: images are halved while both sides are
             even and at least 8.
         positional_bias: for images, whether the conditioners have a bias for each pixel.
@@ -93,8 +96,8 @@ def realnvp(
     )
     one_of("model.mixing", mixing, MIXINGS)
     if images:
-        return over_images(event_shape, couplings.scale, scales, couplings.actnorm, kind)
-    return Flow(event_shape, couplings.stack(event_shape[0], mixing == "permutation"), **kind)
+        return over_images(event_shape, couplings.scale, scales, couplings.actnorm, kind, df)
+    return Flow(base(event_shape, df), couplings.stack(event_shape[0], mixing == "permutation"), **kind)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from flowtrain.utils.errors import ConfigError
 AUTO = "auto"
 # keys for which the model itself accepts `auto`
 OWN_AUTO = ("trace", "eval_trace")
-# keys that are chosen by fits to the data, see `flowtrain.runs.components`
+# keys of model=mixture that are chosen by fits to the data, see `flowtrain.runs.components`
 FROM_DATA = ("components", "covariance", "prior")
+# the key that is chosen by the tails of the data, see `flowtrain.runs.tails`
+FROM_TAILS = ("df",)
 
 Groups = dict[str, dict[str, Any]]
 
@@ -160,7 +162,7 @@ def resolve_auto(
     groups = {group: dict(config[group]) for group in ("model", "trainer")}
     for group, keys in groups.items():
         for key, value in keys.items():
-            if value != AUTO or (group == "model" and key in OWN_AUTO + FROM_DATA):
+            if value != AUTO or (group == "model" and key in OWN_AUTO + FROM_DATA + FROM_TAILS):
                 continue
             if len(event_shape) > 1 and not values:
                 raise ConfigError(

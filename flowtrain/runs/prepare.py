@@ -23,6 +23,7 @@ from flowtrain.runs import auto_settings, build, load
 from flowtrain.runs.components import resolve_components
 from flowtrain.runs.compose import options, with_choices
 from flowtrain.runs.console import name_of, title_of
+from flowtrain.runs.tails import resolve_df
 from flowtrain.training import checkpoint, checkpoint_files, tensorboard
 from flowtrain.training.time_budget import TimeBudget
 from flowtrain.training.trainer import Trainer
@@ -86,9 +87,8 @@ def prepare(
     options = PlotOptions.of(config)
     options.positions(data.event_shape, data.columns)
     config = resolve_objective(config, data)
-    config = resolve_components(
-        auto_settings.resolve_auto(config, data.n_train, data.event_shape, bool(data.context)), data
-    )
+    config = auto_settings.resolve_auto(config, data.n_train, data.event_shape, bool(data.context))
+    config = resolve_components(resolve_df(config, data), data)
     settings = build.build_settings(config)
     data = _for_trained(data, saved, given)
     within_memory("trainer.batch_size", settings.batch_size, 4 * math.prod(data.event_shape))

@@ -50,6 +50,7 @@ from flowtrain.runs.prepare import (
 )
 from flowtrain.runs.run_directory import SEARCH_FOLDER, SEARCH_STATE, holds_run
 from flowtrain.runs.save import content_of
+from flowtrain.runs.tails import resolve_df
 from flowtrain.training import checkpoint, checkpoint_files, tensorboard
 from flowtrain.training.metrics import Metrics, in_bits
 from flowtrain.training.metrics import read as read_metrics
@@ -464,6 +465,7 @@ class Search:
             config["trainer"]["steps"] = self.max_steps
         elif candidate.model not in CHEAP and self._is_bounded_by_time():
             config["trainer"]["steps"] = max(LONG, config["trainer"]["steps"])
+        config = resolve_df(config, self.data)
         return resolve_components(config, self.data, max(COMPONENTS_LEAST, COMPONENTS_SHARE * self._left()))
 
     def _score(self, candidate: Candidate) -> None:

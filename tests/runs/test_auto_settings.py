@@ -125,14 +125,15 @@ CASES = [
 def test_every_auto_value_is_resolved(model: str, rows: int, shape: tuple[int, ...]) -> None:
     config = auto_settings.resolve_auto(composed(f"model={model}"), rows, shape)
     automatic = {k for g in ("model", "trainer") for k, v in config[g].items() if v == "auto"}
-    assert automatic <= {"trace", "eval_trace"}
+    # tests/models/test_heavy_tails.py tests `df`
+    assert automatic <= {"trace", "eval_trace", "df"}
 
 
 def test_networks_grow_with_the_number_of_rows() -> None:
     sizes = []
     for rows in (16, 120, 1600, 8000):
         model = auto_settings.resolve_auto(composed("model=realnvp"), rows, (8,))["model"]
-        keys = {k: v for k, v in model.items() if k not in ("name", "_target_")}
+        keys = {k: v for k, v in model.items() if k not in ("name", "_target_", "df")}
         sizes.append(sum(p.numel() for p in realnvp((8,), **keys).parameters()))
     assert sizes == sorted(sizes)
     assert sizes[-1] > 10 * sizes[0]
@@ -140,7 +141,7 @@ def test_networks_grow_with_the_number_of_rows() -> None:
 
 def test_array_images_get_a_small_model() -> None:
     model = auto_settings.resolve_auto(composed("model=realnvp"), 3000, (1, 8, 8))["model"]
-    keys = {k: v for k, v in model.items() if k not in ("name", "_target_")}
+    keys = {k: v for k, v in model.items() if k not in ("name", "_target_", "df")}
     assert sum(p.numel() for p in realnvp((1, 8, 8), **keys).parameters()) < 300_000
 
 

@@ -28,6 +28,7 @@ from flowtrain.data.tables.array import ArrayData
 from flowtrain.runs.auto_settings import resolve_auto
 from flowtrain.runs.build import build_data, build_flow, build_objective, build_settings, takes_teacher
 from flowtrain.runs.components import resolve_components
+from flowtrain.runs.tails import resolve_df
 from flowtrain.utils.errors import FlowtrainError
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -122,7 +123,7 @@ def test_every_option_composes_and_builds(files: Path) -> None:
     for group, name in (option for option in options() if option[1] != "auto"):
         config = compose_defaults(small_run({**companions({group: name}), group: name}))
         data = build_data(config)
-        config = resolve_components(resolve_auto(config, data.n_train, data.event_shape), data)
+        config = resolve_components(resolve_df(resolve_auto(config, data.n_train, data.event_shape), data), data)
         build_settings(config)
         flow = build_flow(config, data.samples)
         build_objective(config, flow, flow if takes_teacher(config) else None)
