@@ -185,10 +185,12 @@ class Density(Recorded, nn.Module):
     def combined_error(self, log_p: Tensor, errors: Tensor) -> Tensor:
         """Returns the error of `combined`, (B,), from log p and errors of `flows`, (M, B).
 
-        To first order, this is the sum of the errors, weighted by the responsibilities.
+        To first order, this is the sum of the errors, weighted by the responsibilities. It is infinite if log p is
+        -inf.
         """
         shares = self.responsibilities(log_p.detach())
         total = torch.where(shares > 0, shares * errors, 0.0).sum(0)
+        total = torch.where(self.combined(log_p.detach()).isinf(), torch.inf, total)
         return torch.where(log_p.isnan().all(0), torch.nan, total)
 
     @property
