@@ -280,7 +280,7 @@ class Density(Recorded, nn.Module):
 
         In evaluation mode, log p of a row does not depend on the other rows, up to rounding, except with an adaptive
         method of torchdiffeq, whose steps all rows share. In training mode the rows share the steps of adaptive
-        solvers.
+        solvers. In evaluation mode, log p of an infinite row of a tensor is -inf, and log p of a row with NaN is NaN.
 
         Args:
             x: samples.
