@@ -67,10 +67,12 @@ class Exported:
     def table(self) -> str:
         """Returns a table with the files, the differences between programs and flow, and the bias of the steps."""
         about = self.metadata["log_prob"]
-        lines = [f"{'program':10}{'largest difference on ' + format(about['rows'], ',') + ' rows':36}file"]
+        rows = f"largest difference on {about['rows']:,} rows"
+        lines = [f"{'program':10}{rows:36}{'allowed':10}file"]
         for name, path in self.paths.items():
             there = self.metadata[name]
-            lines.append(f"{name:10}{there['max_difference']:.1e} {there['max_difference_unit']:28}{path}")
+            allowed = f"{there['tolerance']:.0e}"
+            lines.append(f"{name:10}{there['max_difference']:.1e} {there['max_difference_unit']:28}{allowed:10}{path}")
         lines.append(f"rows: {about['rows_from']}")
         if about["solver"] is not None:
             lines.append(_solver_line(about["solver"], about["bias"]))
@@ -123,7 +125,8 @@ def export(
             rows = _rows_of(flow, x, context, rows_from)
         with status("choosing the steps of the solver"):
             flow, steps_taken = with_fixed_steps(flow, rows.x, rows.context, solver, steps)
-        about = {**_about(flow, columns), "rows": len(rows.x), "rows_from": rows.source, **steps_taken}
+        about = {**_about(flow, columns), "rows": len(rows.x), "rows_from": rows.source, "tolerance": tolerance}
+        about |= steps_taken
         contents: dict[str, bytes] = {}
         metadata: dict[str, dict[str, Any]] = {}
         for task in _tasks(flow, rows):
@@ -438,14 +441,21 @@ class _Task:
         """Returns the error message for a program that differs too much from the flow."""
         if not math.isfinite(difference):
             return f"{path}: the program {self.name} and the flow are finite for different rows, so nothing was written"
-        finite = self.wanted[self.wanted.isfinite()]
-        rounding = float(finite.abs().max()) * torch.finfo(self.wanted.dtype).eps
         dtype = str(self.wanted.dtype).removeprefix("torch.")
         return (
             f"{path}: {self.name} differs from the flow by {difference:.1e} {self.unit}, more than {tolerance:.0e}, so "
-            f"nothing was written. Rounding errors of these values in {dtype} are about {rounding:.0e}. If they are "
-            f"the reason, set tolerance={10 ** math.ceil(math.log10(difference)):.0e}"
+            f"nothing was written. Through rounding, the flow in {dtype} differs by {self.rounding():.1e} from the "
+            "flow in float64. If both numbers are of the same size, rounding is the reason: set "
+            f"tolerance={10 ** math.ceil(math.log10(difference)):.0e}"
         )
+
+    def rounding(self) -> float:
+        """Returns the largest difference between the flow and the flow in float64, in units of `scale`."""
+        exact = copy.deepcopy(self.module).double()
+        x, *context = self.inputs.values()
+        found = _in_parts(exact, x.double(), context[0] if context else None).double()
+        difference = (found - self.wanted.double()).abs() / self.scale
+        return float(difference.where(difference.isfinite(), 0).max())
 
     def about(self) -> dict[str, Any]:
         """Returns the metadata that differ between the programs."""

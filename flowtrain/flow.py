@@ -185,10 +185,12 @@ class Density(Recorded, nn.Module):
     def combined_error(self, log_p: Tensor, errors: Tensor) -> Tensor:
         """Returns the error of `combined`, (B,), from log p and errors of `flows`, (M, B).
 
-        To first order, this is the sum of the errors, weighted by the responsibilities.
+        To first order, this is the sum of the errors, weighted by the responsibilities. It is infinite if log p is
+        -inf.
         """
         shares = self.responsibilities(log_p.detach())
         total = torch.where(shares > 0, shares * errors, 0.0).sum(0)
+        total = torch.where(self.combined(log_p.detach()).isinf(), torch.inf, total)
         return torch.where(log_p.isnan().all(0), torch.nan, total)
 
     @property
@@ -278,7 +280,7 @@ class Density(Recorded, nn.Module):
 
         In evaluation mode, log p of a row does not depend on the other rows, up to rounding, except with an adaptive
         method of torchdiffeq, whose steps all rows share. In training mode the rows share the steps of adaptive
-        solvers.
+        solvers. In evaluation mode, log p of an infinite row of a tensor is -inf, and log p of a row with NaN is NaN.
 
         Args:
             x: samples.

@@ -1,6 +1,8 @@
 """`Flow.export`: exported programs agree with the flow in a process without flowtrain, or no file is written."""
 
+import copy
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -370,7 +372,24 @@ def test_program_that_differs_is_not_written(
         flow.export(tmp_path / "flow.pt2")
     assert [p.name for p in tmp_path.iterdir()] == ["flow.pt2"]
     assert (tmp_path / "flow.pt2").read_text() == "old"
-    flow.export(tmp_path / "flow.pt2", tolerance=1e-2)
+    exported = flow.export(tmp_path / "flow.pt2", tolerance=1e-2)
+    # the measured difference stands beside the limit
+    line = next(line for line in exported.table().splitlines() if line.startswith("sample"))
+    difference, limit = (float(number) for number in re.findall(r"[\d.]+e-\d+", line)[:2])
+    assert difference == pytest.approx(exported.metadata["sample"]["max_difference"], rel=0.1)
+    assert limit == exported.metadata["sample"]["tolerance"] == 1e-2
+
+
+@torch.no_grad()
+def test_rounding_is_the_difference_from_the_flow_in_float64() -> None:
+    flow = randomized(Flow((3,), Affine(3)))
+    x = 100 * torch.randn(50, 3)
+    log_prob, *_ = export._tasks(flow, export._rows_of(flow, x, None, "given"))
+    affine, rows = copy.deepcopy(flow.bijection).double(), log_prob.inputs["x"]
+    exact = torch.distributions.MultivariateNormal(affine.mean, scale_tril=affine.factor()).log_prob(rows.double())
+    expected = (exact - flow.log_prob(rows)).abs().max().item()
+    assert log_prob.rounding() == pytest.approx(expected, rel=1e-6)
+    assert expected > 1e-4
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])

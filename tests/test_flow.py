@@ -258,7 +258,15 @@ FAMILIES: dict[str, Callable[[], Flow]] = {
     "nsf": lambda: models.nsf(3, layers=3, hidden=[8]),
     "maf": lambda: models.maf(3, layers=3, hidden=[8]),
     "maf spline": lambda: models.maf(3, layers=3, hidden=[8], transform="spline"),
+    "ffjord": lambda: models.ffjord(3, hidden=[8]),
+    "ffjord with shared steps": lambda: models.ffjord(3, hidden=[8], solver=ode_solver("rk4", steps=4)),
+    "ffjord and affine": lambda: before_affine(models.ffjord(3, hidden=[8])),
 }
+
+
+def before_affine(flow: Flow) -> Flow:
+    """Returns a flow whose inverse begins with a matrix product, so that an infinite element becomes NaN."""
+    return Flow(flow.base, Chain([flow.bijection, Affine(3)]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -281,6 +289,9 @@ def test_log_p_of_extreme_rows_is_never_nan(family: str, dtype: torch.dtype) -> 
             assert not (log_p == math.inf).any()
             assert (log_p[x.isinf().any(1)] == -math.inf).all()
             assert log_p[-1].isfinite()
+            torch.testing.assert_close(log_p[-1:], one.log_prob(x[-1:]).detach())
+            _, error = one.log_prob(x, with_error=True)
+            assert not error[log_p.isinf()].isfinite().any()
         # a missing value has no density
         assert one.log_prob(torch.tensor([[math.nan, math.inf, 1.0]], dtype=dtype)).isnan().all()
 

@@ -227,8 +227,10 @@ def test_scipy_solver_is_refused() -> None:
 
 def test_solver_errors_are_raised_inside_vmap() -> None:
     flow = ode_flow({"method": "rk4", "steps": 2})
+    with torch.no_grad():
+        next(flow.parameters()).fill_(torch.nan)
     with pytest.raises(FlowtrainError, match="NaN or infinite"):
-        vmap(lambda row: flow.inverse(row.unsqueeze(0))[0])(torch.tensor([[0.0, 1.0], [torch.nan, 0.0]]))
+        vmap(lambda row: flow.inverse(row.unsqueeze(0))[0])(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
 
 
 def test_a_compiled_log_prob_gives_no_warning() -> None:

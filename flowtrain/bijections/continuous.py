@@ -1,5 +1,6 @@
 """The continuous flow: dx/dt = v(t, x) from t = 0 (base) to t = 1 (data), solved as an ODE."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -15,6 +16,7 @@ from flowtrain.nn.divergence import Probes, TraceRule
 from flowtrain.nn.velocity_field import Field, LayeredField
 from flowtrain.ode import AS_CONFIGURED, Problem, Solution, SolveOptions, Solver, StepPlan, ode_solver
 from flowtrain.ode.captured_solve import Capturable, SolveGraphs
+from flowtrain.ode.row_control import per_row
 from flowtrain.utils.autograd import transforms_active
 from flowtrain.utils.errors import ConfigError
 from flowtrain.utils.modules import parameters_of
@@ -24,7 +26,9 @@ class Continuous(Bijection):
     """The flow of the ODE dx/dt = v(t, x), with log|det dx(1)/dx(0)| = int_0^1 tr dv/dx dt.
 
     The log-determinant follows from the instantaneous change of variables (Chen et al. 2018, Neural ODEs, theorem 1).
-    The inverse solves the ODE from t = 1 to 0, and its log-determinant is the integral from 1 to 0.
+    The inverse solves the ODE from t = 1 to 0, and its log-determinant is the integral from 1 to 0. In evaluation mode,
+    the inverse of a row that is infinite, or whose squares overflow, is the row itself with the log-determinant -inf,
+    and the inverse of a row with NaN is NaN.
 
     Args:
         field: the velocity field, `forward(t, x)`; see `flowtrain.nn.velocity_field`.
@@ -83,7 +87,12 @@ class Continuous(Bijection):
         return self._transport(z, context, self.times[0], self._end(options), options)
 
     def pass_inverse(self, x: Tensor, context: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
-        return self._transport(x, context, self._end(options), self.times[0], options)
+        if self.training:
+            return self._transport(x, context, self._end(options), self.times[0], options)
+        solved, y = _solvable(x)
+        z, log_det, integrals = self._transport(y, context, self._end(options), self.times[0], options)
+        log_det = torch.where(solved, log_det, torch.where(x.isnan().flatten(1).any(1), torch.nan, -torch.inf))
+        return Pass(torch.where(per_row(solved, x), z, x), log_det, integrals)
 
     def _end(self, options: SolveOptions) -> float:
         # the end time is random only if the flow covers the interval (0, 1). The CPU's global generator draws it
@@ -95,7 +104,11 @@ class Continuous(Bijection):
         return self.solver.solve(self._problem(z, context, *self.times, None, AS_CONFIGURED)).x
 
     def map_inverse(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.solver.solve(self._problem(x, context, *self.times[::-1], None, AS_CONFIGURED)).x
+        if self.training:
+            return self.solver.solve(self._problem(x, context, *self.times[::-1], None, AS_CONFIGURED)).x
+        solved, y = _solvable(x)
+        z = self.solver.solve(self._problem(y, context, *self.times[::-1], None, AS_CONFIGURED)).x
+        return torch.where(per_row(solved, x), z, x)
 
     def _transport(self, x: Tensor, context: Tensor | None, t0: float, t1: float, options: SolveOptions) -> Pass:
         solution = self.solve(x, t0, t1, context, options)
@@ -205,6 +218,15 @@ class Continuous(Bijection):
         inputs = (x, probes.tangents, *(() if context is None else (context,)))
         key = probes.weight, probes.is_basis, tuple(options.integrals.items())
         return Capturable(inputs, key, call, self.graphs)
+
+
+def _solvable(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns whether each row of x (B, *event) is finite, as are its squares, (B,), and x with 0 in the other rows.
+
+    A solve fails at such a row, and then no row has a result.
+    """
+    solvable = x.flatten(1).abs().amax(1) < math.sqrt(torch.finfo(x.dtype).max)
+    return solvable, torch.where(per_row(solvable, x), x, 0.0)
 
 
 class _FieldCall(nn.Module):

@@ -34,6 +34,7 @@ from flowtrain.plotting.density_grid import check_has_grid, density_grid
 from flowtrain.runs.build import uses_target
 from flowtrain.runs.console import data_name, title_of
 from flowtrain.runs.finish import draw_figures
+from flowtrain.runs.source import ROLES
 from flowtrain.utils.arguments import flag, one_of, whole
 from flowtrain.utils.errors import ConfigError, DataError, FlowtrainError
 from flowtrain.utils.files import write_json, write_npy, write_npz
@@ -344,7 +345,9 @@ def check_unchanged(before: Samples, now: Samples, split: str, path: str | None,
     Raises:
         DataError: the file or its split has changed.
     """
-    change = changes(before.record, now.record, [split])
+    # the command may choose other columns for the same rows
+    other_columns = bool(keys & {f"data.{role}" for role in ROLES})
+    change = changes(before.record, now.record, [split], samples_only=other_columns)
     if change is None or f"data.{split}_path" in keys:
         return
     leaks = f"since the run was trained, {change}: the {split} set may contain rows that it was trained on"

@@ -68,7 +68,7 @@ def report_quality(own: Mapping[str, Any], overrides: Sequence[str], seed: int) 
     check_outputs([out, *options.files(picture)], loaded_run.inputs)
     with status("reading the data"):
         data = loaded_run.build()
-    if change := changes(loaded_run.samples.record, data.record, ["val", "test"]):
+    if change := changes(loaded_run.samples.record, data.record, ["val", "test"], samples_only=True):
         log.warning("since the run was trained, %s: the samples may be compared with training rows", change)
     with status("comparing samples with the data"):
         found = quality(flow, data, steps, seed)

@@ -59,15 +59,25 @@ def record_of(file: tuple[int, str], rows: Iterable[tuple[str, NDArray[np.int64]
     return tuple(found)
 
 
-def changes(before: Record, now: Record, sets: Iterable[str] = (FILE, "val", "test")) -> str | None:
+def changes(
+    before: Record, now: Record, sets: Iterable[str] = (FILE, "val", "test"), samples_only: bool = False
+) -> str | None:
     """Describes how sets have changed between two records. Returns None if all sets in both records are unchanged.
+
+    Args:
+        before, now: the records.
+        sets: the names of the sets to compare.
+        samples_only: whether labels, context and weights are ignored.
 
     Example:
         >>> before = ("file", 150, "a5"), ("test", 15, "07@a5")
         >>> changes(before, (("file", 153, "b1"), ("test", 15, "1f@b1")), ["test"])
         'the training file had 150 rows and has 153 now'
     """
-    old, new = ({name: (n, checksum) for name, n, checksum in record} for record in (before, now))
+    old, new = (
+        {name: (n, _of_samples(checksum) if samples_only else checksum) for name, n, checksum in record}
+        for record in (before, now)
+    )
     changed = [name for name in sets if name in old and name in new and old[name] != new[name]]
     if not changed:
         return None
@@ -79,6 +89,12 @@ def changes(before: Record, now: Record, sets: Iterable[str] = (FILE, "val", "te
         why = "another data.seed, fraction, data.n_val or data.memory_map"
         return f"other rows are held out for {' and '.join(split_off)} ({why})"
     return " and ".join(f"the {name} set {_difference(old[name], new[name])}" for name in changed)
+
+
+def _of_samples(checksum: str) -> str:
+    """Returns the part of a checksum of a record that does not depend on labels, context and weights."""
+    rows, at, of_file = checksum.rpartition("@")
+    return f"{rows}{at}{of_file[:8]}"
 
 
 def _difference(before: tuple[int, str], now: tuple[int, str]) -> str:

@@ -217,7 +217,7 @@ class ConvNet(Recorded, nn.Module):
         sides = (3, *(1 for _ in self.middle), 3)
         if not all(_keeps_size(layer, side) for layer, side in zip(layers, sides, strict=True)):
             return None
-        return [part for layer in layers for part in layer.parameters(recurse=False) if part is not self.first.places]
+        return [part for layer in layers for part in (layer.weight, layer.bias) if part is not None]
 
 
 def _keeps_size(layer: nn.Conv2d, side: int) -> bool:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowtrain.nn.column_networks import is_hooked
 from flowtrain.nn.velocity_field import (
     Activation,
     Hidden,
@@ -18,11 +19,15 @@ from flowtrain.nn.velocity_field import (
     activate,
     activate_vjp,
     as_event,
+    is_known,
+    jvp_by_autograd,
+    rows_of,
     unpack,
 )
 from flowtrain.utils.arguments import one_of, whole, widths
 from flowtrain.utils.autograd import first_derivative
 from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.modules import submodules
 
 
 def jvp(
@@ -108,6 +113,21 @@ def _vjp(at_y: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> tuple[Tensor
     return at_x, at_weight
 
 
+def is_plain(conv: nn.Module) -> bool:
+    """Whether a module is an ordinary convolution, whose weight and bias can be used without a call of the module."""
+    if not is_known(conv, nn.Conv2d):
+        return False
+    assert isinstance(conv, nn.Conv2d)
+    ordinary = conv.groups == 1 and conv.stride == conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    return ordinary and conv.padding in ("same", tuple(side // 2 for side in conv.kernel_size))
+
+
+def called(conv: nn.Module, x: Tensor) -> Tensor:
+    """Calls a module for images (B, C, H, W) with x (..., C, H, W)."""
+    y: Tensor = conv(x.reshape(-1, *x.shape[-3:]))
+    return y.view(*x.shape[:-3], *y.shape[1:])
+
+
 class TimedConv2d(TimedLayer):
     """The layer y = (W * x + b) gate(t) + offset(t). The convolution keeps the size of the images.
 
@@ -118,10 +138,10 @@ class TimedConv2d(TimedLayer):
         super().__init__()
         self.conv = nn.Conv2d(n_in, n_out, kernel_size, padding="same")
 
-    def bias(self) -> Tensor:
-        """Returns b, which is zero for a convolution without a bias."""
-        bias = self.conv.bias
-        return self.conv.weight.new_zeros(len(self.conv.weight)) if bias is None else bias
+    def bias(self, t: Tensor) -> Tensor:
+        """Returns b, (n_out,), or zero, (), if the convolution has no bias or adds it itself."""
+        bias = self.conv.bias if is_plain(self.conv) else None
+        return t.new_zeros(()) if bias is None else bias
 
     @abstractmethod
     def modulation(self, t: Tensor, size: torch.Size) -> tuple[Tensor | None, Tensor]:
@@ -132,6 +152,9 @@ class TimedConv2d(TimedLayer):
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         gate, shift = self.modulation(t, x.shape[-2:])
+        if not is_plain(self.conv):
+            y = called(self.conv, x)
+            return y + shift if gate is None else torch.addcmul(shift, y, gate)
         weight, gate = self.fold(gate)
         if shift.numel() == len(weight):
             (y,) = convolve(weight, x, bias=shift.flatten())
@@ -178,9 +201,12 @@ class ConcatConv2d(TimedConv2d):
         self.shift = nn.Conv2d(1, n_out, kernel_size, padding="same", bias=False)
 
     def modulation(self, t: Tensor, size: torch.Size) -> tuple[None, Tensor]:
+        if not is_plain(self.shift):
+            channel = t.reshape(*t.shape, 1, 1, 1).expand(*t.shape, 1, *size)
+            return None, as_event(self.bias(t), 3) + called(self.shift, channel)
         # the response to the channel t is t times the response to a channel of ones, also at the border
         (response,) = convolve(self.shift.weight, t.new_ones(1, *size))
-        return None, torch.addcmul(as_event(self.bias(), 3), as_event(t.unsqueeze(-1), 3), response)
+        return None, torch.addcmul(as_event(self.bias(t), 3), as_event(t.unsqueeze(-1), 3), response)
 
 
 class ConcatSquashConv2d(TimedConv2d):
@@ -194,7 +220,7 @@ class ConcatSquashConv2d(TimedConv2d):
     def modulation(self, t: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
         column = t.unsqueeze(-1)
         gate = torch.sigmoid(self.gate(column))
-        return as_event(gate, 3), as_event(torch.addcmul(self.shift(column), self.bias(), gate), 3)
+        return as_event(gate, 3), as_event(torch.addcmul(self.shift(column), self.bias(t), gate), 3)
 
 
 class TimeEmbeddingConv2d(TimedConv2d, TimeEmbedded):
@@ -206,7 +232,7 @@ class TimeEmbeddingConv2d(TimedConv2d, TimeEmbedded):
 
     def modulation(self, t: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
         gate, offset = self.gate_and_offset(t)
-        return as_event(gate, 3), as_event(torch.addcmul(offset, self.bias(), gate), 3)
+        return as_event(gate, 3), as_event(torch.addcmul(offset, self.bias(t), gate), 3)
 
 
 LAYERS: dict[str, type[TimedConv2d]] = {
@@ -258,7 +284,11 @@ class ConvField(LayeredField[TimedConv2d]):
         return super().forward(t, self.checked(x), self.with_pixel_bias(shift)).contiguous()
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, shift = self.checked(x), self.with_pixel_bias(shift)
+        x = self.checked(x)
+        if not self.has_known_layers():
+            of_rows = None if shift is None else rows_of(shift, x, 3)
+            return jvp_by_autograd(lambda t, x: ConvField.forward(self, t, x, of_rows), t, x, tangents, 3)
+        shift = self.with_pixel_bias(shift)
         # the kernels treat tangents as constants
         if tangents.requires_grad or not self.can_use_kernels(t, x):
             v, je = self.jvp_rows(t, x, tangents, shift)
@@ -272,6 +302,14 @@ class ConvField(LayeredField[TimedConv2d]):
             for i, parts in enumerate(zip(*(self.jvp_node(*one, shift) for one in each), strict=True))
         )
         return v.view(x.shape), je.view(len(tangents), *x.shape)
+
+    def has_known_layers(self) -> bool:
+        """Whether no layer has a hook or was replaced by a user. Only a call of the layer evaluates these."""
+        if any(is_hooked(module) for layer in self.layers for module in submodules(layer)):
+            return False
+        # a subclass may compute another function
+        own = all(type(layer).forward is TimedConv2d.forward for layer in self.layers)
+        return own and all(is_plain(layer.conv) for layer in self.layers)
 
     def jvp_node(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         """Computes `jvp` at one time t, for x (B, C, H, W) and tangents (k, 1 or B, C, H, W)."""

@@ -18,7 +18,9 @@ from flowtrain.nn.velocity_field import (
     TimedLayer,
     TimeEmbedded,
     constant,
+    is_known,
     jvp_by_autograd,
+    rows_of,
 )
 from flowtrain.utils.arguments import number, one_of, widths
 from flowtrain.utils.autograd import needs_autograd, transforms_active
@@ -233,14 +235,16 @@ class MLPField(LayeredField[TimedLinear]):
         """Whether no layer has a hook or was replaced by a user. Only a call of the layer evaluates these."""
         if any(is_hooked(module) for layer in self.layers for module in submodules(layer)):
             return False
-        return all(type(layer.linear) is nn.Linear or _is_parametrized(layer.linear) for layer in self.layers)
+        # a subclass may compute another function
+        own = all(type(layer).forward is TimedLinear.forward for layer in self.layers)
+        return own and all(is_known(layer.linear, nn.Linear) for layer in self.layers)
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         values = self._values_at(t, x) if tangents.dim() == 3 else None
         if values is not None:
             return values.jvp(t, x, tangents, shift)
         if not self.has_known_layers():
-            of_rows = None if shift is None else shift.expand(*x.shape[:-1], -1).flatten(0, -2)
+            of_rows = None if shift is None else rows_of(shift, x, 1)
             # a subclass may compute the inputs of the layers
             return jvp_by_autograd(lambda t, x: MLPField.forward(self, t, x, of_rows), t, x, tangents)
         if not self.can_use_kernels(t, x):
@@ -265,11 +269,6 @@ class MLPField(LayeredField[TimedLinear]):
         # a subclass may compute another function
         own = type(self) is MLPField and self.has_known_layers() and not is_hooked(self)
         return MLPRecorder(self, shift) if own else None
-
-
-def _is_parametrized(module: nn.Module) -> bool:
-    """Whether a module is a linear layer whose weight is a function of other parameters."""
-    return type(module).__bases__ == (nn.Linear,) and "parametrizations" in module._modules
 
 
 class MLPValues:

@@ -234,10 +234,24 @@ def field_jvp(field: nn.Module, t: Tensor, x: Tensor, tangents: Tensor, event_di
     Returns:
         v with the shape of x, and J e (k, *x.shape).
     """
-    # only a call of a field runs its hooks
-    if isinstance(field, Field) and not is_hooked(field):
+    if isinstance(field, Field) and has_jvp(field):
         return field.jvp(t, x, tangents)
     return jvp_by_autograd(field, t, x, tangents, event_dims)
+
+
+def has_jvp(field: Field) -> bool:
+    """Whether the method `jvp` of a field computes the same function as a call of the field.
+
+    It does not if the field has a hook, or if a subclass overrides `forward` and not `jvp`.
+    """
+    by_name = {name: next(c for c in type(field).__mro__ if name in vars(c)) for name in ("forward", "jvp")}
+    return issubclass(by_name["jvp"], by_name["forward"]) and not is_hooked(field)
+
+
+def is_known(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of the class `kind`, without hooks. Its parameters may be parametrized."""
+    parametrized = type(module).__bases__ == (kind,) and "parametrizations" in module._modules
+    return (type(module) is kind or parametrized) and not is_hooked(module)
 
 
 def jvp_by_autograd(
@@ -398,13 +412,19 @@ class Given(Field):
         return v
 
     def jvp(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        if is_hooked(self.field):
-            of_rows = self.shift.expand(*x.shape[: x.dim() - self.event_dims], -1).flatten(0, -2)
-            return jvp_by_autograd(lambda t, x: self.field(t, x, of_rows), t, x, tangents, self.event_dims)
-        return self.field.jvp(t, x, tangents, self.shift)
+        if has_jvp(self.field):
+            return self.field.jvp(t, x, tangents, self.shift)
+        of_rows = rows_of(self.shift, x, self.event_dims)
+        return jvp_by_autograd(lambda t, x: self.field(t, x, of_rows), t, x, tangents, self.event_dims)
 
     def recorder(self) -> Any:
         return self.field.recorder(self.shift)
+
+
+def rows_of(shift: Tensor, x: Tensor, event_dims: int) -> Tensor:
+    """Returns the term of the context, (B, *event), for each row of x (..., B, *event) in turn."""
+    outer = x.shape[: x.dim() - event_dims]
+    return shift.expand(*outer, *shift.shape[-event_dims:]).flatten(0, len(outer) - 1)
 
 
 def as_event(v: Tensor, event_dims: int) -> Tensor:

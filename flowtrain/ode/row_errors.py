@@ -26,7 +26,7 @@ def row_errors(solves: Sequence[Statistics], log_p: Tensor, z: Tensor) -> Tensor
         sum_ODEs C (e + s (1 + |z| / sqrt d)) + 25 eps (1 + |log p|),    C = 3 (rtol / 1e-5)^0.4.
 
     Only solves with a separate step control for each row have estimates: those of flowtrain's adaptive methods in
-    evaluation mode. Without an ODE, the error is the term of rounding.
+    evaluation mode. Without an ODE, the error is the term of rounding. If log p is -inf, the error is infinite.
 
     Args:
         solves: the statistics of all solves of one pass.
@@ -45,4 +45,4 @@ def row_errors(solves: Sequence[Statistics], log_p: Tensor, z: Tensor) -> Tensor
             return torch.full_like(total, torch.nan)
         factor = SOLVER * (solve.rtol / 1e-5) ** POWER
         total = total + factor * (solve.integral_error[:, 0] + solve.state_error * gradient)
-    return total
+    return torch.where(log_p.isinf(), torch.inf, total)

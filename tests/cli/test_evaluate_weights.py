@@ -37,3 +37,24 @@ def test_evaluation_of_weighted_files(
     assert np.load(tmp_path / "s.npy")[:, 0].mean() == pytest.approx(
         np.average(x[:, 0], weights=values[:, 2]), abs=0.25
     )
+
+
+@pytest.mark.usefixtures("without_figures", "float32")
+def test_test_rows_can_be_evaluated_with_other_weights(trained: Train, run: Run, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    values = np.column_stack([rng.normal(size=(400, 2)), rng.uniform(1, 3, (400, 2))])
+
+    def write() -> None:
+        np.savetxt(tmp_path / "t.csv", values, delimiter=",", header="a,b,w,v", comments="")
+
+    write()
+    run_dir = trained(*KEYS, f"data.path={tmp_path}/t.csv", "data.columns=[a,b]")
+    for weights in ("null", "v"):
+        code, _, err = run("floweval", f"ckpt={run_dir}", f"data.weights={weights}")
+        assert code == 0, err
+    # other rows are refused with both columns of weights
+    values = values[::-1]
+    write()
+    for arguments in ([], ["data.weights=v"]):
+        code, _, err = run("floweval", f"ckpt={run_dir}", *arguments)
+        assert code == 2, err

@@ -49,6 +49,11 @@ def test_every_config_file_starts_with_a_description(name: str) -> None:
     assert said[0].isalnum()
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_lines_of_config_files_are_short(name: str) -> None:
+    assert [line for line in text_of(name).splitlines() if len(line) > 120] == []
+
+
 def named(text: str) -> Iterator[str]:
     """Returns the files that comments name as the origin of keys."""
     yield from re.findall(r"#.*?\bkeys of ([\w/]+)\.yaml", text)

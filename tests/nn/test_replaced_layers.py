@@ -15,6 +15,7 @@ from flowtrain.nn.conditioners import ConvNet
 from flowtrain.nn.conv_field import ConvField
 from flowtrain.nn.mlp_field import MLPField
 from flowtrain.nn.residual_mlp import MaskedLinear
+from flowtrain.nn.velocity_field import field_jvp
 
 
 class Scaled(nn.Linear):
@@ -125,6 +126,115 @@ def test_fields_without_biases_have_the_jvp_of_autograd(layer: str) -> None:
         for k, tangent in enumerate(tangents):
             expected = torch.func.jvp(lambda y, field=field: field(t, y), (x[None],), (tangent,))
             torch.testing.assert_close((v, je[k]), expected)
+
+
+class ScaledConv(nn.Conv2d):
+    """A convolution of a user, whose outputs are twice as large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def scaled_conv(conv: nn.Conv2d) -> nn.Module:
+    found = ScaledConv(conv.in_channels, conv.out_channels, 3, padding="same", bias=conv.bias is not None)
+    found.load_state_dict(conv.state_dict())
+    return found
+
+
+def grouped(conv: nn.Conv2d) -> nn.Module:
+    return nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, groups=2)
+
+
+def conv_field(layer: str, classes: int | None = None) -> ConvField:
+    field = ConvField(2, [4, 4], layer, classes=classes, size=(5, 3))
+    for p in field.parameters():
+        nn.init.normal_(p, std=0.4)
+    return field
+
+
+def assert_jvp_is_that_of_autograd(field: nn.Module, x: Tensor) -> None:
+    """Compares `field_jvp` with forward-mode differentiation of calls of the field, for one time and for many."""
+    tangents = torch.randn(2, *x.shape)
+    for t in (torch.tensor(0.3), torch.rand(len(x))):
+        v, je = field_jvp(field, t, x, tangents, x.dim() - 1)
+        torch.testing.assert_close(v, field(t, x))
+        for e, found in zip(tangents, je, strict=True):
+            expected = torch.func.jvp(lambda y, t=t: field(t, y), (x,), (e,))[1]  # type: ignore[misc]
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("change", [without_bias, scaled_conv, hooked, in_sequence, parametrized, grouped])
+@pytest.mark.parametrize("layer", ["concatsquash", "concat", "time_embedding"])
+def test_convolutional_fields_call_replaced_convolutions(layer: str, change: Callable[[Any], nn.Module]) -> None:
+    field, x = conv_field(layer), torch.randn(3, 2, 5, 3)
+    plain, doubled = deepcopy(field), deepcopy(field)
+    field.body[1].conv = change(field.body[1].conv)
+    for p in doubled.body[1].conv.parameters():
+        p.data.mul_(2)
+    assert_jvp_is_that_of_autograd(field, x)
+    t = torch.tensor(0.3)
+    if change in (scaled_conv, hooked):
+        torch.testing.assert_close(field(t, x), doubled(t, x))
+    assert torch.allclose(field(t, x), plain(t, x)) == (change is parametrized)
+
+
+@pytest.mark.parametrize("change", [scaled_conv, hooked])
+def test_the_convolution_of_time_is_called(change: Callable[[Any], nn.Module]) -> None:
+    field, x = conv_field("concat"), torch.randn(3, 2, 5, 3)
+    doubled = deepcopy(field)
+    field.body[0].shift = change(field.body[0].shift)
+    doubled.body[0].shift.weight.data.mul_(2)
+    for t in (torch.tensor(0.3), torch.rand(3)):
+        torch.testing.assert_close(field(t, x), doubled(t, x))
+    assert_jvp_is_that_of_autograd(field, x)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_jvps_use_the_hooks_and_the_forward_of_a_layer(kind: str) -> None:
+    field: Any = conv_field("concatsquash") if kind == "conv" else MLPField(2, [4, 4])
+    x = torch.randn(3, 2, 5, 3) if kind == "conv" else torch.randn(3, 2)
+    for p in field.parameters():
+        nn.init.normal_(p, std=0.4)
+    hooked_field = deepcopy(field)
+    hooked(hooked_field.head)
+    assert_jvp_is_that_of_autograd(hooked_field, x)
+    of_layer: Any = type(field.head)
+
+    class Doubled(of_layer):  # type: ignore[misc]
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return 2 * super().forward(t, x)
+
+    field.head.__class__ = Doubled
+    assert_jvp_is_that_of_autograd(field, x)
+    t = torch.tensor(0.3)
+    torch.testing.assert_close(field(t, x), hooked_field(t, x))
+
+
+@pytest.mark.parametrize("base", [MLPField, ConvField])
+def test_jvps_use_the_forward_of_a_subclass_of_a_field(base: Any) -> None:
+    class Doubled(base):  # type: ignore[misc]
+        def forward(self, t: Tensor, x: Tensor, shift: Tensor | None = None) -> Tensor:
+            return 2 * super().forward(t, x, shift)
+
+    field, x = Doubled(2, [4], classes=3), torch.randn(3, 2, 5, 3) if base is ConvField else torch.randn(3, 2)
+    for p in field.parameters():
+        nn.init.normal_(p, std=0.4)
+    assert_jvp_is_that_of_autograd(field, x)
+    assert_jvp_is_that_of_autograd(field.given(torch.tensor([0, 2, 1])), x)
+
+
+@pytest.mark.parametrize("place", ["field", "layer", "convolution"])
+def test_convolutional_fields_with_context_use_hooks(place: str) -> None:
+    field, x = conv_field("concatsquash", classes=3), torch.randn(3, 2, 5, 3)
+    hooked({"field": field, "layer": field.head, "convolution": field.head.conv}[place])  # type: ignore[arg-type]
+    given = field.given(torch.tensor([0, 2, 1]))
+    assert_jvp_is_that_of_autograd(given, x)
+    # several times for all rows, as at the nodes of a quadrature
+    times, nodes = torch.rand(4, 1), torch.randn(4, *x.shape)
+    v, je = field_jvp(given, times, nodes, nodes[None], 3)
+    for i in range(4):
+        expected = field_jvp(given, times[i, 0], nodes[i], nodes[None, i], 3)
+        torch.testing.assert_close((v[i], je[:, i]), expected)
 
 
 def test_a_convolutional_network_calls_a_hooked_activation() -> None:

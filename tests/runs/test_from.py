@@ -192,6 +192,23 @@ def test_fit_warns_of_rows_that_the_flow_may_have_seen(fitted: Flow, caplog: pyt
     assert not warned(columns())
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_fit_compares_the_samples_with_those_of_the_flow_and_not_the_weights(
+    first: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(120, 2)), [rng.uniform(1, 2, 120) if first == k else None for k in (True, False)]
+    flow = flowtrain.fit(x, model="affine", weights=weights[0], steps=2, progress=False)
+
+    def warned(x: np.ndarray) -> bool:
+        caplog.clear()
+        flowtrain.fit(x, flow=flow, weights=weights[1], steps=2, progress=False)
+        return any(record.levelname == "WARNING" and "held out" in record.message for record in caplog.records)
+
+    assert not warned(x)
+    assert warned(x[::-1].copy())
+
+
 def test_fit_keeps_the_types_for_a_file(fitted: Flow, tmp_path: Path) -> None:
     path = csv(tmp_path / "a.csv", columns())
     again = flowtrain.fit(path, flow=fitted, context=["colour"], steps=2, progress=False)

@@ -30,7 +30,7 @@ from flowtrain.data.tables.sample_spec import (
     add_set_noise,
     noisy_columns,
 )
-from flowtrain.data.tables.streaming import Moments, StreamedTable, is_streamed
+from flowtrain.data.tables.streaming import Moments, StreamedStore, StreamedTable, is_streamed
 from flowtrain.data.tables.table_checks import (
     check_context,
     check_enough_rows,
@@ -391,7 +391,8 @@ class ArrayData(Finite):
             counts[: len(training.class_counts)] = training.class_counts
             self.class_counts = tuple(counts.tolist())
             warn_of_unseen(table.path, counts, labels)
-        codes = warn_of_sentinels(table, training.subset) if self.levels is None else {}
+        in_blocks = isinstance(training.store, StreamedStore)
+        codes = warn_of_sentinels(table, training.subset, in_blocks) if self.levels is None else {}
         if self.integer_valued:
             return
         if len(self.event_shape) == 1:

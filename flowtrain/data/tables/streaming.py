@@ -426,11 +426,11 @@ class StreamedTable:
         for start, tables in self._chunks():
             ends = np.searchsorted(wanted, (start, start + len(tables.samples.values)), sorter=order)
             places = order[slice(*ends)]
-            check_finite(tables.samples, (t.samples for _, t in self._chunks()), self._missing.drops)
+            check_finite(tables.samples, (t.samples for _, t in self._chunks()))
             spec.check(tables.samples, (t.samples for _, t in self._chunks()))
             for role, table in tables.others.items():
                 needed = dict.fromkeys(table.indices, f"data.{role}")
-                check_finite(table, (t.others[role] for _, t in self._chunks()), self._missing.drops, needed)
+                check_finite(table, (t.others[role] for _, t in self._chunks()), needed)
             tables.check()
             out = wanted[places] - start
             found.add(places, tables.samples.values[out], tables.extras(out))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowtrain.data.tables.columns import as_option, first_of, listed
-from flowtrain.data.tables.table_reader import Table
+from flowtrain.data.tables.table_reader import Table, drop_option
 from flowtrain.data.types import ColumnType
 from flowtrain.utils.errors import DataError
 from flowtrain.utils.formatting import as_ranges, counted
@@ -83,12 +83,13 @@ def _apart(distances: NDArray[np.float64]) -> bool:
     return float(distances[0]) > 10 * float(np.median(np.diff(distances[:20])))
 
 
-def warn_of_sentinels(table: Table, values: NDArray[np.float64]) -> dict[int, float]:
+def warn_of_sentinels(table: Table, values: NDArray[np.float64], in_blocks: bool = False) -> dict[int, float]:
     """Warns of columns in which a number seems to stand for missing values.
 
     Args:
         table: gives the names of the columns.
         values: training rows, (n, d).
+        in_blocks: whether the file is read in blocks.
 
     Returns:
         The code of each such column, by the position of the column.
@@ -97,12 +98,12 @@ def warn_of_sentinels(table: Table, values: NDArray[np.float64]) -> dict[int, fl
     if not found:
         return {}
     keep = [index for i, index in enumerate(table.indices) if i not in found]
+    na = f"[{','.join(sorted({f'{code:.17g}' for code, _ in found.values()}))}]"
     each = ", ".join(f"{table.columns[i]!r} is {code:g} in {count:,} rows" for i, (code, count) in found.items())
     _log.warning(
         f"{table.path}: column {each} (of {counted(len(values), 'training row')}), unlike the other values of the "
         "column. If this is a code for a missing value, the flow learns the density of the code. Leave out these rows "
-        f"with 'data.na=[{','.join(sorted({f'{code:.17g}' for code, _ in found.values()}))}]' data.missing=drop"
-        + (f", or keep the other columns: {as_option(keep)}" if keep else "")
+        f"with {drop_option(na, in_blocks)}" + (f", or keep the other columns: {as_option(keep)}" if keep else "")
     )
     return {i: code for i, (code, _) in found.items()}
 

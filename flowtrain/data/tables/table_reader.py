@@ -463,10 +463,20 @@ def _by_column(table: Table, counts: NDArray[np.int64], first: Sequence[str] = (
     return first_of(each, some, "; ")
 
 
+def drop_option(na: str | None, in_blocks: bool) -> str:
+    """Returns the options that leave out rows with missing values, and with values of the list `na`.
+
+    Args:
+        na: the value of data.na, or None.
+        in_blocks: whether the file is read in blocks, from which rows cannot be left out.
+    """
+    options = "data.missing=drop" if na is None else f"'data.na={na}' data.missing=drop"
+    return f"{options} data.memory_map=false, which reads the file into memory" if in_blocks else options
+
+
 def check_finite(
     table: Table,
     whole: Iterable[Table] | None = None,
-    in_blocks: bool = False,
     needed: Mapping[int, str] = MappingProxyType({}),
 ) -> None:
     """Raises DataError if values are missing, NaN or infinite.
@@ -476,14 +486,14 @@ def check_finite(
     Args:
         table: a file or a block of a file.
         whole: all blocks of the file, for the numbers in the message. None if `table` is the whole file.
-        in_blocks: whether the user wants to leave out rows with missing values, but the file is read in blocks.
         needed: see `flowtrain.data.tables.csv_reader.Chosen`.
     """
     bad = ~np.isfinite(table.values)
     if not bad.any():
         return
     row, column = (int(i) for i in np.argwhere(bad)[0])
-    by_column, rows, of_rows, empty = np.zeros(len(table.columns), dtype=np.int64), 0, 0, False
+    by_column, rows, of_rows = np.zeros(len(table.columns), dtype=np.int64), 0, 0
+    empty = infinite = False
     places = [""] * len(table.columns)
     for block in whole or [table]:
         each = ~np.isfinite(block.values)
@@ -492,6 +502,7 @@ def check_finite(
         by_column += each.sum(0)
         rows, of_rows = rows + int(each.any(1).sum()), of_rows + len(each)
         empty = empty or bool(np.isnan(block.values).any())
+        infinite = infinite or bool(np.isinf(block.values).any())
     total = int(by_column.sum())
     # data.columns can leave out columns of the samples only
     lost = {index: name for index, name, n in zip(table.indices, table.columns, by_column, strict=True) if n}
@@ -510,12 +521,8 @@ def check_finite(
     found = f"the value is {table.values[row, column]}"
     if cell is not None and np.isnan(table.values[row, column]):
         found = f"{cell!r} is a missing value" if cell.strip() else "the cell is empty"
-    if in_blocks and empty:
-        advice = "This file is read in blocks, which data.missing=drop does not support; add data.memory_map=false"
-    elif empty:
-        advice = "Leave out these rows with data.missing=drop"
-    else:
-        advice = "Remove these rows, or leave them out with 'data.na=[inf,-inf]' data.missing=drop"
+    options = drop_option("[inf,-inf]" if infinite else None, in_blocks=whole is not None)
+    advice = f"Leave out these rows with {options}" if empty else f"Remove these rows, or leave them out with {options}"
     raise DataError(
         f"{table.path}: {total:,} of {counted(of_rows * len(table.columns), 'value')} "
         f"{'is' if total == 1 else 'are'} missing or not finite, in {rows:,} of {counted(of_rows, 'row')} (by column, "

@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import yaml
 from helpers import Refused
 from helpers.files import normal, npy
 from hypothesis import HealthCheck, given, settings
@@ -220,6 +221,40 @@ def test_streamed_files_are_refused(tmp_path: Path, refused: Refused) -> None:
     options: dict[str, Any] = {"missing": "drop", "na": [-999]}
     refused(lambda: ArrayData(path, memory_map=True, **options), DataError, ["row 7", "'c1'", "data.memory_map=false"])
     assert ArrayData(path, memory_map=False, **options).n_train == 319
+
+
+def with_advice(options: dict[str, Any], message: str) -> dict[str, Any]:
+    """Returns the options of `ArrayData` after those that a message names."""
+    advice = re.findall(r"data\.(na|missing|memory_map)=(\[[^\]]*\]|\w+)", message)
+    return {**options, **{key: yaml.safe_load(value) for key, value in advice}}
+
+
+@pytest.mark.parametrize("memory_map", [True, False])
+@pytest.mark.parametrize("missing", ["refuse", "drop"])
+@pytest.mark.parametrize("bad", [[np.nan], [np.inf], [np.nan, -np.inf]], ids=str)
+def test_advice_on_missing_values_needs_one_step(
+    bad: list[float], missing: str, memory_map: bool, tmp_path: Path
+) -> None:
+    values = normal(400, 3)
+    values[7 : 7 + len(bad), 1] = bad
+    options = {"missing": missing, "memory_map": memory_map}
+    path = npy(tmp_path / "t.npy", values)
+    if missing == "drop" and np.isnan(bad).all() and not memory_map:
+        ArrayData(path, **options)
+        return
+    with pytest.raises(DataError) as error:
+        ArrayData(path, **options)
+    assert ArrayData(path, **with_advice(options, str(error.value))).n_train <= 320
+
+
+@pytest.mark.parametrize("memory_map", [True, False])
+def test_advice_on_codes_needs_one_step(memory_map: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = normal(400, 3)
+    values[:40, 1] = -999
+    options = {"missing": "refuse", "memory_map": memory_map}
+    path = npy(tmp_path / "t.npy", values)
+    ArrayData(path, **options)
+    assert ArrayData(path, **with_advice(options, caplog.text)).n_train < 300
 
 
 def test_rows_to_score_keep_their_places(tmp_path: Path) -> None:

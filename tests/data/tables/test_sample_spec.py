@@ -74,7 +74,9 @@ def test_data_record_includes_the_labels(tmp_path: Path) -> None:
     before = ArrayData(npy(tmp_path / "a.npy", values), label=2)
     values[5, 2] = 1 - values[5, 2]
     path = npy(tmp_path / "b.npy", values)
-    assert record_changes(before, ArrayData(path, label=2), "file")
+    now = ArrayData(path, label=2)
+    assert record_changes(before, now, "file")
+    assert changes(before.record, now.record, samples_only=True) is None
     assert record_changes(ArrayData(path, label=2, memory_map=True), ArrayData(path, label=2), "file") is None
 
 
