@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from flowtrain.utils.recorded import Recorded
 LOG2_E = 1 / math.log(2)
 # the least number of elements for which `_slopes` replaces tanh and exp by sigmoid and exp2
 MANY = 1024
+# the lookup takes as long as a small operation
+_SIGMOID_GRADIENT: Any = torch.ops.aten.sigmoid_backward.grad_input
 
 
 class Elementwise(Recorded, nn.Module, ABC):
@@ -96,11 +99,12 @@ class ScaleShift(Elementwise):
 
     def columns_to_base(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         raw, shift = theta.chunk(2)
-        tanh = (raw / self.cap).tanh_()
-        log_slope = tanh * -self.cap
-        slope = log_slope.exp()
+        # see `_slopes`
+        sigmoid = (raw * (2 / self.cap)).sigmoid_()
+        log_slope = torch.rsub(sigmoid, self.cap, alpha=2 * self.cap)
+        slope = (log_slope * LOG2_E).exp2_()
         z = (x - shift).mul_(slope)
-        return z, log_slope, (tanh, slope, z)
+        return z, log_slope, (sigmoid, slope, z)
 
     def values_to_base(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (z, log dz/dx) for x (n, B) and theta (2 n, B), without a gradient."""
@@ -115,14 +119,14 @@ class ScaleShift(Elementwise):
         return torch.addcmul(shift, z, slope), log_slope
 
     def columns_gradient(self, kept: Sequence[Tensor], g_z: Tensor, g_log: Tensor) -> tuple[Tensor, Tensor]:
-        tanh, slope, z = kept
+        sigmoid, slope, z = kept
         n = len(z)
         g_theta = z.new_empty(2 * n, *z.shape[1:])
         g_x = g_z * slope
         torch.neg(g_x, out=g_theta[n:])
-        # dz/ds = -z and d log(dz/dx)/ds = -1
-        g_s = (g_z * z).add_(g_log).neg_()
-        torch.mul(g_s, 1 - tanh.square(), out=g_theta[:n])
+        # dz/ds = -z, d log(dz/dx)/ds = -1, and ds/draw is 4 times the derivative of the sigmoid
+        four_g_s = torch.addcmul(g_log * -4, g_z, z, value=-4)
+        _SIGMOID_GRADIENT(four_g_s, sigmoid, grad_input=g_theta[:n])
         return g_x, g_theta
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _functorch
 
+from flowtrain.bijections import autoregressive_chain
 from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.base import Bijection, Chain, Pass, as_pass
 from flowtrain.bijections.conditioned_gradient import Conditioned, bounded
@@ -55,11 +56,16 @@ class TableChain(Chain):
     def pass_inverse(self, x: Tensor, context: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
         # without gradients, the layers one by one are faster, see `flowtrain.bijections.evaluation`
         possible = context is None and x.dim() == 2 and torch.is_grad_enabled()
-        found = self.by_matrices(x) if possible else None
+        found = self.in_one_operation(x) if possible else None
         return super().pass_inverse(x, context, options) if found is None else Pass(*found)
 
     def map_inverse(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.pass_inverse(x, context).x
+
+    def in_one_operation(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Computes `inverse` for vectors x (B, d) as one operation of autograd, or returns None if not possible."""
+        found = self.by_matrices(x)
+        return autoregressive_chain.to_base(list(reversed(list(self))), x) if found is None else found
 
     def by_matrices(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Computes `inverse` for vectors x (B, d) with one matrix for each layer, or returns None if not possible."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._C import _functorch
 
 from flowtrain.utils.autograd import differentiable_vjp, transforms_active
-from flowtrain.utils.products import columns_product, product
+from flowtrain.utils.products import add_columns_product, columns_product, product
 
 # a weight (m, k), its mask or None, and its bias (m,)
 Layer = tuple[Tensor, Tensor | None, Tensor]
@@ -22,6 +22,8 @@ Layer = tuple[Tensor, Tensor | None, Tensor]
 Drops = Sequence[Tensor | None]
 # the parts of all layers in turn
 Parts = Sequence[Tensor | None]
+# the lookup takes as long as a small operation
+_RELU_GRADIENT: Any = torch.ops.aten.threshold_backward.grad_input
 
 
 class ColumnNetwork(ABC):
@@ -63,12 +65,12 @@ class Plain(ColumnNetwork):
     def values(x: Tensor, layers: Sequence[Layer], drops: Drops) -> tuple[Tensor, list[Tensor]]:
         hidden: list[Tensor] = []
         for (weight, mask, bias), drop in zip(layers[:-1], drops, strict=True):
-            x = columns_product(masked(weight, mask), bias, x.T).relu_()
+            x = columns_product(masked(weight, mask), bias, x).relu_()
             if drop is not None:
                 x.mul_(drop)
             hidden.append(x)
         weight, mask, bias = layers[-1]
-        return columns_product(masked(weight, mask), bias, x.T), hidden
+        return columns_product(masked(weight, mask), bias, x), hidden
 
     @staticmethod
     def gradient(
@@ -99,17 +101,17 @@ class Residual(ColumnNetwork):
     @staticmethod
     def values(x: Tensor, layers: Sequence[Layer], drops: Drops) -> tuple[Tensor, list[Tensor]]:
         first, *inner, last = [(masked(weight, mask), bias) for weight, mask, bias in layers]
-        h = columns_product(first[0], first[1], x.T)
+        h = columns_product(first[0], first[1], x)
         hidden = []
         for (one, two), drop in zip(_in_parts(inner, 2), drops, strict=True):
             a = h.relu()
-            u = columns_product(one[0], one[1], a.T).relu_()
+            u = columns_product(one[0], one[1], a).relu_()
             if drop is not None:
                 u.mul_(drop)
-            h.add_(columns_product(two[0], two[1], u.T))
+            add_columns_product(h, two[0], two[1], u)
             hidden += [a, u]
         hidden.append(h.relu_())
-        return columns_product(last[0], last[1], h.T), hidden
+        return columns_product(last[0], last[1], h), hidden
 
     @staticmethod
     def gradient(
@@ -124,7 +126,7 @@ class Residual(ColumnNetwork):
             drop = drops[i]
             if drop is not None:
                 g_u.mul_(drop)
-            g_h = g_h + _through_relu(_through_layer(g_u, a, layers[2 * i + 1], gradients), a)
+            g_h = _through_relu(_through_layer(g_u, a, layers[2 * i + 1], gradients), a).add_(g_h)
         return _through_layer(g_h, x, layers[0], gradients), found
 
 
@@ -155,14 +157,15 @@ def _through_layer(g: Tensor, a: Tensor, layer: Layer, found: list[Tensor | None
     """
     weight, mask, _ = layer
     if found is not None:
-        g_weight = product(g, a)
+        # MKL is slow if the second matrix has few columns
+        g_weight = product(a, g).T.contiguous() if len(a) < len(g) and a.is_cpu else product(g, a)
         found[:0] = [g_weight if mask is None else g_weight.mul_(mask), None, g.sum(1)]
     return product(masked(weight, mask).T, g.T)
 
 
 def _through_relu(g: Tensor, a: Tensor) -> Tensor:
-    """Returns the gradient of the input of relu, for the gradient g of its output a."""
-    found: Tensor = torch.ops.aten.threshold_backward(g, a, 0)
+    """Replaces the gradient g of the output a of relu by the gradient of the input, and returns it."""
+    found: Tensor = _RELU_GRADIENT(g, a, 0, grad_input=g)
     return found
 
 

@@ -75,11 +75,12 @@ def weight_gradient(at_y: Tensor, x: Tensor, out: Tensor) -> None:
 def prefers_onednn(a: Tensor, b: Tensor) -> bool:
     """Whether oneDNN is faster for the product a b^T of a (m, k) and b (n, k)."""
     return bool(
-        a.shape[0] * a.shape[1] * b.shape[0] >= LARGE
+        # the fastest test is the first one
+        not has_half_width()
+        and a.shape[0] * a.shape[1] * b.shape[0] >= LARGE
         and a.dtype == torch.float32
         and a.device.type == "cpu"
         and has_onednn()
-        and not has_half_width()
         # oneDNN copies a, but a slice b of columns would make it a thousand times slower
         and (b.is_contiguous() or b.T.is_contiguous())
     )
@@ -114,14 +115,29 @@ def sum_product(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def columns_product(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    """Computes W x^T + bias, (m, B), for W (m, k), bias (m,) and x (B, k), without a gradient.
+    """Computes W x + bias, (m, B), for W (m, k), bias (m,) and x (k, B), without a gradient.
 
-    This is a linear layer with one column for each row of x. The result is contiguous.
+    This is a linear layer of activations with one column for each row of a batch. The result is contiguous.
 
     Example:
-        >>> columns_product(torch.ones(1, 3), torch.ones(1), torch.ones(2, 3)).tolist()
+        >>> columns_product(torch.ones(1, 3), torch.ones(1), torch.ones(3, 2)).tolist()
         [[4.0, 4.0]]
     """
-    if weight.shape[0] * x.shape[0] * weight.shape[1] >= LARGE:
-        return product(weight, x).add_(bias.unsqueeze(1))
-    return torch.addmm(bias.unsqueeze(1), weight, x.T)
+    if prefers_onednn(weight, x.T):
+        return _linear(weight, x.T, None).add_(bias.unsqueeze(1))
+    return torch.addmm(bias.unsqueeze(1), weight, x)
+
+
+def add_columns_product(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> None:
+    """Adds W x + bias to h (m, B), for W (m, k), bias (m,) and x (k, B), without a gradient.
+
+    Example:
+        >>> h = torch.ones(1, 2)
+        >>> add_columns_product(h, torch.ones(1, 3), torch.ones(1), torch.ones(3, 2))
+        >>> h.tolist()
+        [[5.0, 5.0]]
+    """
+    if prefers_onednn(weight, x.T):
+        h.add_(_linear(weight, x.T, None)).add_(bias.unsqueeze(1))
+    else:
+        h.add_(bias.unsqueeze(1)).addmm_(weight, x)

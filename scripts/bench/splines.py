@@ -3,6 +3,7 @@
     python scripts/bench/splines.py               # on one thread; half a minute
     python scripts/bench/splines.py --repeats 50 --cases "8 columns"
     python scripts/bench/splines.py --scoring     # log p without gradients in place of training steps
+    python scripts/bench/splines.py --flows maf --cpu-time
 
 Needs `pip install zuko nflows` (nflows needs UMNN). A step is log p of a batch of 512 rows, its gradient and a fused
 Adam update. All networks have matrices of the same shapes: input, two square hidden layers, output. Ratios are medians
@@ -31,6 +32,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--scoring", action="store_true", help="measures log p without gradients")
+    parser.add_argument("--cpu-time", action="store_true", help="measures CPU time, which other jobs affect less")
+    parser.add_argument("--flows", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     args = parser.parse_args()
     use_threads(args.threads)
@@ -38,15 +41,17 @@ def main() -> None:
     print(f"{machine()}\n")
     rows = []
     for case in args.cases:
-        steps = contestants(*CASES[case], args.width, args.scoring)
+        peers_of = {ours: PEERS[ours] for ours in args.flows}
+        every = contestants(*CASES[case], args.width, args.scoring)
+        steps = {name: every[name] for ours, peers in peers_of.items() for name in (ours, *peers)}
         for step in steps.values():
             step()
-        times = interleave(steps, args.repeats)
-        for ours, peers in PEERS.items():
+        times = interleave(steps, args.repeats, args.cpu_time)
+        for ours, peers in peers_of.items():
             for peer in peers:
                 ratios = [b / a for a, b in zip(times[ours], times[peer], strict=True)]
                 medians = [statistics.median(times[name]) for name in (ours, peer)]
-                rows.append([case, ours, peer, *(f"{m:.1f}" for m in medians), f"{statistics.median(ratios):.2f}"])
+                rows.append([case, ours, peer, *(f"{m:.2f}" for m in medians), f"{statistics.median(ratios):.2f}"])
     print(table(["case", "ours", "peer", "ours, ms", "peer, ms", "peer / ours"], rows))
 
 

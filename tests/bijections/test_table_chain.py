@@ -1,12 +1,13 @@
 """`TableChain`, compared with the chain of the same bijections, finite differences and the Jacobian."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections import ActNorm, Chain, IndexCoupling, TableChain
+from flowtrain.bijections import ActNorm, Autoregressive, Chain, IndexCoupling, TableChain
 from flowtrain.bijections.table_chain import MOST_COLUMNS
 from flowtrain.models.glow import glow
 from flowtrain.models.maf import maf
@@ -27,6 +28,10 @@ FLOWS: dict[str, Callable[[], nn.Module]] = {
     "realnvp with dropout": lambda: realnvp(D, layers=3, hidden=[8, 8], input_bound=5.0, dropout=0.3),
     "nsf with dropout": lambda: nsf(D, layers=3, hidden=[8, 8], bins=4, input_bound=5.0, dropout=0.3),
     "maf with dropout": lambda: maf(D, layers=2, hidden=[8], input_bound=5.0, mixing="linear", dropout=0.3),
+    "maf without linear maps": lambda: maf(D, layers=3, hidden=[8, 8]),
+    "maf with W": lambda: maf(D, layers=3, hidden=[8], input_bound=5.0),
+    "maf with two groups": lambda: maf(D, layers=2, hidden=[8], passes=2, bins=4, transform="spline"),
+    "maf with dropout, without linear maps": lambda: maf(D, layers=3, hidden=[8, 8], dropout=0.3),
 }
 
 
@@ -46,7 +51,7 @@ def test_values_and_gradients_equal_the_chain_of_the_same_bijections(name: str) 
     x.requires_grad_()
     inputs = [x, *chain.parameters()]
     answers = []
-    assert chain.by_matrices(x) is not None
+    assert chain.in_one_operation(x) is not None
     for one in (chain, Chain(list(chain))):
         # both draw the same factors of dropout
         torch.manual_seed(1)
@@ -61,7 +66,7 @@ def test_values_and_gradients_equal_the_chain_of_the_same_bijections(name: str) 
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", ["realnvp", "nsf with halves", "maf"])
+@pytest.mark.parametrize("name", ["realnvp", "nsf with halves", "maf", "maf with W"])
 def test_log_determinant_and_round_trip(name: str) -> None:
     chain, x = built(name)
     z, log_det = chain.inverse(x)
@@ -71,7 +76,7 @@ def test_log_determinant_and_round_trip(name: str) -> None:
     torch.testing.assert_close(chain.map_inverse(x), z)
 
 
-@pytest.mark.parametrize("name", ["realnvp", "nsf", "maf with splines"])
+@pytest.mark.parametrize("name", ["realnvp", "nsf", "maf with splines", "maf with W"])
 def test_second_derivatives_equal_finite_differences(name: str) -> None:
     chain, x = built(name)
 
@@ -88,8 +93,9 @@ def test_second_derivatives_equal_finite_differences(name: str) -> None:
     torch.testing.assert_close(found[2, 3], (values[0] - values[1]) / 2e-5, rtol=1e-4, atol=1e-4)
 
 
-def test_several_cotangents_at_a_time() -> None:
-    chain, x = built("realnvp")
+@pytest.mark.parametrize("name", ["realnvp", "maf with W"])
+def test_several_cotangents_at_a_time(name: str) -> None:
+    chain, x = built(name)
     x.requires_grad_()
     z, _ = chain.inverse(x)
     cotangents = torch.randn(3, *z.shape, dtype=z.dtype)
@@ -104,6 +110,26 @@ def test_values_without_gradients_equal_the_chain() -> None:
         without = chain.inverse(x)
     for a, b in zip(without, chain.inverse(x), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_hooks_of_autoregressive_maps_are_not_skipped() -> None:
+    chain, x = built("maf without linear maps")
+    calls = []
+    layer = next(one for one in chain if isinstance(one, Autoregressive))
+    layer.conditioner.last.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr,operator]
+    assert chain.in_one_operation(x) is None
+    chain.inverse(x)
+    assert calls == [1]
+
+
+def test_one_operation_agrees_with_float64_far_from_0() -> None:
+    flow = maf(3, layers=2, hidden=[8]).float()
+    x = (1e4 + torch.randn(50, 3)).float()
+    flow.bijection.initialize(x)
+    for p in flow.bijection.bijections[0].parameters():  # type: ignore[union-attr,index]
+        nn.init.normal_(p, std=0.3)
+    exact = copy.deepcopy(flow).double()
+    torch.testing.assert_close(flow.log_prob(x).double(), exact.log_prob(x.double()), rtol=1e-4, atol=1e-4)
 
 
 def test_hooks_are_not_skipped() -> None:
@@ -150,6 +176,9 @@ def test_unsupported_chains_do_not_use_matrices() -> None:
     without_linear_maps = maf(D, layers=2, hidden=[8]).bijection
     assert isinstance(without_linear_maps, TableChain)
     assert without_linear_maps.by_matrices(x[:, :D]) is None
+    assert without_linear_maps.in_one_operation(x[:, :D]) is not None
+    assert wide.in_one_operation(x) is None
+    assert norms.in_one_operation(x[:, 1:]) is None
     torch.testing.assert_close(wide.inverse(x)[0], x)
     torch.testing.assert_close(norms.inverse(x[:, 1:])[0], x[:, 1:])
 
