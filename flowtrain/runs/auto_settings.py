@@ -74,9 +74,9 @@ _RESIDUAL: dict[int, Groups] = {
 _DENSE = 200
 # with _DENSE to _DENSE_COUPLINGS rows per column, flows with couplings have a dropout of 0.1, and affine couplings have
 # a smaller cap. Validation NLL after 30 s without and with these settings: realnvp on pendigits -22.65 and -23.10
-# (seed 0), -22.99 and -23.53 (seed 1), glow on pendigits -20.89 and -21.25. nsf without and with dropout: pendigits (344 rows
-# per column) -30.82 and -31.59, 3,000 rows of gas (375) -5.83 and -6.05, 2,000 rows of annthyroid (333) -19.29 and
-# -19.28, mammography (1,046) -4.29 and -4.11. On pendigits, maf has -31.49 and -30.87
+# (seed 0), -22.99 and -23.53 (seed 1), glow on pendigits -20.89 and -21.25. nsf without and with dropout: pendigits
+# (344 rows per column) -30.82 and -31.59, 3,000 rows of gas (375) -5.83 and -6.05, 2,000 rows of annthyroid (333)
+# -19.29 and -19.28, mammography (1,046) -4.29 and -4.11. On pendigits, maf has -31.49 and -30.87
 _DENSE_COUPLINGS = 600
 _DENSE_CAP = 0.35
 _FIELDS: dict[int, Groups] = {
