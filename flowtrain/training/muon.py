@@ -74,7 +74,8 @@ class Muon(Adam):
     def upgraded(self, saved: Any) -> Any:
         """Returns a saved state without the averages that this version cannot continue. These averages start from zero.
 
-        Earlier versions updated more matrices by Muon. The state of such a matrix has no `exp_avg_sq`.
+        Earlier versions updated other matrices by Muon. The state of a matrix has no `exp_avg_sq`, and the state of any
+        other parameter has one.
         """
         state = saved.get("state") if isinstance(saved, dict) else None
         if not isinstance(state, dict):
@@ -85,9 +86,9 @@ class Muon(Adam):
             for i, entry in state.items()
             if type(i) is int
             and 0 <= i < len(parameters)
-            and id(parameters[i]) not in self._ids
             and isinstance(entry, dict)
-            and set(entry) == {"step", "exp_avg"}
+            and set(entry)
+            == ({"step", "exp_avg", "exp_avg_sq"} if id(parameters[i]) in self._ids else {"step", "exp_avg"})
         }
         return {**saved, "state": {i: entry for i, entry in state.items() if i not in old}}
 
@@ -104,24 +105,32 @@ class Muon(Adam):
         averages = [self.state[p]["exp_avg"] for p in matrices]
         torch._foreach_add_([self.state[p]["step"] for p in matrices], 1)
         torch._foreach_lerp_(averages, gradients, 1 - MOMENTUM)
-        directions = orthogonalized(torch.stack(torch._foreach_lerp(gradients, averages, MOMENTUM)))
+        # (k, m, n, 1, 1) for 1x1 convolutions
+        gradient = torch.stack(torch._foreach_lerp(gradients, averages, MOMENTUM))
+        directions = orthogonalized(gradient.flatten(2))
         if group["weight_decay"]:
             torch._foreach_mul_(updated, 1 - group["lr"] * group["weight_decay"])
         length = group["lr"] * max(directions.shape[1:]) ** 0.5
-        torch._foreach_add_(updated, directions.unbind(), alpha=-length)
+        torch._foreach_add_(updated, directions.view_as(gradient).unbind(), alpha=-length)
 
 
 def hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
-    """Returns the weights that `Muon` updates by orthogonal matrices: square matrices of linear layers.
+    """Returns the weights that `Muon` updates by orthogonal matrices: the square matrices.
 
-    These are the matrices between hidden layers of equal widths. The matrix W of a map with an `input_bound` is
-    also square in autoregressive maps, and in couplings of equal halves. The first and the last matrix of a
-    network, unless they are square, and the factors of invertible matrices are updated by Adam. This gives a lower
-    NLL, see "Optimizers of flows on tables" in scripts/bench/README.md.
+    These are the matrices of linear layers and of 1x1 convolutions between hidden layers of equal widths. The matrix W
+    of a map with an `input_bound` is also square in autoregressive maps, and in couplings of equal halves. The first
+    and the last matrix of a network, unless they are square, larger kernels, and the factors of invertible matrices are
+    updated by Adam. This gives a lower NLL, see "Optimizers of flows on tables" and "Optimizers of flows of images" in
+    scripts/bench/README.md.
     """
-    weights = [m.weight for m in module.modules() if isinstance(m, nn.Linear) and isinstance(m.weight, nn.Parameter)]
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and _is_1x1(m))]
+    weights = [layer.weight for layer in layers if isinstance(layer.weight, nn.Parameter)]
     found = {id(p): p for p in weights if p.shape[0] == p.shape[1] >= LEAST_SIDE}
     return list(found.values())
+
+
+def _is_1x1(layer: nn.Conv2d) -> bool:
+    return layer.kernel_size == (1, 1) and layer.groups == 1
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from helpers import MakeTrainer
 from torch import Tensor, nn
 
 from flowtrain.bijections import InvertibleLinear
-from flowtrain.models import maf
+from flowtrain.models import glow, maf
 from flowtrain.runs.compose import compose
 from flowtrain.training.muon import MOMENTUM, Muon, hidden_matrices, orthogonalized
 
@@ -129,8 +129,13 @@ def test_matrices_between_hidden_layers_are_updated_by_muon() -> None:
     names = {id(p): name for name, p in flow.named_parameters()}
     found = {names[id(p)] for p in hidden_matrices(flow)}
     assert found == {n for n in names.values() if "blocks" in n and n.endswith("weight")}
-    # linear layers of a width below 3, factors of matrices and kernels of convolutions
-    assert not hidden_matrices(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 8), nn.Conv2d(4, 4, 3), InvertibleLinear(4)))
+    # linear layers of a width below 3, factors of matrices, other kernels of convolutions, and groups of channels
+    convolutions = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 8, 1), nn.Conv2d(4, 4, 1, groups=4))
+    assert not hidden_matrices(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 8), convolutions, InvertibleLinear(4)))
+    flow = glow((1, 8, 8), steps=2, hidden=[4, 4, 4])
+    names = {id(p): name for name, p in flow.named_parameters()}
+    found = {names[id(p)] for p in hidden_matrices(flow)}
+    assert found == {n for n in names.values() if ".middle." in n and n.endswith("weight")}
     shared = nn.Linear(3, 3)
     assert hidden_matrices(nn.Sequential(shared, shared)) == [shared.weight]
 
@@ -178,3 +183,31 @@ def test_resumes_a_state_in_which_factors_of_matrices_were_updated_by_muon(
     run.train_state.optimizer.update()
     steps = [int(run.train_state.optimizer.state[p]["step"]) for p in run.flow.parameters()]
     assert {i for i, step in enumerate(steps) if step == 1} == set(old)
+
+
+def test_kernels_of_1x1_convolutions_move_like_matrices() -> None:
+    torch.manual_seed(0)
+    layers = nn.Linear(5, 5, bias=False), nn.Conv2d(5, 5, 1, bias=False)
+    layers[1].weight.data = layers[0].weight.data.clone().view(5, 5, 1, 1)
+    optimizers = [Muon([layer.weight], hidden_matrices(layer), lr=0.1) for layer in layers]
+    before = layers[0].weight.detach().clone()
+    for _ in range(3):
+        gradient = torch.randn(5, 5)
+        for layer, optimizer in zip(layers, optimizers, strict=True):
+            layer.weight.grad = gradient.view_as(layer.weight)
+            optimizer.update()
+    assert not torch.equal(layers[0].weight, before)
+    torch.testing.assert_close(layers[1].weight.view(5, 5), layers[0].weight)
+
+
+def test_resumes_a_state_in_which_1x1_convolutions_were_updated_by_adam() -> None:
+    conv = nn.Conv2d(3, 3, 1)
+    mine = list(conv.parameters())
+    old, new = Muon(mine, [], lr=0.1), Muon(mine, hidden_matrices(conv), lr=0.1)
+    give_gradients(mine)
+    old.update()
+    new.load_state_dict(new.upgraded(old.state_dict()))
+    give_gradients(mine)
+    new.update()
+    assert [float(new.state[p]["step"]) for p in mine] == [1, 2]
+    assert set(new.state[conv.weight]) == {"step", "exp_avg"}
