@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flowtrain.data.tables.array import ArrayData
+from flowtrain.data.tables.table_reader import drop_option
 from flowtrain.utils.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.usefixtures("small_windows")
@@ -115,9 +116,10 @@ def test_streamed_and_in_memory_errors_agree(
     for row, column, value in cells:
         values[row, column] = value
     np.save(path, values)
-    assert message(lambda: open_streamed(path, **options)) == message(
-        lambda: ArrayData(path, memory_map=False, **options)
-    )
+    streamed = message(lambda: open_streamed(path, **options))
+    # rows can be left out only in memory
+    streamed = streamed.replace(drop_option(None, in_blocks=True), drop_option(None, in_blocks=False))
+    assert streamed == message(lambda: ArrayData(path, memory_map=False, **options))
 
 
 def test_modified_file_is_an_error(
