@@ -573,12 +573,13 @@ class GaussianMixture(_Mixture):
         if torch.is_grad_enabled() or needs_autograd(z):
             return super().log_prob(z)
         x, means, log_scale, lower = z.flatten(1), self.means, self.log_scale, self.lower
-        constant = self.logits.log_softmax(0) - log_scale.sum(1)
+        log_w = self.logits.log_softmax(0)
         if lower is None and len(x) == 1:
             # a single row needs fewer operations
             e = (x - means).div_(log_scale.exp())
-            log_p = torch.add(constant, e.square_().sum(1), alpha=-0.5).logsumexp(0, keepdim=True)
+            log_p = (log_w - torch.addcmul(log_scale, e, e, value=0.5).sum(1)).logsumexp(0, keepdim=True)
         else:
+            constant = log_w - log_scale.sum(1)
             # one column for each row of z: sums over K and d are then fast
             e = x.T - means.unsqueeze(2)
             if lower is None:

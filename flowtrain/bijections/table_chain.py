@@ -39,9 +39,10 @@ class TableChain(Chain):
     """A `Chain` of bijections of vectors, whose inverse is faster for chains of the following form.
 
     The chain consists of couplings of one class, with ActNorms, invertible linear maps and permutations between them.
-    Or it consists of autoregressive maps with invertible linear maps between them. There is no context, and the
-    vectors have at most MOST_COLUMNS or MOST_AUTOREGRESSIVE elements. Other chains are computed as a `Chain`. The
-    results differ only by rounding.
+    Or it consists of autoregressive maps with invertible linear maps between them. The vectors have at most
+    MOST_COLUMNS or MOST_AUTOREGRESSIVE elements. Chains of autoregressive maps with nothing between them are faster
+    too, see `flowtrain.bijections.autoregressive_chain`. There is no context. Other chains are computed as a `Chain`.
+    The results differ only by rounding.
 
     Example:
         >>> from flowtrain.nn.conditioners import MLP
