@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _functorch
+
+from flowtrain.utils.autograd import transforms_active
 
 # a factor takes 16 random bits
 LEVELS = 2**16
@@ -27,8 +28,9 @@ def dropout_factors(rate: float, width: int, x: Tensor) -> Tensor | None:
     if kept == LEVELS:
         return None
     shape = (width, len(x))
-    # vmap and the compiler have rules for random numbers in known functions only
-    known_only = torch.compiler.is_compiling() or _functorch.is_batchedtensor(x)
+    # vmap and the compiler have rules for random numbers in known functions only. With vmap over parameters, or outside
+    # of grad, x is not a batched tensor
+    known_only = torch.compiler.is_compiling() or transforms_active()
     if x.device.type != "cpu" or kept == 0 or known_only:
         return F.dropout(x.new_ones(shape), rate)
     n = width * len(x)

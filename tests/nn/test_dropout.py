@@ -5,10 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call, grad, stack_module_state, vmap
 
 from flowtrain.nn.conditioners import MLP
 from flowtrain.nn.dropout import dropout_factors
+from flowtrain.nn.residual_mlp import ResidualMLP
 
 
 def dropped(hidden: list[int], rate: float = 0.4) -> MLP:
@@ -128,3 +129,18 @@ def test_vmap_draws_different_factors() -> None:
     net, x = dropped([64]), torch.randn(1, 3).expand(4, 3)
     by_row = vmap(lambda row: net(row.unsqueeze(0))[0], randomness="different")(x)
     assert not torch.equal(by_row[0], by_row[1])
+
+
+def test_gradients_and_networks_in_vmap_have_different_factors() -> None:
+    net, x = ResidualMLP(3, [64], 4, dropout=0.4), torch.randn(1, 3)
+    nn.init.normal_(net.last.weight)
+
+    def answer(weights: dict[str, Tensor], row: Tensor) -> Tensor:
+        return functional_call(net, weights, (row.unsqueeze(0),)).sum()  # type: ignore[no-any-return]
+
+    weights = dict(net.named_parameters())
+    gradients = vmap(grad(answer), (None, 0), randomness="different")(weights, x.expand(4, 3))
+    assert not torch.equal(gradients["last.weight"][0], gradients["last.weight"][1])
+    stacked, _ = stack_module_state([net, net])  # type: ignore[arg-type]
+    values = vmap(answer, (0, None), randomness="different")(stacked, x[0])
+    assert values[0] != values[1]
