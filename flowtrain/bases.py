@@ -221,8 +221,14 @@ class StudentT(Base):
 
     def log_prob(self, z: Tensor) -> Tensor:
         df = self.df
-        constant = torch.lgamma((df + 1) / 2) - torch.lgamma(df / 2) - 0.5 * (df * math.pi).log()
-        return (constant - (df + 1) / 2 * torch.log1p(z.square() / df)).flatten(1).sum(1)
+        if self.training:
+            log_factor = torch.log1p(z.square() / df)
+        else:
+            # the square of z could overflow, although its logarithm does not. The second term is 0 if it does not
+            y = z.abs() / df.sqrt()
+            limit = torch.finfo(y.dtype).max ** 0.25
+            log_factor = torch.log1p(y.clamp(max=limit).square()) + 2 * (y.clamp(min=limit) / limit).log()
+        return (log_peak(df) - (0.5 * df + 0.5) * log_factor).flatten(1).sum(1)
 
     def rsample(
         self,
@@ -246,6 +252,26 @@ class StudentT(Base):
         df, z64 = self.df.double().flatten(), z.flatten(1).double()
         tail = 0.5 * incomplete_beta(df / 2, torch.full_like(df, 0.5), df / (df + z64.square()))
         return torch.where(z64 < 0, tail, 1 - tail).to(z.dtype)
+
+
+def log_peak(df: Tensor) -> Tensor:
+    """Computes log c(nu) = log Gamma((nu + 1) / 2) - log Gamma(nu / 2) - log(nu pi) / 2, without cancellation.
+
+    With a = nu / 2 and r(a) = log Gamma(a + 1 / 2) - log Gamma(a), it uses r(a) = r(a + 1) - log(1 + 1 / (2 a)), and
+    the asymptotic series of r(a) - log(a) / 2 in 1 / a. The difference of the values of torch.lgamma has an error of
+    0.003 at nu = 10,000 in float32, and ONNX has no lgamma.
+
+    Example:
+        >>> log_peak(torch.tensor([1.0, 1e9]))  # -log(pi), and the normal distribution: -log(2 pi) / 2
+        tensor([-1.1447, -0.9189])
+    """
+    # r(a) from r(a + n), whose series has an error of 5e-11 after two terms
+    a, n = 0.5 * df, 32
+    shifts = torch.arange(n, dtype=df.dtype, device=df.device).view(n, *(1,) * df.dim())
+    inverse = (a + n).reciprocal()
+    series = inverse * (1 / 8 - inverse * inverse / 192)
+    ratio = 0.5 * torch.log1p(n / a) - torch.log1p(0.5 / (a + shifts)).sum(0)
+    return ratio - series - 0.5 * math.log(2 * math.pi)
 
 
 def incomplete_beta(a: Tensor, b: Tensor, x: Tensor) -> Tensor:

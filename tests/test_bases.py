@@ -480,3 +480,23 @@ def test_conditional_mixture_starts_at_the_mixture_of_all_rows(covariance: str) 
 def test_too_large_networks_are_refused() -> None:
     with pytest.raises(ConfigError, match="diagonal"), torch.device("meta"):
         ConditionalMixture(784, 16, 10)
+
+
+@pytest.mark.parametrize("df", [0.1, 1.0, 5.0, 20.0, 1e3, 1e4, 1e6, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_p_of_a_t_distribution_has_no_cancellation(df: float, dtype: torch.dtype) -> None:
+    base, z = StudentT(1, df).to(dtype), torch.tensor([[0.0], [1.0], [-3.0]], dtype=dtype)
+    # log_df is rounded
+    expected = stats.t.logpdf(z[:, 0].numpy(), float(base.df.double()))
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-7 if df > 1e7 else 2e-10}[dtype]
+    for mode in (True, False):
+        np.testing.assert_allclose(base.train(mode).log_prob(z).numpy(), expected, rtol=0, atol=tolerance)
+
+
+def test_log_p_of_a_t_distribution_is_finite_if_squares_overflow() -> None:
+    base, z = StudentT(2, 3.0).float().eval(), torch.tensor([[1e30, -2e25], [0.0, 1.0]])
+    expected = stats.t.logpdf(z.double().numpy(), 3.0).sum(1)
+    np.testing.assert_allclose(base.log_prob(z.float()).numpy(), expected, rtol=1e-6)
+    z = torch.tensor([[torch.inf, 0.0], [-torch.inf, 1.0], [torch.nan, 0.0]])
+    assert base.log_prob(z.float()).tolist()[:2] == [-torch.inf, -torch.inf]
+    assert base.log_prob(z.float())[2].isnan()

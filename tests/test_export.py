@@ -96,7 +96,7 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     ),
     "ffjord": fixed_step_flow,
     "nsf": lambda: randomized(nsf((3,), layers=2, hidden=[8], bins=3, mixing="linear")),
-    "maf": lambda: randomized(maf((3,), layers=2, hidden=[8], mixing="linear")),
+    "maf": lambda: randomized(maf((3,), layers=2, hidden=[8], mixing="linear", df=5.0)),
 }
 
 
