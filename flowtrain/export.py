@@ -68,11 +68,11 @@ class Exported:
         """Returns a table with the files, the differences between programs and flow, and the bias of the steps."""
         about = self.metadata["log_prob"]
         rows = f"largest difference on {about['rows']:,} rows"
-        lines = [f"{'program':10}{rows:36}{'allowed':10}file"]
+        lines = [f"{'program':10}{rows:36}{'tolerance':10}file"]
         for name, path in self.paths.items():
             there = self.metadata[name]
-            allowed = f"{there['tolerance']:.0e}"
-            lines.append(f"{name:10}{there['max_difference']:.1e} {there['max_difference_unit']:28}{allowed:10}{path}")
+            difference = f"{there['max_difference']:.1e} {there['max_difference_unit']}"
+            lines.append(f"{name:10}{difference:36}{format(there['tolerance'], '.0e'):10}{path}")
         lines.append(f"rows: {about['rows_from']}")
         if about["solver"] is not None:
             lines.append(_solver_line(about["solver"], about["bias"]))
@@ -444,8 +444,8 @@ class _Task:
         dtype = str(self.wanted.dtype).removeprefix("torch.")
         return (
             f"{path}: {self.name} differs from the flow by {difference:.1e} {self.unit}, more than {tolerance:.0e}, so "
-            f"nothing was written. Through rounding, the flow in {dtype} differs by {self.rounding():.1e} from the "
-            "flow in float64. If both numbers are of the same size, rounding is the reason: set "
+            f"nothing was written. The flow in {dtype} differs from the flow in float64 by {self.rounding():.1e}. If "
+            "this rounding error is about as large as the difference, set "
             f"tolerance={10 ** math.ceil(math.log10(difference)):.0e}"
         )
 

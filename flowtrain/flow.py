@@ -991,7 +991,8 @@ def _without_overflow(log_p: Tensor, x: Tensor) -> Tensor:
 
     Such a row becomes inf - inf in a matrix product, for example. Its density is 0 to the precision of a float.
     """
-    # the test waits for the device, and is faster only on a CPU. inf - inf in the sum does no harm
+    # without NaN, log p is right. The test of the sum is used on a CPU only, because on a GPU it would wait for the
+    # device. A sum with inf and -inf is also NaN, and the lines below then give the same result
     if log_p.is_cpu and not needs_autograd(log_p) and not math.isnan(log_p.detach().sum().item()):
         return log_p
     largest = x.flatten(1).abs().amax(1)

@@ -1,7 +1,7 @@
-"""Autoregressive maps one after another, whose inverse is one operation of autograd.
+"""The inverse of a chain of autoregressive maps as one operation of autograd.
 
-Each operation of torch takes a few microseconds, which is as long as the arithmetic of a small layer takes. Here all
-maps stay in one layout, and the masks of all matrices are applied by one operation.
+Each operation of torch has an overhead of a few microseconds, as much as the arithmetic of a small layer. Here the
+activations have the layout (columns, B) in all maps, and one operation applies the masks of all matrices.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ Masks = Sequence[Tensor | None]
 
 
 class Map(NamedTuple):
-    """An autoregressive map. Attributes of a module take longer.
+    """The parts of an autoregressive map. Attribute access on nn.Module is slower.
 
     Attributes:
         of: the map.
@@ -34,7 +34,7 @@ class Map(NamedTuple):
         transform: the elementwise map.
         drops: the factors of dropout of the conditioner.
         depth: the number of linear layers of the conditioner.
-        has_linear: whether there is a W.
+        has_linear: whether the map has a matrix W, see `Autoregressive`.
     """
 
     of: Autoregressive
@@ -50,8 +50,8 @@ class Plan(NamedTuple):
 
     Attributes:
         maps: the maps.
-        masks: the mask of each matrix, or None. For one map after another, the matrices are W if there is a W, and the
-            weights of the linear layers.
+        masks: the mask of each matrix, or None. The matrices of each map are W, if the map has one, and the weights of
+            the linear layers.
     """
 
     maps: list[Map]
@@ -60,7 +60,7 @@ class Plan(NamedTuple):
     def parts(
         self, matrices: Sequence[Tensor], masks: Masks, biases: Sequence[Tensor]
     ) -> Iterator[tuple[Map, Tensor | None, list[Layer]]]:
-        """Returns (map, W times its mask or None, the linear layers) for one map after another."""
+        """Yields (map, W times its mask or None, linear layers) for each map."""
         weights, rest = zip(matrices, masks, strict=True), iter(biases)
         for one in self.maps:
             linear = masked(*next(weights)) if one.has_linear else None
@@ -72,7 +72,7 @@ def to_base(bijections: Sequence[Bijection], x: Tensor) -> tuple[Tensor, Tensor]
 
     Args:
         bijections: the maps, from data to base. The first one may be an ActNorm.
-        x: vectors. There is no context.
+        x: the vectors. The maps have no context.
     """
     norm, maps = None, bijections
     if bijections and type(bijections[0]) is ActNorm:
@@ -104,7 +104,7 @@ def to_base(bijections: Sequence[Bijection], x: Tensor) -> tuple[Tensor, Tensor]
         found.append(Map(one, networks[-1].network, modules["transform"], [], len(layers), linear is not None))
     if not found:
         return None
-    # all maps are possible, so the factors are drawn once
+    # drawn after the checks of all maps, so that a result of None leaves the random generator unchanged
     found = [one._replace(drops=net.drops(x)) for one, net in zip(found, networks, strict=True)]
     shift, log_scale = (None, None) if norm is None else (norm.shift, norm.log_scale)
     plan = Plan(found, masks)
@@ -123,7 +123,7 @@ class _ToBase(torch.autograd.Function):
         z, factor = x.T.contiguous(), None
         if shift is not None and log_scale is not None:
             factor = (-log_scale).exp_().unsqueeze(1)
-            # a product and a sum would lose digits of data far from 0
+            # x * factor - shift * factor would lose digits of data far from 0
             z = (z - shift.unsqueeze(1)).mul_(factor)
         log_slopes: list[Tensor] = []
         kept: list[Sequence[Tensor]] = []
@@ -164,7 +164,7 @@ class _ToBase(torch.autograd.Function):
                 g.addmm_(linear.T, g_b, alpha=-1)
                 of_matrices.insert(0, (g_b @ z.T).neg_())
             g.add_(g_b)
-        _mask(of_matrices, plan.masks)
+        _mask_in_place(of_matrices, plan.masks)
         g_shift = g_scale = None
         if factor is not None:
             # z is the input of the first map
@@ -215,8 +215,8 @@ def _masked(matrices: Sequence[Tensor], masks: Masks) -> list[Tensor]:
     return found
 
 
-def _mask(matrices: Sequence[Tensor], masks: Masks) -> None:
-    """Multiplies the matrices by their masks in place."""
+def _mask_in_place(matrices: Sequence[Tensor], masks: Masks) -> None:
+    """Multiplies matrices by their masks in place."""
     pairs = [pair for pair in zip(matrices, masks, strict=True) if pair[1] is not None]
     if pairs:
         torch._foreach_mul_(*map(list, zip(*pairs, strict=True)))

@@ -103,7 +103,8 @@ class Conditioned(Bijection):
         gradient and without hooks, and for vectors of the dtype of the network without angles.
 
         Args:
-            dropout: whether hidden units may be dropped, see `drops`. If not, the result is None when they are.
+            dropout: whether the caller applies the factors of `drops`. If not, the result is None for a conditioner
+                that drops hidden units.
         """
         net, linear = self.conditioner, self.linear
         if (

@@ -27,8 +27,8 @@ class Continuous(Bijection):
 
     The log-determinant follows from the instantaneous change of variables (Chen et al. 2018, Neural ODEs, theorem 1).
     The inverse solves the ODE from t = 1 to 0, and its log-determinant is the integral from 1 to 0. In evaluation mode,
-    the inverse of a row that is infinite, or whose squares overflow, is the row itself with the log-determinant -inf,
-    and the inverse of a row with NaN is NaN.
+    the inverse does not solve the ODE for a row that is infinite or whose squares overflow. The result is the row
+    itself, and its log-determinant is -inf. For a row with NaN, the log-determinant is NaN.
 
     Args:
         field: the velocity field, `forward(t, x)`; see `flowtrain.nn.velocity_field`.
@@ -221,9 +221,9 @@ class Continuous(Bijection):
 
 
 def _solvable(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns whether each row of x (B, *event) is finite, as are its squares, (B,), and x with 0 in the other rows.
+    """Returns which rows of x (B, *event) are finite and have finite squares, (B,), and x with 0 in the other rows.
 
-    A solve fails at such a row, and then no row has a result.
+    A solve of the other rows would fail, and then no row of the batch would have a result.
     """
     solvable = x.flatten(1).abs().amax(1) < math.sqrt(torch.finfo(x.dtype).max)
     return solvable, torch.where(per_row(solvable, x), x, 0.0)

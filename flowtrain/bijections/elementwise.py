@@ -14,7 +14,7 @@ from flowtrain.utils.recorded import Recorded
 LOG2_E = 1 / math.log(2)
 # the least number of elements for which `_slopes` replaces tanh and exp by sigmoid and exp2
 MANY = 1024
-# the lookup takes as long as a small operation
+# looked up once, because the lookup takes as long as a small operation
 _SIGMOID_GRADIENT: Any = torch.ops.aten.sigmoid_backward.grad_input
 
 

@@ -62,8 +62,8 @@ def glow(
             scale of images always have an affine coupling.
         bins, bound: settings of the splines, see `flowtrain.models.nsf`.
         dropout: for vectors, the dropout probability in the conditioners.
-        df: the degrees of freedom of the base, independent Student t distributions. This is their initial value. Each
-            element has its own, which training fits. None: a standard normal base.
+        df: the initial degrees of freedom of a base of independent Student t distributions. Training fits them for
+            each element. None: a standard normal base.
         scales: the number of times that images are halved. None: images are halved while both sides are
             even and at least 8.
         positional_bias: for images, whether the conditioners have a bias for each pixel.

@@ -69,8 +69,8 @@ def maf(
         cap: a bound on the log-scale of each affine map.
         input_bound: a bound on the inputs of the conditioners, see `Coupling`. None: no bound.
         dropout: the dropout probability in the conditioners.
-        df: the degrees of freedom of the base, independent Student t distributions. This is their initial value. Each
-            column has its own, which training fits. None: a standard normal base.
+        df: the initial degrees of freedom of a base of independent Student t distributions. Training fits them for
+            each column. None: a standard normal base.
         conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
         context: the number of real features c of a flow p(x | c), in place of labels. None: no context.
@@ -81,8 +81,8 @@ def maf(
             real columns among themselves.
 
     Raises:
-        ConfigError: samples that are not vectors, `conditional` without `classes` or together with `context`, or a
-            setting out of range, or `df` with circular columns.
+        ConfigError: samples that are not vectors, `conditional` without `classes` or together with `context`, `df`
+            with circular columns, or a setting out of range.
     """
     d = columns("maf", event_shape)
     angles = circular_indices(circular, d, "model.circular")

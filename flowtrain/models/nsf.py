@@ -69,8 +69,8 @@ def nsf(
             layer.
         input_bound: a bound on the inputs of the conditioners, see `Coupling`. None: no bound.
         dropout: the dropout probability in the conditioners.
-        df: the degrees of freedom of the base, independent Student t distributions. This is their initial value. Each
-            column has its own, which training fits. None: a standard normal base.
+        df: the initial degrees of freedom of a base of independent Student t distributions. Training fits them for
+            each column. None: a standard normal base.
         conditional: whether the flow is p(x | label). The label is then an input of the conditioners.
         classes: the number of labels 0 .. classes - 1. It has an effect only if `conditional`.
         context: the number of real features c of a flow p(x | c), in place of labels. None: no context.
@@ -80,8 +80,8 @@ def nsf(
             unless `mixing` is `alternate`. The invertible matrices mix the other columns only.
 
     Raises:
-        ConfigError: samples that are not vectors, `conditional` without `classes` or together with `context`, or a
-            setting out of range, or `df` with circular columns.
+        ConfigError: samples that are not vectors, `conditional` without `classes` or together with `context`, `df`
+            with circular columns, or a setting out of range.
     """
     d = columns("nsf", event_shape)
     angles = circular_indices(circular, d, "model.circular")
@@ -170,7 +170,7 @@ def assembled(
         return Flow(base((d,), df), TableChain([*reversed(layers), ActNorm(d)]), **kind)
     if df is not None:
         raise ConfigError(
-            f"model.df={df}: with circular columns, the base of the other columns is normal; omit model.df"
+            f"model.df={df}: a flow with circular columns has a normal base for the other columns; omit model.df"
         )
     real = [i for i in range(d) if i not in angles]
     order = torch.tensor([*real, *angles], device="cpu")

@@ -22,7 +22,7 @@ Layer = tuple[Tensor, Tensor | None, Tensor]
 Drops = Sequence[Tensor | None]
 # the parts of all layers in turn
 Parts = Sequence[Tensor | None]
-# the lookup takes as long as a small operation
+# looked up once, because the lookup takes as long as a small operation
 _RELU_GRADIENT: Any = torch.ops.aten.threshold_backward.grad_input
 
 
@@ -164,7 +164,7 @@ def _through_layer(g: Tensor, a: Tensor, layer: Layer, found: list[Tensor | None
 
 
 def _through_relu(g: Tensor, a: Tensor) -> Tensor:
-    """Replaces the gradient g of the output a of relu by the gradient of the input, and returns it."""
+    """Overwrites g, the gradient of the output a of relu, by the gradient of the input, and returns it."""
     found: Tensor = _RELU_GRADIENT(g, a, 0, grad_input=g)
     return found
 

@@ -69,7 +69,7 @@ class MLP(Recorded, nn.Sequential):
         return ColumnFunction.apply(x, Plain, self.drops(x), *in_turn(layers))  # type: ignore[no-untyped-call,no-any-return]
 
     def layers(self) -> list[Layer] | None:
-        """Returns the linear layers. None with other activations than relu, or a layer that must be called."""
+        """Returns the linear layers, or None if an activation is not relu or a layer must be called."""
         found: list[Layer] = []
         # iterating over the module takes longer
         for i, one in enumerate(self._modules.values()):
@@ -102,7 +102,7 @@ class MLP(Recorded, nn.Sequential):
     def plain_layers(self, dropout: bool = False) -> list[Layer] | None:
         """Returns `layers`, or None if there is a context or a hook.
 
-        Also returns None if hidden units are dropped, unless `dropout` allows it.
+        If hidden units are dropped, the result is None unless `dropout` is true.
         """
         if self.classes is not None or is_hooked(self):
             return None
@@ -113,14 +113,14 @@ class MLP(Recorded, nn.Sequential):
 
 
 def _is_relu_with_dropout(module: Any) -> bool:
-    """Whether a module is relu and dropout, without hooks."""
+    """Whether a module is a sequence of relu and dropout, which have no hooks."""
     if type(module) is not nn.Sequential or [type(one) for one in module] != [nn.ReLU, nn.Dropout]:
         return False
     return not any(is_hooked(one) for one in module)
 
 
 def _rate(relu_with_dropout: nn.Sequential) -> float:
-    """Returns the probability of dropping a hidden unit in the present mode."""
+    """Returns the probability of dropping a hidden unit, which is 0 in evaluation mode."""
     dropout: Any = relu_with_dropout[1]
     return dropout.p if dropout.training else 0.0
 

@@ -123,7 +123,7 @@ def is_plain(conv: nn.Module) -> bool:
 
 
 def called(conv: nn.Module, x: Tensor) -> Tensor:
-    """Calls a module for images (B, C, H, W) with x (..., C, H, W)."""
+    """Applies a module for images (B, C, H, W) to x (..., C, H, W)."""
     y: Tensor = conv(x.reshape(-1, *x.shape[-3:]))
     return y.view(*x.shape[:-3], *y.shape[1:])
 
@@ -304,7 +304,7 @@ class ConvField(LayeredField[TimedConv2d]):
         return v.view(x.shape), je.view(len(tangents), *x.shape)
 
     def has_known_layers(self) -> bool:
-        """Whether no layer has a hook or was replaced by a user. Only a call of the layer evaluates these."""
+        """Whether no layer has a hook or was replaced by a user. The kernels skip hooks and replaced layers."""
         if any(is_hooked(module) for layer in self.layers for module in submodules(layer)):
             return False
         # a subclass may compute another function

@@ -103,7 +103,7 @@ class ResidualMLP(Recorded, nn.Module):
     def plain_layers(self, dropout: bool = False) -> list[Layer] | None:
         """Returns `layers`, or None if there is a context, a hook, or another activation than relu.
 
-        Also returns None if hidden units are dropped, unless `dropout` allows it.
+        If hidden units are dropped, the result is None unless `dropout` is true.
         """
         ordinary = self.classes is None and self._has_relu() and not is_hooked(self)
         return self.layers() if ordinary and (dropout or not (self.training and self.dropout)) else None

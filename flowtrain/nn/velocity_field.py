@@ -240,12 +240,12 @@ def field_jvp(field: nn.Module, t: Tensor, x: Tensor, tangents: Tensor, event_di
 
 
 def has_jvp(field: Field) -> bool:
-    """Whether the method `jvp` of a field computes the same function as a call of the field.
+    """Whether the method `jvp` of a field differentiates the function that a call of the field computes.
 
     It does not if the field has a hook, or if a subclass overrides `forward` and not `jvp`.
     """
-    by_name = {name: next(c for c in type(field).__mro__ if name in vars(c)) for name in ("forward", "jvp")}
-    return issubclass(by_name["jvp"], by_name["forward"]) and not is_hooked(field)
+    definer = {name: next(c for c in type(field).__mro__ if name in vars(c)) for name in ("forward", "jvp")}
+    return issubclass(definer["jvp"], definer["forward"]) and not is_hooked(field)
 
 
 def is_known(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -422,7 +422,7 @@ class Given(Field):
 
 
 def rows_of(shift: Tensor, x: Tensor, event_dims: int) -> Tensor:
-    """Returns the term of the context, (B, *event), for each row of x (..., B, *event) in turn."""
+    """Expands the term of the context, (B, *event), to the rows of x (..., B, *event), and flattens the row axes."""
     outer = x.shape[: x.dim() - event_dims]
     return shift.expand(*outer, *shift.shape[-event_dims:]).flatten(0, len(outer) - 1)
 

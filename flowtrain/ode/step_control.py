@@ -107,8 +107,9 @@ def first_guesses(size: Array, speed: Array, span: float) -> Array:
 def first_steps(guess: Array, speed: Array, change: Array, span: float, order: int, smallest: float) -> Array:
     """Returns the first step size of each row, with its sign (Hairer, Norsett and Wanner, II.4, 'starting step size').
 
-    The constant 1 replaces 0.01 of the book, with which the first steps of flows are too short. At 2, log p of rows far
-    from the data has larger errors than with shared steps. The result is not finite if the guess is not finite.
+    The constant 1 replaces the 0.01 of the book, which makes the first steps of flows too short. With a constant of 2,
+    log p of rows far from the data has larger errors than with shared steps. The result is not finite if the guess is
+    not finite.
 
     Args:
         guess: see `first_guesses`, (n,).

@@ -211,7 +211,7 @@ def _for_teacher(data: Dataset, before: Samples, is_new: bool) -> Dataset:
 
 
 def _warn_if_changed(since: str, before: Samples, now: Samples) -> None:
-    """Warns of changed samples when a trained flow is trained further. Other labels or weights lead to no leak."""
+    """Warns of changed samples when a trained flow is trained further. Changed labels and weights cause no leak."""
     if change := changes(before.record, now.record, samples_only=True):
         log.warning(
             "%s, %s. It may have been trained on rows that are held out now, whose NLL is then too low", since, change

@@ -14,9 +14,9 @@ from flowtrain.utils.weighting import resample
 # mean of their column. For a normal distribution the fraction is 6e-7. See "Tails of the base" in
 # scripts/bench/README.md
 FAR, SHARE = 5.0, 2e-4
-# the initial degrees of freedom of a table with heavy tails
+# the initial degrees of freedom of the base for a table with heavy tails
 DF = 20.0
-# largest number of training rows that are used
+# the largest number of training rows that are used
 MOST_ROWS = 10_000
 
 

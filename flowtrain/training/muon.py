@@ -74,8 +74,8 @@ class Muon(Adam):
     def upgraded(self, saved: Any) -> Any:
         """Returns a saved state without the averages that this version cannot continue. These averages start from zero.
 
-        Earlier versions updated other matrices by Muon. The state of a matrix has no `exp_avg_sq`, and the state of any
-        other parameter has one.
+        Earlier versions updated other parameters by Muon. A parameter that Muon updates has no `exp_avg_sq`, and a
+        parameter that Adam updates has one.
         """
         state = saved.get("state") if isinstance(saved, dict) else None
         if not isinstance(state, dict):
@@ -105,7 +105,7 @@ class Muon(Adam):
         averages = [self.state[p]["exp_avg"] for p in matrices]
         torch._foreach_add_([self.state[p]["step"] for p in matrices], 1)
         torch._foreach_lerp_(averages, gradients, 1 - MOMENTUM)
-        # (k, m, n, 1, 1) for 1x1 convolutions
+        # (k, m, n), or (k, m, n, 1, 1) for 1x1 convolutions
         gradient = torch.stack(torch._foreach_lerp(gradients, averages, MOMENTUM))
         directions = orthogonalized(gradient.flatten(2))
         if group["weight_decay"]:
@@ -118,10 +118,10 @@ def hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
     """Returns the weights that `Muon` updates by orthogonal matrices: the square matrices.
 
     These are the matrices of linear layers and of 1x1 convolutions between hidden layers of equal widths. The matrix W
-    of a map with an `input_bound` is also square in autoregressive maps, and in couplings of equal halves. The first
-    and the last matrix of a network, unless they are square, larger kernels, and the factors of invertible matrices are
-    updated by Adam. This gives a lower NLL, see "Optimizers of flows on tables" and "Optimizers of flows of images" in
-    scripts/bench/README.md.
+    of a map with an `input_bound` is also square in autoregressive maps, and in couplings of equal halves. Adam updates
+    the other parameters: the first and the last matrix of a network unless they are square, larger kernels, and the
+    factors of invertible matrices. On tables, this gives a lower NLL than Muon for all matrices, see "Optimizers of
+    flows on tables" in scripts/bench/README.md.
     """
     layers = [m for m in module.modules() if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and _is_1x1(m))]
     weights = [layer.weight for layer in layers if isinstance(layer.weight, nn.Parameter)]

@@ -75,7 +75,7 @@ def weight_gradient(at_y: Tensor, x: Tensor, out: Tensor) -> None:
 def prefers_onednn(a: Tensor, b: Tensor) -> bool:
     """Whether oneDNN is faster for the product a b^T of a (m, k) and b (n, k)."""
     return bool(
-        # the fastest test is the first one
+        # the test that takes the least time is the first one
         not has_half_width()
         and a.shape[0] * a.shape[1] * b.shape[0] >= LARGE
         and a.dtype == torch.float32

@@ -3,14 +3,14 @@
     python scripts/bench/optimizers.py
     python scripts/bench/optimizers.py --only "Muon, 300 steps" --seeds 5
 
-Adam and Muon are flowtrain's. SOAP (Vyas et al. 2024) and schedule-free Adam (Defazio et al. 2024) are those of the
-package pytorch-optimizer: `pip install pytorch-optimizer`.
+Adam and Muon are flowtrain's. SOAP (Vyas et al. 2024) and schedule-free Adam (Defazio et al. 2024) are from the package
+pytorch-optimizer: `pip install pytorch-optimizer`.
 
-Each step is a step of flowtrain's trainer: its batch, tolerance, clipping, learning rate, average of the weights and
-solver guard. Only the optimizer of SOAP and schedule-free Adam is another one. Schedule-free Adam has a constant
-learning rate after the warm-up, and its own average of the weights in place of the trainer's. The validations compute
-the KL, which is the mean of log p_true - log p_model, on the validation set. The seconds do not include them. The last
-column is the KL on the test set after the last step. The script runs on one thread, and prints medians over the seeds.
+Each step is a step of flowtrain's trainer, with its batches, tolerance, clipping, learning rate, average of the weights
+and solver guard. SOAP and schedule-free Adam replace only the optimizer. Schedule-free Adam has a constant learning
+rate after the warm-up, and its own average of the weights instead of the trainer's. Validations compute the KL, which
+is the mean of log p_true - log p_model, on the validation set. The seconds do not include validations. The last column
+is the KL on the test set after the last step. The script runs on one thread and prints medians over the seeds.
 """
 
 import argparse
@@ -44,7 +44,7 @@ GAPS = (0.05, 0.02, 0.01)
 
 @dataclass(frozen=True)
 class Case:
-    """Overrides of flowtrain, and the optimizer of another package, if the optimizer is not flowtrain's."""
+    """Overrides of flowtrain's config, and the optimizer of another package, or None for flowtrain's optimizer."""
 
     overrides: Sequence[str]
     peer: Callable[[Sequence[torch.nn.Parameter], float], Any] | None = None
@@ -80,7 +80,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Run:
-    """Validations (seconds, KL) in order, seconds of the whole training, and the KL on the test set."""
+    """The validations (seconds, KL), the seconds of the whole training, and the KL on the test set."""
 
     validations: list[tuple[float, float]]
     seconds: float
@@ -135,7 +135,7 @@ def train(case: Case, seed: int, every: int) -> Run:
 
 
 def row(name: str, runs: Sequence[Run]) -> list[str]:
-    """Returns a row of the table. A gap that a run did not reach counts as later than all others."""
+    """Returns a row of the table. If a run does not reach a gap, its seconds are infinite for the median."""
     cells = []
     for gap in GAPS:
         found = statistics.median_low([run.reached(gap) or float("inf") for run in runs])
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES), help="rows of the table")
     args = parser.parse_args()
     runs: dict[str, list[Run]] = {name: [] for name in args.only}
-    # all optimizers in turn, so that slow moments of the machine affect all of them
+    # the optimizers alternate, so that slow moments of the machine affect all of them
     for seed in range(args.seeds):
         for name in args.only:
             runs[name].append(train(CASES[name], seed, args.every))

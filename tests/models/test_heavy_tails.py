@@ -56,7 +56,7 @@ def test_degrees_of_freedom_are_trained(name: str) -> None:
 
 @pytest.mark.parametrize("df", [0, -1.0, math.inf, "heavy"])
 @pytest.mark.parametrize("name", MODELS)
-def test_other_values_are_refused(name: str, df: Any) -> None:
+def test_invalid_degrees_of_freedom_are_refused(name: str, df: Any) -> None:
     with pytest.raises(ConfigError, match=r"model\.df"):
         MODELS[name](df=df)
 
@@ -69,7 +69,7 @@ def test_images_can_have_heavy_tails(make: Callable[..., Flow]) -> None:
 
 
 @pytest.mark.parametrize("make", [nsf, maf])
-def test_circular_columns_have_a_normal_base(make: Callable[..., Flow]) -> None:
+def test_degrees_of_freedom_are_refused_with_circular_columns(make: Callable[..., Flow]) -> None:
     with pytest.raises(ConfigError, match=r"model\.df=5.0.*circular"):
         make(3, circular=[1], df=5.0)
 

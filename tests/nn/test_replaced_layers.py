@@ -112,7 +112,7 @@ def test_flows_with_replaced_layers_agree_with_their_jacobian(family: str, chang
 
 
 @pytest.mark.parametrize("layer", ["concatsquash", "concat", "time_embedding"])
-def test_fields_without_biases_have_the_jvp_of_autograd(layer: str) -> None:
+def test_jvps_of_fields_without_biases_equal_autograd(layer: str) -> None:
     t, e = torch.tensor([0.3]), torch.randn(2, 1, 4, 3)
     fields: list[Any] = [MLPField(3, [6, 6], layer), ConvField(2, [4], layer)]
     for field, x, tangents in zip(
@@ -152,7 +152,7 @@ def conv_field(layer: str, classes: int | None = None) -> ConvField:
     return field
 
 
-def assert_jvp_is_that_of_autograd(field: nn.Module, x: Tensor) -> None:
+def assert_jvp_equals_autograd(field: nn.Module, x: Tensor) -> None:
     """Compares `field_jvp` with forward-mode differentiation of calls of the field, for one time and for many."""
     tangents = torch.randn(2, *x.shape)
     for t in (torch.tensor(0.3), torch.rand(len(x))):
@@ -171,7 +171,7 @@ def test_convolutional_fields_call_replaced_convolutions(layer: str, change: Cal
     field.body[1].conv = change(field.body[1].conv)
     for p in doubled.body[1].conv.parameters():
         p.data.mul_(2)
-    assert_jvp_is_that_of_autograd(field, x)
+    assert_jvp_equals_autograd(field, x)
     t = torch.tensor(0.3)
     if change in (scaled_conv, hooked):
         torch.testing.assert_close(field(t, x), doubled(t, x))
@@ -186,7 +186,7 @@ def test_the_convolution_of_time_is_called(change: Callable[[Any], nn.Module]) -
     doubled.body[0].shift.weight.data.mul_(2)
     for t in (torch.tensor(0.3), torch.rand(3)):
         torch.testing.assert_close(field(t, x), doubled(t, x))
-    assert_jvp_is_that_of_autograd(field, x)
+    assert_jvp_equals_autograd(field, x)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv"])
@@ -197,7 +197,7 @@ def test_jvps_use_the_hooks_and_the_forward_of_a_layer(kind: str) -> None:
         nn.init.normal_(p, std=0.4)
     hooked_field = deepcopy(field)
     hooked(hooked_field.head)
-    assert_jvp_is_that_of_autograd(hooked_field, x)
+    assert_jvp_equals_autograd(hooked_field, x)
     of_layer: Any = type(field.head)
 
     class Doubled(of_layer):  # type: ignore[misc]
@@ -205,7 +205,7 @@ def test_jvps_use_the_hooks_and_the_forward_of_a_layer(kind: str) -> None:
             return 2 * super().forward(t, x)
 
     field.head.__class__ = Doubled
-    assert_jvp_is_that_of_autograd(field, x)
+    assert_jvp_equals_autograd(field, x)
     t = torch.tensor(0.3)
     torch.testing.assert_close(field(t, x), hooked_field(t, x))
 
@@ -219,8 +219,8 @@ def test_jvps_use_the_forward_of_a_subclass_of_a_field(base: Any) -> None:
     field, x = Doubled(2, [4], classes=3), torch.randn(3, 2, 5, 3) if base is ConvField else torch.randn(3, 2)
     for p in field.parameters():
         nn.init.normal_(p, std=0.4)
-    assert_jvp_is_that_of_autograd(field, x)
-    assert_jvp_is_that_of_autograd(field.given(torch.tensor([0, 2, 1])), x)
+    assert_jvp_equals_autograd(field, x)
+    assert_jvp_equals_autograd(field.given(torch.tensor([0, 2, 1])), x)
 
 
 @pytest.mark.parametrize("place", ["field", "layer", "convolution"])
@@ -228,7 +228,7 @@ def test_convolutional_fields_with_context_use_hooks(place: str) -> None:
     field, x = conv_field("concatsquash", classes=3), torch.randn(3, 2, 5, 3)
     hooked({"field": field, "layer": field.head, "convolution": field.head.conv}[place])  # type: ignore[arg-type]
     given = field.given(torch.tensor([0, 2, 1]))
-    assert_jvp_is_that_of_autograd(given, x)
+    assert_jvp_equals_autograd(given, x)
     # several times for all rows, as at the nodes of a quadrature
     times, nodes = torch.rand(4, 1), torch.randn(4, *x.shape)
     v, je = field_jvp(given, times, nodes, nodes[None], 3)

@@ -193,9 +193,7 @@ def test_fit_warns_of_rows_that_the_flow_may_have_seen(fitted: Flow, caplog: pyt
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_fit_compares_the_samples_with_those_of_the_flow_and_not_the_weights(
-    first: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_fit_warns_of_changed_samples_and_not_of_changed_weights(first: bool, caplog: pytest.LogCaptureFixture) -> None:
     rng = np.random.default_rng(0)
     x, weights = rng.normal(size=(120, 2)), [rng.uniform(1, 2, 120) if first == k else None for k in (True, False)]
     flow = flowtrain.fit(x, model="affine", weights=weights[0], steps=2, progress=False)

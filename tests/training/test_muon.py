@@ -185,7 +185,7 @@ def test_resumes_a_state_in_which_factors_of_matrices_were_updated_by_muon(
     assert {i for i, step in enumerate(steps) if step == 1} == set(old)
 
 
-def test_kernels_of_1x1_convolutions_move_like_matrices() -> None:
+def test_1x1_convolutions_are_updated_like_matrices() -> None:
     torch.manual_seed(0)
     layers = nn.Linear(5, 5, bias=False), nn.Conv2d(5, 5, 1, bias=False)
     layers[1].weight.data = layers[0].weight.data.clone().view(5, 5, 1, 1)

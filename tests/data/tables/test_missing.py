@@ -232,7 +232,7 @@ def with_advice(options: dict[str, Any], message: str) -> dict[str, Any]:
 @pytest.mark.parametrize("memory_map", [True, False])
 @pytest.mark.parametrize("missing", ["refuse", "drop"])
 @pytest.mark.parametrize("bad", [[np.nan], [np.inf], [np.nan, -np.inf]], ids=str)
-def test_advice_on_missing_values_needs_one_step(
+def test_following_the_advice_on_missing_values_once_is_enough(
     bad: list[float], missing: str, memory_map: bool, tmp_path: Path
 ) -> None:
     values = normal(400, 3)
@@ -248,7 +248,9 @@ def test_advice_on_missing_values_needs_one_step(
 
 
 @pytest.mark.parametrize("memory_map", [True, False])
-def test_advice_on_codes_needs_one_step(memory_map: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_following_the_advice_on_codes_once_is_enough(
+    memory_map: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     values = normal(400, 3)
     values[:40, 1] = -999
     options = {"missing": "refuse", "memory_map": memory_map}
