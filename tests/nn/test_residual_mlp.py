@@ -53,6 +53,9 @@ def test_gradient_matches_finite_differences(name: str, rows: int) -> None:
     if rows == 7:
         # create_graph and torch.func use ordinary operations instead of the hand-written gradient
         assert torch.autograd.gradgradcheck(answer, given)
+        if net.dropout:
+            # torch.func draws other factors
+            return
         whole = torch.autograd.grad(answer(*given).square().sum(), x)[0]
         plain = tuple(v.detach() for v in given)
         torch.testing.assert_close(grad(lambda x: answer(x, *plain[1:]).square().sum())(plain[0]), whole)
