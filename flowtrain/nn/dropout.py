@@ -28,8 +28,8 @@ def dropout_factors(rate: float, width: int, x: Tensor) -> Tensor | None:
     if kept == LEVELS:
         return None
     shape = (width, len(x))
-    # vmap and torch.compile support random numbers only in functions that they know, such as dropout. A test of x alone
-    # is not enough: vmap may map over the parameters, and inside of grad x is wrapped
+    # vmap and torch.compile support random numbers only in functions that they know, such as dropout. Whether x is
+    # batched is not tested, because vmap may map over the parameters alone, and grad inside of vmap wraps x
     known_only = torch.compiler.is_compiling() or transforms_active()
     if x.device.type != "cpu" or kept == 0 or known_only:
         return F.dropout(x.new_ones(shape), rate)
