@@ -80,6 +80,8 @@ def concentration(
     words = with_error(scale * without, scale * error)
     if len(lost):
         what = f"log p(x) is not finite in {_named(numbers[lost])} of the {where} ({_values(log_p[lost])})"
+        if len(outliers):
+            what += f", and {_named(numbers[outliers])} {'is an outlier' if len(outliers) == 1 else 'are outliers'}"
         effect = f"the NLL is {-float(average(log_p, weights))}"
         cause = cause or "the density of the flow is zero at these points, or it could not be computed"
     else:

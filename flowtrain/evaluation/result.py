@@ -757,6 +757,9 @@ class Evaluation:
             lost = (~self.scores.isfinite()).nonzero().flatten().tolist()
             if lost:
                 found = f"log p is not finite in {named_rows(lost, len(lost))}"
+                if (outliers := check.count - len(lost)) > 0:
+                    are = "is an outlier" if outliers == 1 else "are outliers"
+                    found += f", and {counted(outliers, 'other row')} {are}"
             else:
                 carry = "carries" if check.count == 1 else "carry"
                 found = f"{named_rows(check.rows, check.count)} {carry} {check.value:.3g} of the variance of the NLL"

@@ -34,5 +34,6 @@ def dropout_factors(rate: float, width: int, x: Tensor) -> Tensor | None:
     if x.device.type != "cpu" or kept == 0 or known_only:
         return F.dropout(x.new_ones(shape), rate)
     n = width * len(x)
-    bits = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:n].view(shape)
-    return torch.lt(bits, kept - LEVELS // 2, out=torch.empty(shape, dtype=x.dtype)).mul_(LEVELS / kept)
+    numbers = torch.empty((n + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    bits = numbers.view(torch.int16)[:n].view(shape)
+    return torch.lt(bits, kept - LEVELS // 2, out=x.new_empty(shape)).mul_(LEVELS / kept)

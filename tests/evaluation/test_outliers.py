@@ -86,6 +86,14 @@ def test_non_finite_rows_are_named_first() -> None:
     assert concentration(torch.tensor([-1.0, -2.0]), "test set").passed is None
 
 
+def test_outliers_beside_non_finite_rows_are_named() -> None:
+    log_p = gaussian(100).double()
+    log_p[7], log_p[31] = -torch.inf, -1e6
+    check = concentration(log_p, "test set")
+    assert check.count == 2
+    assert all(f"row {row}" in check.message for row in (7, 31))
+
+
 def test_outlier_is_named_in_table_json_and_report(run: Run, tmp_path: Path, trained: Train) -> None:
     """Checks that use a subset of the rows exclude the dominating row."""
     rng = np.random.default_rng(0)

@@ -60,6 +60,14 @@ def test_factors_of_edge_cases() -> None:
         assert factors.shape == (width, rows)
 
 
+def test_factors_are_on_the_device_of_the_inputs() -> None:
+    x = torch.zeros(9, 2)
+    with torch.device("meta"):
+        factors = dropout_factors(0.5, 8, x)
+    assert factors is not None
+    assert factors.device == x.device
+
+
 def test_seed_determines_the_factors() -> None:
     x = torch.zeros(9, 2)
     found = []
