@@ -513,7 +513,8 @@ def _plain_rows(file: _File, layout: Layout) -> int | None:
     rows, ended, width = 0, False, len(layout.names)
     with file.open_text() as stream:
         for line in islice(stream, layout.first_line - 1, None):
-            if not line.strip():
+            # a line of tabs is a row without values if tabs separate the cells
+            if not line.strip() and (layout.delimiter or "\n") not in line.rstrip("\r\n"):
                 ended = True
             elif ended or _width(line, layout.delimiter) != width:
                 return None

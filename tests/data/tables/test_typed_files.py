@@ -14,7 +14,7 @@ import pytest
 import xlsxwriter
 from helpers import Refused
 from helpers.files import normal, save
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from flowtrain.data.tables.array import ArrayData
@@ -81,6 +81,7 @@ def test_numbers_of_all_types_are_read(tmp_path: Path, ending: str) -> None:
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(rows=[(0.0, 0.0, 0.0), (None, None, None)], separator="\t")
 @given(
     rows=st.lists(
         st.tuples(*[st.none() | st.floats(allow_nan=False, allow_infinity=False, width=32)] * 3),
