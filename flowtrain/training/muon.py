@@ -120,8 +120,8 @@ def hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
     These are the matrices of linear layers and of 1x1 convolutions between hidden layers of equal widths. The matrix W
     of a map with an `input_bound` is also square in autoregressive maps, and in couplings of equal halves. Adam updates
     the other parameters: the first and the last matrix of a network unless they are square, larger kernels, and the
-    factors of invertible matrices. On tables, this gives a lower NLL than Muon for all matrices, see "Optimizers of
-    flows on tables" in scripts/bench/README.md.
+    factors of invertible matrices. This gives a lower NLL than Muon for all matrices, see "Optimizers of flows on
+    tables" and "Muon for flows of images" in scripts/bench/README.md.
     """
     layers = [m for m in module.modules() if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and _is_1x1(m))]
     weights = [layer.weight for layer in layers if isinstance(layer.weight, nn.Parameter)]
