@@ -224,7 +224,7 @@ class StudentT(Base):
         if self.training:
             log_factor = torch.log1p(z.square() / df)
         else:
-            # the square of z could overflow, although its logarithm does not. The second term is 0 if it does not
+            # y squared could overflow, although its logarithm is finite. The second term is 0 for y up to the limit
             y = z.abs() / df.sqrt()
             limit = torch.finfo(y.dtype).max ** 0.25
             log_factor = torch.log1p(y.clamp(max=limit).square()) + 2 * (y.clamp(min=limit) / limit).log()
