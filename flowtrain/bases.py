@@ -257,9 +257,9 @@ class StudentT(Base):
 def log_peak(df: Tensor) -> Tensor:
     """Computes log c(nu) = log Gamma((nu + 1) / 2) - log Gamma(nu / 2) - log(nu pi) / 2, without cancellation.
 
-    With a = nu / 2 and r(a) = log Gamma(a + 1 / 2) - log Gamma(a), it uses r(a) = r(a + 1) - log(1 + 1 / (2 a)), and
-    the asymptotic series of r(a) - log(a) / 2 in 1 / a. The difference of the values of torch.lgamma has an error of
-    0.003 at nu = 10,000 in float32, and ONNX has no lgamma.
+    Let a = nu / 2 and r(a) = log Gamma(a + 1 / 2) - log Gamma(a). The recurrence r(a) = r(a + 1) - log(1 + 1 / (2 a))
+    gives r(a) from r(a + n). The asymptotic series of r(a) - log(a) / 2 in 1 / a gives r(a + n). Two values of
+    torch.lgamma would have a difference with an error of 0.003 at nu = 10,000 in float32, and ONNX has no lgamma.
 
     Example:
         >>> log_peak(torch.tensor([1.0, 1e9]))  # -log(pi), and the normal distribution: -log(2 pi) / 2

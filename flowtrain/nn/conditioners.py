@@ -94,10 +94,8 @@ class MLP(Recorded, nn.Sequential):
     def drops(self, x: Tensor) -> list[Tensor | None]:
         """Draws the factors of dropout of each hidden layer, (width, B), for inputs (B, n). None without dropout."""
         modules: list[Any] = list(self._modules.values())
-        return [
-            dropout_factors(_rate(one), linear.out_features, x) if type(one) is nn.Sequential else None
-            for linear, one in zip(modules[:-1:2], modules[1::2], strict=True)
-        ]
+        pairs = zip(modules[:-1:2], modules[1::2], strict=True)
+        return [dropout_factors(_rate(activation), linear.out_features, x) for linear, activation in pairs]
 
     def plain_layers(self, dropout: bool = False) -> list[Layer] | None:
         """Returns `layers`, or None if there is a context or a hook.
@@ -106,10 +104,8 @@ class MLP(Recorded, nn.Sequential):
         """
         if self.classes is not None or is_hooked(self):
             return None
-        layers = self.layers()
-        if dropout or layers is None:
-            return layers
-        return None if any(type(one) is nn.Sequential and _rate(one) for one in self._modules.values()) else layers
+        is_dropped = not dropout and any(map(_rate, self._modules.values()))
+        return None if is_dropped else self.layers()
 
 
 def _is_relu_with_dropout(module: Any) -> bool:
@@ -119,10 +115,10 @@ def _is_relu_with_dropout(module: Any) -> bool:
     return not any(is_hooked(one) for one in module)
 
 
-def _rate(relu_with_dropout: nn.Sequential) -> float:
-    """Returns the probability of dropping a hidden unit, which is 0 in evaluation mode."""
-    dropout: Any = relu_with_dropout[1]
-    return dropout.p if dropout.training else 0.0
+def _rate(module: Any) -> float:
+    """Returns the probability of dropping a hidden unit. It is 0 in evaluation mode and without dropout."""
+    dropout = module[-1] if type(module) is nn.Sequential else None
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def one_width(hidden: Sequence[int]) -> int:

@@ -77,13 +77,10 @@ def resolve_components(config: Mapping[str, Any], data: Dataset, seconds: float 
         full = math.prod(data.event_shape) <= MOST_COLUMNS
         fixed = Choice(CONDITIONAL_COMPONENTS, "full" if full else "diagonal", 0.0)
         return {**config, "model": {**model, **{key: asdict(fixed)[key] for key in asked}}}
-    train, val = data.train_rows(MOST_ROWS), data.val[:MOST_VAL]
+    train, val = training_rows(data), data.val[:MOST_VAL]
     if train is None:
         raise ConfigError(f"model.{asked[0]}=auto is only possible for a finite training set: give a value")
-    weights, of_val = data.row_weights(MOST_ROWS), data.val_weights
-    if weights is not None:
-        # the rows to which `training.initialization` fits the mixture
-        train = train[resample(weights).to(train.device)]
+    of_val = data.val_weights
     with phase("choosing the mixture"), seeded(int(config["seed"]), torch.device("cpu")):
         parts = [(part + torch.rand(part.shape) if data.integer_valued else part).flatten(1) for part in (train, val)]
         rows, held = (part.double().cpu() for part in parts)
@@ -108,6 +105,15 @@ def resolve_components(config: Mapping[str, Any], data: Dataset, seconds: float 
     for each, nll in tried.items():
         log.debug("mixture: %s: validation NLL %.3f nats", each.description, nll + volume)
     return {**config, "model": {**model, **{key: asdict(best)[key] for key in asked}}}
+
+
+def training_rows(data: Dataset) -> Tensor | None:
+    """Returns at most MOST_ROWS training rows, resampled by their weights. None for endless data.
+
+    `training.initialization` fits the mixture to the same rows.
+    """
+    train, weights = data.train_rows(MOST_ROWS), data.row_weights(MOST_ROWS)
+    return train if train is None or weights is None else train[resample(weights).to(train.device)]
 
 
 def choose_mixture(

@@ -8,7 +8,7 @@ import torch
 from flowtrain.data.base import Dataset
 from flowtrain.data.types import circular_columns, on_line
 from flowtrain.runs.auto_settings import AUTO
-from flowtrain.utils.weighting import resample
+from flowtrain.runs.components import training_rows
 
 # A table has heavy tails if at least the fraction SHARE of its values are more than FAR standard deviations from the
 # mean of their column. For a normal distribution the fraction is 6e-7. See "Tails of the base" in
@@ -16,8 +16,6 @@ from flowtrain.utils.weighting import resample
 FAR, SHARE = 5.0, 2e-4
 # the initial degrees of freedom of the base for a table with heavy tails
 DF = 20.0
-# the largest number of training rows that are used
-MOST_ROWS = 10_000
 
 
 def resolve_df(config: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
@@ -30,14 +28,11 @@ def resolve_df(config: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
     if model.get("df") != AUTO:
         return dict(config)
     possible = len(data.event_shape) == 1 and not circular_columns(data.types)
-    train = data.train_rows(MOST_ROWS) if possible else None
+    train = training_rows(data) if possible else None
     return {**config, "model": {**model, "df": DF if train is not None and _has_heavy_tails(train, data) else None}}
 
 
 def _has_heavy_tails(train: torch.Tensor, data: Dataset) -> bool:
-    weights = data.row_weights(MOST_ROWS)
-    if weights is not None:
-        train = train[resample(weights).to(train.device)]
     rows = train.flatten(1).double().cpu()
     if data.types:
         rows = torch.from_numpy(on_line(data.types, rows.numpy()))
