@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 NETWORKS = (MLP, ResidualMLP, MaskedMLP)
 TRANSFORMS = (ScaleShift, Spline)
 # the number of elements that are mapped at once on a CPU, so that their parameters stay in the cache
-ELEMENTS: dict[type, int] = {ScaleShift: 2**16, Spline: 2**12}
+ELEMENTS: dict[type, int] = {ScaleShift: 2**17, Spline: 2**13}
+# the number of rows that are mapped at once is a multiple of this, because products of 167 rows, for example, take 1.3
+# times as long for each row as products of 176 rows
+ROWS = 64
 
 
 class Parts(NamedTuple):
@@ -66,8 +69,14 @@ def parts_of(of: "Conditioned", x: Tensor) -> Parts | None:
     return Parts(net.network, transform, weight, layers)
 
 
-def mapped(of: "Conditioned", x: Tensor, to_base: bool) -> tuple[Tensor, Tensor] | None:
+def mapped(of: "Conditioned", x: Tensor, to_base: bool, overwrite: bool = False) -> tuple[Tensor, Tensor] | None:
     """Computes `inverse` of a bijection at x (B, C) if `to_base`, else `forward` of a coupling.
+
+    Args:
+        of: the bijection.
+        x: the vectors.
+        to_base: the direction.
+        overwrite: whether the result of a coupling may replace x in its memory.
 
     Returns:
         The result (B, C) and the log-determinant (B,), or None if this module cannot evaluate the bijection.
@@ -78,39 +87,54 @@ def mapped(of: "Conditioned", x: Tensor, to_base: bool) -> tuple[Tensor, Tensor]
         return None
     kept, changed = indices
     columns = x.T.contiguous()
+    if changed is not None and not overwrite and columns.data_ptr() == x.data_ptr():
+        columns = columns.clone()
     a, b = columns if kept is None else columns[kept], columns if changed is None else columns[changed]
     bound = of.input_bound
     inputs = a if bound is None else (a / bound).tanh_().mul_(bound)
     h = hidden_rows(parts.network, inputs, parts.layers)
-    if to_base and parts.linear is not None:
-        b = torch.addmm(b, parts.linear, a, alpha=-1)
-    y, log_slope = elementwise(parts.transform, b, h, parts.layers[-1], to_base)
-    if not to_base and parts.linear is not None:
-        y = torch.addmm(y, parts.linear, a)
-    log_det = log_slope.sum(0)
+    last = parts.layers[-1]
     if changed is None:
+        # a is b, so b may not be overwritten
+        b = b if parts.linear is None else torch.addmm(b, parts.linear, a, alpha=-1)
+        y, log_det = elementwise(parts.transform, b, h, last, to_base)
         return y.T, log_det
-    found = columns.clone()
-    found[changed] = y
-    return found.T, log_det
+    if to_base and parts.linear is not None:
+        b.addmm_(parts.linear, a, alpha=-1)
+    _, log_det = elementwise(parts.transform, b, h, last, to_base, out=b)
+    if not to_base and parts.linear is not None:
+        b.addmm_(parts.linear, a)
+    if not isinstance(changed, slice):
+        columns[changed] = b
+    return columns.T, log_det
 
 
 def elementwise(
-    transform: ScaleShift | Spline, b: Tensor, h: Tensor, last: Layer, to_base: bool
+    transform: ScaleShift | Spline, b: Tensor, h: Tensor, last: Layer, to_base: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Maps b (n, B) elementwise. The last layer computes the parameters of the map from h (B, k).
 
+    Args:
+        transform: the map.
+        b: the values.
+        h: the inputs of the last layer.
+        last: the last layer.
+        to_base: the direction of the map.
+        out: where the result is written, (n, B), which may be b. None: a new tensor.
+
     Returns:
-        The result and its log-slopes, each (n, B).
+        The result (n, B) and the sum of its log-slopes (B,).
     """
     n, rows = b.shape
     function = transform.values_to_base if to_base else transform.values_to_data
-    size = max(1, ELEMENTS[type(transform)] // n)
+    size = ROWS * -(-ELEMENTS[type(transform)] // (n * ROWS))
     if size >= rows or b.device.type != "cpu":
-        return function(b, last_columns(h, last))
+        y, log_slope = function(b, last_columns(h, last))
+        return y if out is None else out.copy_(y), log_slope.sum(0)
     weight = masked(last[0], last[1])
-    y, log_slope = b.new_empty(n, rows), b.new_empty(n, rows)
+    y, log_det = b.new_empty(n, rows) if out is None else out, b.new_empty(rows)
     for start in range(0, rows, size):
         part = slice(start, start + size)
-        y[:, part], log_slope[:, part] = function(b[:, part], last_columns(h[part], last, weight))
-    return y, log_slope
+        y[:, part], log_slope = function(b[:, part], last_columns(h[part], last, weight))
+        torch.sum(log_slope, 0, out=log_det[part])
+    return y, log_det

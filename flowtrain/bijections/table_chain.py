@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _functorch
 
-from flowtrain.bijections import autoregressive_chain
+from flowtrain.bijections import autoregressive_chain, evaluation
 from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.base import Bijection, Chain, Pass, as_pass
 from flowtrain.bijections.conditioned_gradient import Conditioned, bounded
@@ -32,7 +32,8 @@ from flowtrain.utils.precision import full_precision
 MOST_COLUMNS = 32
 MOST_AUTOREGRESSIVE = 16
 LINEAR = (ActNorm, InvertibleLinear, Permutation)
-CONDITIONED = (HalfCoupling, IndexCoupling, Autoregressive)
+COUPLINGS = (HalfCoupling, IndexCoupling)
+CONDITIONED = (*COUPLINGS, Autoregressive)
 
 
 class TableChain(Chain):
@@ -42,7 +43,7 @@ class TableChain(Chain):
     Or it consists of autoregressive maps with invertible linear maps between them. The vectors have at most
     MOST_COLUMNS or MOST_AUTOREGRESSIVE elements. Chains of autoregressive maps with nothing between them are faster
     too, see `flowtrain.bijections.autoregressive_chain`. There is no context. Other chains are computed as a `Chain`.
-    The results differ only by rounding.
+    The results differ only by rounding. Without gradients, a coupling overwrites the result of the layer before it.
 
     Example:
         >>> from flowtrain.nn.conditioners import MLP
@@ -51,14 +52,47 @@ class TableChain(Chain):
         [[1.0, 2.0]]
     """
 
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return as_pass(partial(TableChain.pass_forward, self), z, context)
+
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return as_pass(partial(TableChain.pass_inverse, self), x, context)
 
+    def pass_forward(self, z: Tensor, context: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
+        if torch.is_grad_enabled():
+            return super().pass_forward(z, context, options)
+        return self.evaluated(list(self), z, context, options, to_base=False)
+
     def pass_inverse(self, x: Tensor, context: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
-        # without gradients, the layers one by one are faster, see `flowtrain.bijections.evaluation`
-        possible = context is None and x.dim() == 2 and torch.is_grad_enabled()
-        found = self.in_one_operation(x) if possible else None
+        if not torch.is_grad_enabled():
+            return self.evaluated(list(self)[::-1], x, context, options, to_base=True)
+        found = self.in_one_operation(x) if context is None and x.dim() == 2 else None
         return super().pass_inverse(x, context, options) if found is None else Pass(*found)
+
+    @staticmethod
+    def evaluated(
+        bijections: Sequence[Bijection], x: Tensor, context: Tensor | None, options: SolveOptions, to_base: bool
+    ) -> Pass:
+        """Computes a pass without gradients: layer by layer, in the memory of the result of an earlier layer."""
+        log_det: Tensor | None = None
+        integrals: tuple[Tensor, ...] = ()
+        is_ours = False
+        for bijection in bijections:
+            kind, found = type(bijection), None
+            if context is None and kind in COUPLINGS:
+                found = evaluation.mapped(bijection, x, to_base, overwrite=is_ours)  # type: ignore[arg-type]
+            if found is None:
+                one_pass = bijection.pass_inverse if to_base else bijection.pass_forward
+                x, term, more = one_pass(x, context, options)
+                integrals += more
+            else:
+                x, term = found
+            is_ours = found is not None or kind in LINEAR
+            log_det = term if log_det is None else log_det + term
+        return Pass(x, x.new_zeros(x.shape[0]) if log_det is None else log_det, integrals)
+
+    def map_forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return super().map_forward(z, context) if torch.is_grad_enabled() else self.pass_forward(z, context).x
 
     def map_inverse(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.pass_inverse(x, context).x

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowtrain.nn.column_networks import ColumnNetwork, Layer, Residual, masked
 from flowtrain.utils.products import prefers_onednn, product, relu_product, sum_product
 
-# the number of inputs from which a copy with contiguous rows makes the first layer faster
+# the number of inputs from which a copy with contiguous rows makes the first layer faster with oneDNN
 WIDE = 128
 
 
@@ -21,7 +21,7 @@ def hidden_rows(network: type[ColumnNetwork], x: Tensor, layers: Sequence[Layer]
     if len(layers) == 1:
         return x.T
     (weight, bias), *inner = [(masked(weight, mask), bias) for weight, mask, bias in layers[:-1]]
-    rows = x.T if len(x) < WIDE else x.T.contiguous()
+    rows = x.T.contiguous() if len(x) >= WIDE and prefers_onednn(x.T, weight) else x.T
     if network is Residual:
         h = product(rows, weight, bias)
         for one, two in zip(inner[::2], inner[1::2], strict=True):

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from flowtrain.bijections import evaluation, sequential
 from flowtrain.bijections.autoregressive import Autoregressive
-from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.coupling import HalfCoupling, IndexCoupling, as_slice
 from flowtrain.bijections.linear import InvertibleLinear
+from flowtrain.bijections.table_chain import TableChain
 from flowtrain.flow import Flow
 from flowtrain.models import glow, maf, nsf, realnvp
 from flowtrain.nn.conditioners import MLP
@@ -53,6 +54,52 @@ def test_values_without_gradients_agree_with_float64(name: str, rows: int) -> No
     torch.testing.assert_close(z.double(), true_z, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(log_p.double(), true_log_p, rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(again, x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("rows", [1, ROWS])
+def test_arguments_are_not_overwritten(name: str, rows: int) -> None:
+    flow = randomized(FLOWS[name]())
+    # the layers use this order inside, so a view would be possible
+    x = torch.randn(*flow.event_shape, rows).T
+    before = x.clone()
+    with torch.no_grad():
+        _, z = flow.log_prob_and_latents(x)
+        kept = z.clone()
+        flow.forward(z)
+        flow.inverse(x)
+    assert torch.equal(x, before)
+    assert torch.equal(z, kept)
+
+
+class Kept(Bijection):
+    """The identity, which keeps its last argument."""
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.seen = z
+        return z, z.new_zeros(len(z))
+
+    inverse = forward
+
+
+def test_tensors_seen_by_other_bijections_are_not_overwritten() -> None:
+    torch.manual_seed(0)
+    kept = Kept()
+    couplings = [HalfCoupling(4, i % 2 == 1, MLP(2, [8], 4)) for i in range(4)]
+    chain = TableChain([*couplings[:2], kept, *couplings[2:]])
+    for p in chain.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(5, 4)
+    with torch.no_grad():
+        for to_base in (True, False):
+            y, log_det = chain.inverse(x) if to_base else chain.forward(x)
+            part = Chain(couplings[2:] if to_base else couplings[:2])
+            expected, _ = part.inverse(x) if to_base else part.forward(x)
+            torch.testing.assert_close(kept.seen, expected)
+            whole = Chain(couplings)
+            true_y, true_log_det = whole.inverse(x) if to_base else whole.forward(x)
+            torch.testing.assert_close(y, true_y)
+            torch.testing.assert_close(log_det, true_log_det)
 
 
 @pytest.mark.parametrize("rows", [3, sequential.FEW + 1])
