@@ -57,6 +57,20 @@ def test_values_without_gradients_agree_with_float64(name: str, rows: int) -> No
 
 
 @pytest.mark.parametrize("name", FLOWS)
+def test_values_do_not_depend_on_the_number_of_rows_mapped_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = randomized(FLOWS[name]())
+    x = torch.randn(ROWS, *flow.event_shape)
+    with torch.no_grad():
+        log_p, z = flow.log_prob_and_latents(x)
+        again = flow.forward(z)
+        monkeypatch.setattr(evaluation, "ELEMENTS", dict.fromkeys(evaluation.ELEMENTS, 1))
+        in_parts, z_in_parts = flow.log_prob_and_latents(x)
+        torch.testing.assert_close(flow.forward(z), again)
+    torch.testing.assert_close(in_parts, log_p)
+    torch.testing.assert_close(z_in_parts, z)
+
+
+@pytest.mark.parametrize("name", FLOWS)
 @pytest.mark.parametrize("rows", [1, ROWS])
 def test_arguments_are_not_overwritten(name: str, rows: int) -> None:
     flow = randomized(FLOWS[name]())
