@@ -46,12 +46,15 @@ class Parts(NamedTuple):
     layers: list[Layer]
 
 
-def parts_of(of: "Conditioned", x: Tensor) -> Parts | None:
-    """Returns the parts of a bijection, or None if this module cannot evaluate it at x without a context."""
-    if torch.is_grad_enabled() or needs_autograd(x) or x.dim() != 2 or not x.numel() or of.has_angles():
-        return None
+def is_possible(x: Tensor) -> bool:
+    """Whether this module can evaluate bijections at x."""
+    return not (torch.is_grad_enabled() or needs_autograd(x) or x.dim() != 2 or not x.numel())
+
+
+def parts_of(of: "Conditioned", dtype: torch.dtype) -> Parts | None:
+    """Returns the parts of a bijection, or None if this module cannot evaluate it for vectors of a dtype."""
     # a subclass may override other methods
-    if "column_parts" not in vars(type(of)):
+    if of.has_angles() or "column_parts" not in vars(type(of)):
         return None
     # attribute access on nn.Module takes ten times as long
     modules: Any = of._modules
@@ -61,7 +64,7 @@ def parts_of(of: "Conditioned", x: Tensor) -> Parts | None:
     if linear is not None and not is_matrix(linear):
         return None
     layers = net.plain_layers()
-    if layers is None or layers[0][0].dtype != x.dtype:
+    if layers is None or layers[0][0].dtype != dtype:
         return None
     weight = None
     if linear is not None:
@@ -69,26 +72,33 @@ def parts_of(of: "Conditioned", x: Tensor) -> Parts | None:
     return Parts(net.network, transform, weight, layers)
 
 
-def mapped(of: "Conditioned", x: Tensor, to_base: bool, overwrite: bool = False) -> tuple[Tensor, Tensor] | None:
+def mapped(of: "Conditioned", x: Tensor, to_base: bool) -> tuple[Tensor, Tensor] | None:
     """Computes `inverse` of a bijection at x (B, C) if `to_base`, else `forward` of a coupling.
-
-    Args:
-        of: the bijection.
-        x: the vectors.
-        to_base: the direction.
-        overwrite: whether the result of a coupling may replace x in its memory.
 
     Returns:
         The result (B, C) and the log-determinant (B,), or None if this module cannot evaluate the bijection.
     """
-    parts = parts_of(of, x)
+    found = mapped_columns(of, own_columns(x), to_base) if is_possible(x) else None
+    return None if found is None else (found[0].T, found[1])
+
+
+def own_columns(x: Tensor) -> Tensor:
+    """Returns a contiguous copy (C, B) of x (B, C)."""
+    columns = x.T.contiguous()
+    return columns.clone() if columns.data_ptr() == x.data_ptr() else columns
+
+
+def mapped_columns(of: "Conditioned", columns: Tensor, to_base: bool) -> tuple[Tensor, Tensor] | None:
+    """Computes `mapped` for contiguous columns (C, B). The result of a coupling replaces them.
+
+    Returns:
+        The result (C, B) and the log-determinant (B,), or None, in which case `columns` is unchanged.
+    """
+    parts = parts_of(of, columns.dtype)
     indices = None if parts is None else of.column_parts()
     if parts is None or indices is None:
         return None
     kept, changed = indices
-    columns = x.T.contiguous()
-    if changed is not None and not overwrite and columns.data_ptr() == x.data_ptr():
-        columns = columns.clone()
     a, b = columns if kept is None else columns[kept], columns if changed is None else columns[changed]
     bound = of.input_bound
     inputs = a if bound is None else (a / bound).tanh_().mul_(bound)
@@ -97,8 +107,7 @@ def mapped(of: "Conditioned", x: Tensor, to_base: bool, overwrite: bool = False)
     if changed is None:
         # a is b, so b may not be overwritten
         b = b if parts.linear is None else torch.addmm(b, parts.linear, a, alpha=-1)
-        y, log_det = elementwise(parts.transform, b, h, last, to_base)
-        return y.T, log_det
+        return elementwise(parts.transform, b, h, last, to_base)
     if to_base and parts.linear is not None:
         b.addmm_(parts.linear, a, alpha=-1)
     _, log_det = elementwise(parts.transform, b, h, last, to_base, out=b)
@@ -106,7 +115,7 @@ def mapped(of: "Conditioned", x: Tensor, to_base: bool, overwrite: bool = False)
         b.addmm_(parts.linear, a)
     if not isinstance(changed, slice):
         columns[changed] = b
-    return columns.T, log_det
+    return columns, log_det
 
 
 def elementwise(

@@ -292,14 +292,16 @@ class InvertibleLinear(Bijection):
         return torch.addmm(self.permutation, self.permutation, self.lower.tril(-1)) @ upper
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.map_forward(z), -self.log_det(z)
+
+    def map_forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         with full_precision(z.device):
             if not self._is_by_factors(z):
-                back = torch.linalg.inv(self.weight().double()).to(z.dtype)
-                return channel_map(back, z), -self.log_det(z)
+                return channel_map(torch.linalg.inv(self.weight().double()).to(z.dtype), z)
             if z.dim() == 2 and len(z) < len(self.lower):
-                return self._solved(z.T).to(z.dtype).T, -self.log_det(z)
+                return self._solved(z.T).to(z.dtype).T
             back = self._solved(torch.eye(len(self.lower), dtype=z.dtype, device=z.device)).to(z.dtype)
-            return channel_map(back, z), -self.log_det(z)
+            return channel_map(back, z)
 
     def _is_by_factors(self, x: Tensor) -> bool:
         """Whether no gradient is needed, so that the factors of W can be used. A subclass may have another W."""
@@ -315,12 +317,15 @@ class InvertibleLinear(Bijection):
         return found
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.map_inverse(x), self.log_det(x)
+
+    def map_inverse(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         # TF32 would add an error to z that the log-determinant does not contain
         with full_precision(x.device):
             if self._is_by_factors(x) and x.dim() == 2 and len(x) < len(self.lower):
                 y = torch.diagonal_scatter(self.upper.triu(1), self.sign * self.log_scale.exp()) @ x.T
-                return (self.permutation @ torch.addmm(y, self.lower.tril(-1), y)).T, self.log_det(x)
-            return channel_map(self.weight(), x), self.log_det(x)
+                return (self.permutation @ torch.addmm(y, self.lower.tril(-1), y)).T
+            return channel_map(self.weight(), x)
 
     def log_det(self, x: Tensor) -> Tensor:
         """Returns log|det dz/dx| for each row of x (B, C, ...), (B,)."""

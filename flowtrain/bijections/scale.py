@@ -39,7 +39,10 @@ class ActNorm(Bijection):
         self.shift = nn.Parameter(torch.zeros(shape))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return torch.addcmul(self.over(self.shift, z), z, self.over(self.log_scale.exp(), z)), self.log_det(z)
+        return self.map_forward(z), self.log_det(z)
+
+    def map_forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return torch.addcmul(self.over(self.shift, z), z, self.over(self.log_scale.exp(), z))
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if needs_autograd(x) or x.dtype != self.shift.dtype:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.evaluation import parts_of
+from flowtrain.bijections.evaluation import is_possible, parts_of
 from flowtrain.nn.residual_mlp import MaskedMLP
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _order(groups: list[int], n: int, device: torch.device) -> Tensor | None:
 
 def to_data(of: "Autoregressive", z: Tensor) -> tuple[Tensor, Tensor] | None:
     """Computes `Autoregressive.forward` at z (B, d) without a context, or returns None if this is not possible."""
-    parts = parts_of(of, z)
+    parts = parts_of(of, z.dtype) if is_possible(z) else None
     steps = None if parts is None else of.steps()
     if parts is None or steps is None:
         return None

@@ -8,7 +8,7 @@ the gradients of all matrices are one product.
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -61,41 +61,23 @@ class TableChain(Chain):
     def pass_forward(self, z: Tensor, context: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
         if torch.is_grad_enabled():
             return super().pass_forward(z, context, options)
-        return self.evaluated(list(self), z, context, options, to_base=False)
+        return _evaluated(list(self), z, context, options, to_base=False)
 
     def pass_inverse(self, x: Tensor, context: Tensor | None = None, options: SolveOptions = AS_CONFIGURED) -> Pass:
         if not torch.is_grad_enabled():
-            return self.evaluated(list(self)[::-1], x, context, options, to_base=True)
+            return _evaluated(list(self)[::-1], x, context, options, to_base=True)
         found = self.in_one_operation(x) if context is None and x.dim() == 2 else None
         return super().pass_inverse(x, context, options) if found is None else Pass(*found)
 
-    @staticmethod
-    def evaluated(
-        bijections: Sequence[Bijection], x: Tensor, context: Tensor | None, options: SolveOptions, to_base: bool
-    ) -> Pass:
-        """Computes a pass without gradients: layer by layer, in the memory of the result of an earlier layer."""
-        log_det: Tensor | None = None
-        integrals: tuple[Tensor, ...] = ()
-        is_ours = False
-        for bijection in bijections:
-            kind, found = type(bijection), None
-            if context is None and kind in COUPLINGS:
-                found = evaluation.mapped(bijection, x, to_base, overwrite=is_ours)  # type: ignore[arg-type]
-            if found is None:
-                one_pass = bijection.pass_inverse if to_base else bijection.pass_forward
-                x, term, more = one_pass(x, context, options)
-                integrals += more
-            else:
-                x, term = found
-            is_ours = found is not None or kind in LINEAR
-            log_det = term if log_det is None else log_det + term
-        return Pass(x, x.new_zeros(x.shape[0]) if log_det is None else log_det, integrals)
-
     def map_forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        return super().map_forward(z, context) if torch.is_grad_enabled() else self.pass_forward(z, context).x
+        if torch.is_grad_enabled():
+            return super().map_forward(z, context)
+        return _evaluated(list(self), z, context, AS_CONFIGURED, to_base=False, with_log_det=False).x
 
     def map_inverse(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.pass_inverse(x, context).x
+        if torch.is_grad_enabled():
+            return self.pass_inverse(x, context).x
+        return _evaluated(list(self)[::-1], x, context, AS_CONFIGURED, to_base=True, with_log_det=False).x
 
     def in_one_operation(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Computes `inverse` for vectors x (B, d) as one operation of autograd, or returns None if not possible."""
@@ -143,6 +125,45 @@ class TableChain(Chain):
             log_det = log_det + of_norm
         z, log_slope = _ToBase.apply(x, plan, *matrices, *parts)  # type: ignore[no-untyped-call]
         return z, log_slope + log_det
+
+
+def _evaluated(
+    bijections: Sequence[Bijection],
+    x: Tensor,
+    context: Tensor | None,
+    options: SolveOptions,
+    to_base: bool,
+    with_log_det: bool = True,
+) -> Pass:
+    """Applies bijections one after another, without gradients. The log-determinant is needed only if `with_log_det`."""
+    kinds: tuple[type, ...] = ()
+    if context is None and evaluation.is_possible(x):
+        kinds = CONDITIONED if to_base else COUPLINGS
+    log_det: Tensor | None = None
+    integrals: tuple[Tensor, ...] = ()
+    # x^T, if it is the result of a layer and nothing else uses it
+    columns: Tensor | None = None
+    for bijection in bijections:
+        kind = type(bijection)
+        found: tuple[Tensor, Tensor] | None = None
+        if kind in kinds:
+            columns = evaluation.own_columns(x) if columns is None else columns
+            found = evaluation.mapped_columns(cast(Conditioned, bijection), columns, to_base)
+        if found is not None:
+            columns, term = found
+            log_det = term if log_det is None or not with_log_det else log_det + term
+            continue
+        x = x if columns is None else columns.T
+        columns = None
+        if with_log_det:
+            x, term, more = (bijection.pass_inverse if to_base else bijection.pass_forward)(x, context, options)
+            log_det, integrals = term if log_det is None else log_det + term, integrals + more
+        else:
+            x = (bijection.map_inverse if to_base else bijection.map_forward)(x, context)
+        if kind in LINEAR and x.T.is_contiguous():
+            columns = x.T
+    x = x if columns is None else columns.T
+    return Pass(x, x.new_zeros(x.shape[0]) if log_det is None else log_det, integrals)
 
 
 class Plan(NamedTuple):

@@ -147,7 +147,7 @@ def test_a_network_with_other_groups_has_no_steps() -> None:
 
 def test_hooks_of_a_conditioner_run_without_gradients() -> None:
     coupling, calls = IndexCoupling(torch.tensor([True, False]), MLP(1, [4], 2)), []
-    assert evaluation.parts_of(coupling, torch.ones(1, 2)) is None  # gradients are enabled
+    assert not evaluation.is_possible(torch.ones(1, 2))  # gradients are enabled
     coupling.conditioner.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         coupling.inverse(torch.ones(1, 2))
