@@ -86,6 +86,17 @@ def test_arguments_are_not_overwritten(name: str, rows: int) -> None:
     assert torch.equal(z, kept)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "rows"), [(7, 3), (300, 3), (300, 20)])
+def test_permutations_of_linear_maps_are_exact(channels: int, rows: int, dtype: torch.dtype) -> None:
+    order = torch.randperm(channels)
+    linear, x = InvertibleLinear(channels, order).to(dtype), torch.randn(rows, channels).to(dtype)
+    with torch.no_grad():
+        z, _ = linear.inverse(x)
+        assert torch.equal(z, x[:, order])
+        assert torch.equal(linear(z)[0], x)
+
+
 class Kept(Bijection):
     """The identity, which keeps its last argument."""
 
