@@ -608,7 +608,7 @@ class GaussianMixture(_Mixture):
         else:
             constant = log_w - log_scale.sum(1)
             # one column for each row of z: sums over K and d are then fast
-            e = x.T - means.unsqueeze(2)
+            e = x.T.contiguous() - means.unsqueeze(2)
             if lower is None:
                 e = e.mul_((-log_scale).exp_().unsqueeze(2))
             else:
