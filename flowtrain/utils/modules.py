@@ -39,7 +39,8 @@ def first_floating(module: nn.Module) -> Tensor | None:
         for parameter in part._parameters.values():
             if parameter is not None and parameter.is_floating_point():
                 return parameter
-        stack.extend(m for m in reversed(part._modules.values()) if m is not None)
+        if part._modules:
+            stack.extend(m for m in reversed(part._modules.values()) if m is not None)
     for part in submodules(module):
         for buffer in part._buffers.values():
             if buffer is not None and buffer.is_floating_point():
