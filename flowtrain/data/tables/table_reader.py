@@ -471,7 +471,10 @@ def drop_option(na: str | None, in_blocks: bool) -> str:
         in_blocks: whether the file is read in blocks, from which rows cannot be left out.
     """
     options = "data.missing=drop" if na is None else f"'data.na={na}' data.missing=drop"
-    return f"{options} data.memory_map=false, which reads the file into memory" if in_blocks else options
+    if in_blocks:
+        options += " data.memory_map=false, which reads the file into memory"
+    # a list on the command line replaces the list of a config
+    return options if na is None else f"{options} (if data.na is already set, add its entries to this list)"
 
 
 def check_finite(
