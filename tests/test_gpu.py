@@ -23,6 +23,7 @@ from flowtrain.runs.build import build_data
 from flowtrain.runs.console import messages
 from flowtrain.runs.load import load
 from flowtrain.runs.run import train
+from flowtrain.utils.cuda_graphs import CudaRecorder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,6 +95,23 @@ def test_cuda_graphs_have_the_gradients_of_ordinary_solves() -> None:
         assert graphs == bool(flow.graphs.calls)
     for a, b in zip(found[: len(found) // 2], found[len(found) // 2 :], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_random_numbers_are_drawn_after_a_failed_capture() -> None:
+    device = torch.device("cuda", 0)
+    recorder, stream = CudaRecorder(device), torch.cuda.current_stream()
+    x = torch.ones(3, device=device)
+    with pytest.raises(RuntimeError), recorder.record():
+        x.sum().item()
+    assert torch.cuda.current_stream() == stream
+    assert len(torch.randn(3, device=device).unique()) == 3
+    with recorder.warm_up():
+        x.sum()
+    with recorder.record() as graph:
+        y = 2 * x
+    x.fill_(3)
+    graph.replay()
+    assert y.tolist() == [6, 6, 6]
 
 
 @pytest.mark.parametrize("name", ["realnvp", "glow", "ffjord"])
