@@ -9,6 +9,7 @@ tested.
 """
 
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,10 +19,14 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _device
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 
 from helpers.graphs import Recording
 
@@ -350,6 +355,8 @@ def dispatched(func: Any, args: Any, kwargs: Any) -> Any:
     count(name, args, kwargs, fakes, out_device)
     if fakes and plain:
         check_devices(func, name, args, kwargs, plain)
+    if name.startswith("_fused_adam"):
+        check_layouts(args[:4])
     real_args = [mapped(real, a) for a in args]
     real_kwargs = {k: mapped(real, v) for k, v in kwargs.items()}
     if asked is not None:
@@ -452,6 +459,14 @@ def check_devices(func: Any, name: str, args: Any, kwargs: Any, plain: list[Tens
         )
 
 
+def check_layouts(lists: Any) -> None:
+    """Raises the error of a fused optimizer for parameters, gradients and averages with different strides."""
+    for tensors in zip(*lists, strict=True):
+        strides = {tuple(s for s, n in zip(t.stride(), t.shape, strict=True) if n != 1) for t in tensors}
+        if len(strides) > 1:
+            raise RuntimeError("params, grads, exp_avgs, and exp_avg_sqs must have same dtype, device, and layout")
+
+
 def count(name: str, args: Any, kwargs: Any, fakes: list[FakeCudaTensor], out_device: torch.device) -> None:
     """Counts an operation."""
     where = f"{name} {line()}"
@@ -487,6 +502,39 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return dispatched(func, args, kwargs or {})
+
+
+def _in_other_thread(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+    """Runs a backward pass in another thread, as torch does for a GPU. Context variables have their defaults there."""
+    nested = threading.current_thread().name == WORKER or torch._C._functorch.maybe_current_level() is not None
+    batched = any(torch._C._functorch.is_legacy_batchedtensor(g) for g in args[0] if g is not None)
+    if nested or batched or not any(isinstance(y, FakeCudaTensor) for y in tensors):
+        return ENGINE(tensors, *args, **kwargs)
+    found: list[Any] = []
+    failed: list[BaseException] = []
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+
+    def work() -> None:
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+                for mode in modes:
+                    stack.enter_context(mode)
+                found.append(ENGINE(tensors, *args, **kwargs))
+        except BaseException as e:
+            failed.append(e)
+
+    thread = threading.Thread(target=work, name=WORKER)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return found[0]
+
+
+# the name of the thread of backward passes, and the function of torch that runs a backward pass
+WORKER = "backward passes of the fake device"
+ENGINE = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 
 
 class _Stream:
@@ -568,6 +616,7 @@ class _Properties:
 def fake_cuda() -> Iterator[Calls]:
     """Context manager in which this machine seems to have one CUDA device."""
     CALLS.clear()
+    _State.captures = False
     cuda = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
@@ -611,6 +660,7 @@ def fake_cuda() -> Iterator[Calls]:
         stack.enter_context(patch.object(torch._C, "_host_emptyCache", lambda: None, create=True))
         # the engine has no thread for a device that was added after its start
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.enter_context(patch.object(torch.autograd, "_engine_run_backward", _in_other_thread))
         stack.enter_context(_Functions())
         stack.enter_context(_Operations())
         yield CALLS
