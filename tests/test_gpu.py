@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.files import write_set
+from helpers.small_fits import CASES, TYPES, fitted, rows_of
 from torch import nn
 
 import flowtrain
@@ -195,6 +196,23 @@ def test_evaluation_matches_the_cpu(model: str, tmp_path: Path) -> None:
     assert expected.ood is not None
     assert found.ood.auroc == pytest.approx(expected.ood.auroc, abs=1e-3)
     assert [(check.name, check.passed) for check in found.checks] == [(c.name, c.passed) for c in expected.checks]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_a_fit_scores_as_on_the_cpu(case: str, tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+    flow = fitted(case, "cuda")
+    flow.save(tmp_path / "flow.pt")
+    x, context = rows_of(case)
+    found = flow.log_prob(x, context)
+    if not flow.integer_valued and not any(CASES[case][1].get(key) for key in TYPES):
+        # the noise of integer columns differs between devices
+        np.testing.assert_allclose(
+            found, flowtrain.load(tmp_path / "flow.pt").log_prob(x, context), rtol=1e-3, atol=0.01
+        )
+    assert np.isfinite(found).all()
+    assert np.isfinite(flow.sample(3, context=None if context is None else context[:3])).all()
 
 
 def test_fit_and_evaluate_leave_gpu_rng_and_settings_unchanged() -> None:

@@ -192,7 +192,7 @@ class CapturedCall:
         with recorder.record() as self.backward_graph:
             self._backward()
         # the graphs need the memory of these tensors, but not their autograd graph
-        self.outputs = [y.detach() for y in self.outputs]
+        self.outputs, self.others = ([y.detach() for y in found] for found in (self.outputs, self.others))
         self.function = None
 
     def _forward(self) -> None:

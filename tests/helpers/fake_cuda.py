@@ -239,7 +239,8 @@ def called(func: Any, args: Any, kwargs: Any) -> Any:
         return REPLACED[name](func, args, kwargs)
     # strings are devices only in these functions and keywords
     texts = name in ("to", "type")
-    args = tuple(META if is_cuda(a) and (texts or isinstance(a, torch.device)) else a for a in args)
+    if any(type(a) is torch.device or (texts and type(a) is str) for a in args):
+        args = tuple(META if is_cuda(a) else a for a in args)
     if is_cuda(kwargs.get("device")):
         kwargs = {**kwargs, "device": META}
     if torch.is_autocast_enabled("cuda") and name in AUTOCAST and "out" not in kwargs:
@@ -469,10 +470,9 @@ def check_layouts(lists: Any) -> None:
 
 def count(name: str, args: Any, kwargs: Any, fakes: list[FakeCudaTensor], out_device: torch.device) -> None:
     """Counts an operation."""
-    where = f"{name} {line()}"
     setting = SETTINGS.get(name)
     if setting is not None and fakes[0].dtype == torch.float32 and setting().fp32_precision == "tf32":
-        CALLS.tf32[where] += 1
+        CALLS.tf32[f"{name} {line()}"] += 1
     masks = name in INDICES_ALLOWED and any(
         i.dtype in (torch.bool, torch.uint8) for i in args[1] if isinstance(i, Tensor)
     )
@@ -482,9 +482,9 @@ def count(name: str, args: Any, kwargs: Any, fakes: list[FakeCudaTensor], out_de
     up = (name == "_to_copy" and not fakes) or (name == "copy_" and not isinstance(args[1], FakeCudaTensor))
     uneven = name == "repeat_interleave" and kwargs.get("output_size") is None
     if name in HOST_READS or (masks and not filled) or down or uneven:
-        CALLS.reads[where] += 1
+        CALLS.reads[f"{name} {line()}"] += 1
     elif up:
-        CALLS.uploads[where] += 1
+        CALLS.uploads[f"{name} {line()}"] += 1
     else:
         CALLS.kernels[name] += 1
 
