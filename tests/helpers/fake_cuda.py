@@ -45,16 +45,7 @@ HOST_READS = {
 # operations that copy between devices
 COPIES = {"copy_", "_to_copy", "_foreach_copy_", "set_"}
 # operations in which a scalar on the CPU may meet tensors on CUDA although they are not pointwise
-SCALARS_ALLOWED = {
-    "index_put_",
-    "index_put",
-    "_index_put_impl_",
-    "fill_",
-    "masked_fill",
-    "masked_fill_",
-    "where",
-    "lerp_",
-}
+SCALARS_ALLOWED = {"index_put_", "index_put", "_index_put_impl_", "fill_", "masked_fill", "masked_fill_", "where"}
 # indices on the CPU are allowed
 INDICES_ALLOWED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 
@@ -70,26 +61,21 @@ WIDENED = {
     "renorm", "logsumexp", "prod", "softmax", "log_softmax", "cumprod", "cumsum", "vector_norm", "matrix_norm",
     "sum",
 }  # fmt: skip
-PROMOTED = {
-    "addcdiv",
-    "addcmul",
-    "atan2",
-    "bilinear",
-    "cross",
-    "dot",
-    "vdot",
-    "index_put",
-    "tensordot",
-    "scatter_add",
-    "cat",
-    "stack",
-}
+PROMOTED = {"addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "vdot", "index_put", "tensordot"}
+PROMOTED |= {"scatter_add", "cat", "stack"}
 AUTOCAST = NARROWED | WIDENED | PROMOTED
 
-# the settings that decide about TF32
-SETTINGS: dict[str, Any] = dict.fromkeys(
-    ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv"), lambda: torch.backends.cuda.matmul
-) | dict.fromkeys(("convolution", "convolution_backward"), lambda: torch.backends.cudnn.conv)
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv"}
+
+
+def uses_tf32(name: str) -> bool:
+    """Whether a GPU would compute an operation on float32 in TF32."""
+    products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    # torch before 2.9 has other names of these settings
+    old = not hasattr(cudnn, "conv")
+    if name in ("convolution", "convolution_backward"):
+        return bool(cudnn.allow_tf32) if old else cudnn.conv.fp32_precision == "tf32"
+    return name in PRODUCTS and (bool(products.allow_tf32) if old else products.fp32_precision == "tf32")
 
 
 class Generator(torch.Generator):
@@ -449,7 +435,7 @@ def check_devices(func: Any, name: str, args: Any, kwargs: Any, plain: list[Tens
         indices = {id(i) for i in args[1] if isinstance(i, Tensor)}
         if isinstance(args[0], FakeCudaTensor):
             plain = [p for p in plain if id(p) not in indices]
-    scalars = torch.Tag.pointwise in func.tags or name in SCALARS_ALLOWED or name.startswith("_foreach_")
+    scalars = torch.Tag.pointwise in func.tags or name in SCALARS_ALLOWED
     if scalars:
         written = {id(args[0])} if func._schema.arguments[0].alias_info is not None else set()
         plain = [p for p in plain if p.dim() or id(p) in written or id(p) == id(kwargs.get("out"))]
@@ -470,8 +456,7 @@ def check_layouts(lists: Any) -> None:
 
 def count(name: str, args: Any, kwargs: Any, fakes: list[FakeCudaTensor], out_device: torch.device) -> None:
     """Counts an operation."""
-    setting = SETTINGS.get(name)
-    if setting is not None and fakes[0].dtype == torch.float32 and setting().fp32_precision == "tf32":
+    if fakes and fakes[0].dtype == torch.float32 and uses_tf32(name):
         CALLS.tf32[f"{name} {line()}"] += 1
     masks = name in INDICES_ALLOWED and any(
         i.dtype in (torch.bool, torch.uint8) for i in args[1] if isinstance(i, Tensor)
