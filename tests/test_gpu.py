@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.files import write_set
+from helpers.small_fits import CASES, TYPES, fitted, rows_of
 from torch import nn
 
 import flowtrain
@@ -23,6 +24,7 @@ from flowtrain.runs.build import build_data
 from flowtrain.runs.console import messages
 from flowtrain.runs.load import load
 from flowtrain.runs.run import train
+from flowtrain.utils.cuda_graphs import CudaRecorder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,6 +96,23 @@ def test_cuda_graphs_have_the_gradients_of_ordinary_solves() -> None:
         assert graphs == bool(flow.graphs.calls)
     for a, b in zip(found[: len(found) // 2], found[len(found) // 2 :], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_random_numbers_are_drawn_after_a_failed_capture() -> None:
+    device = torch.device("cuda", 0)
+    recorder, stream = CudaRecorder(device), torch.cuda.current_stream()
+    x = torch.ones(3, device=device)
+    with pytest.raises(RuntimeError), recorder.record():
+        x.sum().item()
+    assert torch.cuda.current_stream() == stream
+    assert len(torch.randn(3, device=device).unique()) == 3
+    with recorder.warm_up():
+        x.sum()
+    with recorder.record() as graph:
+        y = 2 * x
+    x.fill_(3)
+    graph.replay()
+    assert y.tolist() == [6, 6, 6]
 
 
 @pytest.mark.parametrize("name", ["realnvp", "glow", "ffjord"])
@@ -177,6 +196,23 @@ def test_evaluation_matches_the_cpu(model: str, tmp_path: Path) -> None:
     assert expected.ood is not None
     assert found.ood.auroc == pytest.approx(expected.ood.auroc, abs=1e-3)
     assert [(check.name, check.passed) for check in found.checks] == [(c.name, c.passed) for c in expected.checks]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_a_fit_scores_as_on_the_cpu(case: str, tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+    flow = fitted(case, "cuda")
+    flow.save(tmp_path / "flow.pt")
+    x, context = rows_of(case)
+    found = flow.log_prob(x, context)
+    if not flow.integer_valued and not any(CASES[case][1].get(key) for key in TYPES):
+        # the noise of integer columns differs between devices
+        np.testing.assert_allclose(
+            found, flowtrain.load(tmp_path / "flow.pt").log_prob(x, context), rtol=1e-3, atol=0.01
+        )
+    assert np.isfinite(found).all()
+    assert np.isfinite(flow.sample(3, context=None if context is None else context[:3])).all()
 
 
 def test_fit_and_evaluate_leave_gpu_rng_and_settings_unchanged() -> None:

@@ -99,9 +99,11 @@ class Adam(torch.optim.Adam):
         """Collects the tensors of the parameters that have a gradient. Equal step counts become one tensor."""
         parameters: list[Tensor] = [p for p, has in zip(self.param_groups[0]["params"], trained, strict=True) if has]
         states = [self.state[p] for p in parameters]
-        shared: dict[tuple[float, torch.device], Tensor] = {}
-        for state in states:
-            count = state["step"]
-            state["step"] = shared.setdefault((float(count), count.device), count)
+        counts = [state["step"] for state in states]
+        # one read, because each read waits for a GPU
+        numbers: list[float] = torch.stack(counts).tolist() if counts else []
+        shared: dict[float, Tensor] = {}
+        for state, number, count in zip(states, numbers, counts, strict=True):
+            state["step"] = shared.setdefault(number, count)
         self._lists = parameters, *([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "step"))  # type: ignore[assignment]
         self._trained, self._counts = trained, list(shared.values())

@@ -70,10 +70,28 @@ class CudaRecorder:
     @contextmanager
     def record(self) -> Iterator[Recording]:
         """Context manager that captures the work inside it. It yields the graph."""
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads, such as those of NCCL, may call functions that a capture does not allow
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            yield graph
+        graph, device = torch.cuda.CUDAGraph(), self.stream.device
+        with torch.cuda.device(device):
+            before = torch.cuda.current_stream(device)
+            try:
+                # thread_local: other threads, such as those of NCCL, may call functions that a capture does not allow
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                    yield graph
+            except RuntimeError:
+                _recover(before)
+                raise
+
+
+def _recover(stream: Any) -> None:
+    """Restores the state of torch after a failed capture, so that work without graphs can continue on `stream`.
+
+    After a failed capture, `torch.cuda.graph` leaves its stream as the current one. In some versions of torch, the
+    random generator stays in capture mode, in which it draws no numbers outside a capture. The next capture that
+    succeeds ends this mode.
+    """
+    torch.cuda.set_stream(stream)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(stream.device)):  # type: ignore[no-untyped-call]
+        torch.zeros(1, device=stream.device)
 
 
 def recorder_of(device: torch.device) -> Recorder | None:
@@ -174,7 +192,7 @@ class CapturedCall:
         with recorder.record() as self.backward_graph:
             self._backward()
         # the graphs need the memory of these tensors, but not their autograd graph
-        self.outputs = [y.detach() for y in self.outputs]
+        self.outputs, self.others = ([y.detach() for y in found] for found in (self.outputs, self.others))
         self.function = None
 
     def _forward(self) -> None:

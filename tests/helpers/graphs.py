@@ -20,13 +20,18 @@ class Recording(TorchDispatchMode):
         super().__init__()
         self.operations: list[tuple[Any, Any, Any, Any]] = []
         self.replayed = False
+        # whether an operation was not allowed
+        self.refused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__.split(".")[0]
         # on a CPU, tanh uses new_tensor(-1), see `Tanh.replace`
         from_host = name == "lift_fresh" and args[0].dim() == 0
-        assert from_host or not any(name.startswith(f) for f in FORBIDDEN), f"{name} inside a graph"
+        self.refused = self.refused or (not from_host and any(name.startswith(f) for f in FORBIDDEN))
+        assert not self.refused, f"{name} inside a graph"
         out = func(*args, **(kwargs or {}))
+        self.refused = len({str(y.device) for y in tree_leaves((args, kwargs, out)) if isinstance(y, Tensor)}) > 1
+        assert not self.refused, f"{name} copies between devices inside a graph"
         self.operations.append((func, alias(args), alias(kwargs or {}), alias(out)))
         return out
 
