@@ -12,6 +12,7 @@ from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.coupling import HalfCoupling, IndexCoupling, as_slice
 from flowtrain.bijections.linear import InvertibleLinear
+from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.table_chain import TableChain
 from flowtrain.flow import Flow
 from flowtrain.models import glow, maf, nsf, realnvp
@@ -229,6 +230,54 @@ def test_methods_of_a_subclass_are_used_without_gradients(name: str, rows: int) 
     with torch.no_grad():
         found = bijection.forward(x)[0], bijection.inverse(x)[0]
     torch.testing.assert_close(found, expected)
+
+
+class Moved:
+    """A mixin that adds 1 on the side of the data."""
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_det = super().forward(z, context)  # type: ignore[misc]
+        return x + 1, log_det
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = super().inverse(x - 1, context)  # type: ignore[misc]
+        return found
+
+
+class MovedNorm(Moved, ActNorm): ...
+
+
+class MovedLinear(Moved, InvertibleLinear): ...
+
+
+class MovedChain(Moved, TableChain): ...
+
+
+class LinearWithOwnInverse(InvertibleLinear):
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_det = super().forward(z, context)
+        return x + 1, log_det
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().inverse(x - 1, context)
+
+
+MOVED: dict[str, Callable[[], Bijection]] = {
+    "norm": lambda: MovedNorm(4),
+    "linear": lambda: MovedLinear(4),
+    "chain": lambda: MovedChain([ActNorm(4), HalfCoupling(4, False, MLP(2, [8], 4))]),
+    "without a mixin": lambda: LinearWithOwnInverse(4),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_maps_without_log_determinants_use_the_methods_of_a_subclass(name: str, with_gradients: bool) -> None:
+    bijection, x = MOVED[name](), torch.randn(3, 4)
+    with torch.set_grad_enabled(with_gradients):
+        torch.testing.assert_close(bijection.map_forward(x), bijection.forward(x)[0])
+        torch.testing.assert_close(bijection.map_inverse(x), bijection.inverse(x)[0])
+        torch.testing.assert_close(bijection.map_forward(bijection.map_inverse(x)), x)
 
 
 def test_the_steps_of_samples_follow_the_network() -> None:
