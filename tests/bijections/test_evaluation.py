@@ -16,7 +16,7 @@ from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.table_chain import TableChain
 from flowtrain.flow import Flow
 from flowtrain.models import glow, maf, nsf, realnvp
-from flowtrain.nn.conditioners import MLP
+from flowtrain.nn.conditioners import MLP, ConvNet
 from flowtrain.nn.residual_mlp import MaskedMLP
 
 # the number of rows is large enough for the functions and the products for many numbers
@@ -278,6 +278,36 @@ def test_maps_without_log_determinants_use_the_methods_of_a_subclass(name: str, 
         torch.testing.assert_close(bijection.map_forward(x), bijection.forward(x)[0])
         torch.testing.assert_close(bijection.map_inverse(x), bijection.inverse(x)[0])
         torch.testing.assert_close(bijection.map_forward(bijection.map_inverse(x)), x)
+
+
+class Unflattened(Bijection):
+    """Maps vectors at the base (B, 8) to images (B, 2, 2, 2)."""
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z.view(-1, 2, 2, 2), z.new_zeros(len(z))
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x.reshape(-1, 8), x.new_zeros(len(x))
+
+
+# torch warns about the transpose of images
+@pytest.mark.filterwarnings("error")
+def test_layers_of_images_in_a_chain_of_vectors() -> None:
+    torch.manual_seed(0)
+    layers = [
+        HalfCoupling(8, False, MLP(4, [8], 8)),
+        Unflattened(),
+        ActNorm(2),
+        HalfCoupling(2, True, ConvNet(1, [4], 2)),
+    ]
+    chain, plain = TableChain(layers), Chain(layers)
+    for p in chain.parameters():
+        nn.init.normal_(p, std=0.3)
+    z = torch.randn(3, 8)
+    with torch.no_grad():
+        x = chain.forward(z)
+        torch.testing.assert_close(x, plain.forward(z))
+        torch.testing.assert_close(chain.inverse(x[0]), plain.inverse(x[0]))
 
 
 def test_the_steps_of_samples_follow_the_network() -> None:
