@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from flowtrain.bijections import evaluation, sequential
 from flowtrain.bijections.autoregressive import Autoregressive
@@ -87,6 +88,20 @@ def test_arguments_are_not_overwritten(name: str, rows: int) -> None:
     assert torch.equal(z, kept)
 
 
+@pytest.mark.parametrize("name", ["realnvp", "realnvp, bounded", "glow", "maf"])
+def test_operations_without_gradients_can_be_recorded(name: str) -> None:
+    flow = randomized(FLOWS[name]())
+    x, other = torch.randn(2, 5, *flow.event_shape)
+
+    def to_base(x: Tensor) -> tuple[Tensor, Tensor]:
+        return flow.bijection.inverse(x)
+
+    with torch.no_grad():
+        # the recorded tensors have no memory
+        graph = make_fx(to_base, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+        torch.testing.assert_close(graph(other), to_base(other))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("channels", "rows"), [(7, 3), (300, 3), (300, 20)])
 def test_permutations_of_linear_maps_are_exact(channels: int, rows: int, dtype: torch.dtype) -> None:
@@ -165,6 +180,17 @@ def test_hooks_of_a_conditioner_run_without_gradients() -> None:
         coupling.inverse(torch.ones(1, 2))
         coupling(torch.ones(1, 2))
     assert len(calls) == 2
+
+
+def test_columns_are_copied_only_for_layers_that_are_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[Tensor] = []
+    monkeypatch.setattr(evaluation, "own_columns", lambda x: copies.append(x) or x.T.clone())
+    for activation, n in (("relu", 1), ("tanh", 0)):
+        chain = TableChain(HalfCoupling(4, swap, MLP(2, [4], 4, activation)) for swap in (False, True))
+        copies.clear()
+        with torch.no_grad():
+            chain.inverse(torch.randn(3, 4))
+        assert len(copies) == n
 
 
 def test_the_parts_of_a_coupling_follow_its_buffers() -> None:
