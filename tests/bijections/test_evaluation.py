@@ -184,7 +184,12 @@ def test_hooks_of_a_conditioner_run_without_gradients() -> None:
 
 def test_columns_are_copied_only_for_layers_that_are_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[Tensor] = []
-    monkeypatch.setattr(evaluation, "own_columns", lambda x: copies.append(x) or x.T.clone())
+
+    def copied(x: Tensor) -> Tensor:
+        copies.append(x.T.clone())
+        return copies[-1].contiguous()
+
+    monkeypatch.setattr(evaluation, "own_columns", copied)
     for activation, n in (("relu", 1), ("tanh", 0)):
         chain = TableChain(HalfCoupling(4, swap, MLP(2, [4], 4, activation)) for swap in (False, True))
         copies.clear()
