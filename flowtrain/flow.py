@@ -812,7 +812,7 @@ class Flow(Density):
             block.step_plans = dict(zip(block.step_plans, pair, strict=True))
 
     def _log_prob(self, x: Tensor, context: Context) -> Tensor:
-        return self.density_pass(x, context).log_p
+        return self.log_prob_and_latents(x, context)[0]
 
     def _log_prob_with_error(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         # all draws of the probes evaluate the same points
@@ -851,7 +851,7 @@ class Flow(Density):
             z, log_det, integrals = self.bijection.pass_inverse(x, given, options)
             # for float64 samples, log_det is float64 too
             log_det = log_det if log_det.dtype == z.dtype else log_det.to(z.dtype)
-            log_p = self.base.given(given).log_prob(z) + log_det
+            log_p = self.base_log_prob(z, given) + log_det
             return DensityPass(log_p if self.training else _without_overflow(log_p, x), z, integrals)
 
     def sample_pass(self, z: Tensor, context: Context = None, options: SolveOptions = AS_CONFIGURED) -> "SamplePass":

@@ -15,7 +15,7 @@ from flowtrain.bijections.regularizers import Regularizer
 from flowtrain.bijections.scale import Standardize
 from flowtrain.data.toys.shapes import Moons
 from flowtrain.evaluation import evaluate
-from flowtrain.flow import Flow
+from flowtrain.flow import Context, Flow
 from flowtrain.nn.divergence import TraceRule
 from flowtrain.nn.mlp_field import MLPField
 from flowtrain.objectives.flow_matching import FlowMatching, Rectified
@@ -52,6 +52,28 @@ def test_event_shape_implies_a_standard_normal_base() -> None:
     assert list(short.state_dict()) == list(long.state_dict()) == [f"bijection.{k}" for k in Affine(2).state_dict()]
     x = torch.randn(4, 2)
     assert torch.equal(short.log_prob(x), long.log_prob(x))
+
+
+class OtherUnits(Flow):
+    """A flow whose base density is in other units."""
+
+    def base_log_prob(self, z: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
+        return super().base_log_prob(z, features) + 2
+
+
+class Tempered(Flow):
+    def log_prob_and_latents(self, x: torch.Tensor, context: Context = None) -> tuple[torch.Tensor, torch.Tensor]:
+        log_p, z = super().log_prob_and_latents(x, context)
+        return log_p / 2, z
+
+
+def test_densities_use_the_methods_of_a_subclass() -> None:
+    x, bijection = torch.randn(4, 2), Affine(2)
+    expected = Flow((2,), bijection).log_prob(x)
+    one = OtherUnits((2,), bijection)
+    torch.testing.assert_close(one.log_prob(x), expected + 2)
+    torch.testing.assert_close(one.sample_pass(one.inverse(x)).log_p, expected + 2)
+    torch.testing.assert_close(Tempered((2,), bijection).log_prob(x), expected / 2)
 
 
 def test_density_equals_torch_transformed_distribution() -> None:

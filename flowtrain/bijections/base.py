@@ -52,11 +52,14 @@ class Bijection(Recorded, nn.Module, ABC):
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Resets `pass_forward` if a subclass overrides only `forward`, and `pass_inverse` if only `inverse`."""
+        """Resets `pass_forward` and `map_forward` if a subclass overrides only `forward`, and so for `inverse`."""
         super().__init_subclass__(**kwargs)
-        for name, default in (("forward", Bijection.pass_forward), ("inverse", Bijection.pass_inverse)):
-            if name in cls.__dict__ and f"pass_{name}" not in cls.__dict__:
-                setattr(cls, f"pass_{name}", default)
+        for name in ("forward", "inverse"):
+            for other in (f"pass_{name}", f"map_{name}"):
+                # the first class with one of the two methods, because a mixin may override `forward` too
+                first = next(vars(base) for base in cls.__mro__ if name in vars(base) or other in vars(base))
+                if other not in first:
+                    setattr(cls, other, getattr(Bijection, other))
 
     @abstractmethod
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -38,12 +38,17 @@ class Parts(NamedTuple):
         transform: the elementwise map.
         linear: W times its mask, or None.
         layers: the linear layers of the conditioner.
+        bound: the `input_bound` of the bijection.
+        kept, changed: the indices of the parts a and b, see `Conditioned.column_parts`.
     """
 
     network: type[ColumnNetwork]
     transform: ScaleShift | Spline
     linear: Tensor | None
     layers: list[Layer]
+    bound: float | None
+    kept: slice | Tensor | None
+    changed: slice | Tensor | None
 
 
 def is_possible(x: Tensor) -> bool:
@@ -66,10 +71,13 @@ def parts_of(of: "Conditioned", dtype: torch.dtype) -> Parts | None:
     layers = net.plain_layers()
     if layers is None or layers[0][0].dtype != dtype:
         return None
+    indices = of.column_parts()
+    if indices is None:
+        return None
     weight = None
     if linear is not None:
         weight = masked(linear.weight, linear.mask if isinstance(linear, MaskedLinear) else None)
-    return Parts(net.network, transform, weight, layers)
+    return Parts(net.network, transform, weight, layers, of.input_bound, *indices)
 
 
 def mapped(of: "Conditioned", x: Tensor, to_base: bool) -> tuple[Tensor, Tensor] | None:
@@ -78,29 +86,26 @@ def mapped(of: "Conditioned", x: Tensor, to_base: bool) -> tuple[Tensor, Tensor]
     Returns:
         The result (B, C) and the log-determinant (B,), or None if this module cannot evaluate the bijection.
     """
-    found = mapped_columns(of, own_columns(x), to_base) if is_possible(x) else None
-    return None if found is None else (found[0].T, found[1])
+    parts = parts_of(of, x.dtype) if is_possible(x) else None
+    if parts is None:
+        return None
+    y, log_det = mapped_columns(parts, own_columns(x), to_base)
+    return y.T, log_det
 
 
 def own_columns(x: Tensor) -> Tensor:
     """Returns a contiguous copy (C, B) of x (B, C)."""
-    columns = x.T.contiguous()
-    return columns.clone() if columns.data_ptr() == x.data_ptr() else columns
+    return x.T.clone(memory_format=torch.contiguous_format)
 
 
-def mapped_columns(of: "Conditioned", columns: Tensor, to_base: bool) -> tuple[Tensor, Tensor] | None:
+def mapped_columns(parts: Parts, columns: Tensor, to_base: bool) -> tuple[Tensor, Tensor]:
     """Computes `mapped` for contiguous columns (C, B). The result of a coupling replaces them.
 
     Returns:
-        The result (C, B) and the log-determinant (B,), or None, in which case `columns` is unchanged.
+        The result (C, B) and the log-determinant (B,).
     """
-    parts = parts_of(of, columns.dtype)
-    indices = None if parts is None else of.column_parts()
-    if parts is None or indices is None:
-        return None
-    kept, changed = indices
+    kept, changed, bound = parts.kept, parts.changed, parts.bound
     a, b = columns if kept is None else columns[kept], columns if changed is None else columns[changed]
-    bound = of.input_bound
     inputs = a if bound is None else (a / bound).tanh_().mul_(bound)
     h = hidden_rows(parts.network, inputs, parts.layers)
     last = parts.layers[-1]

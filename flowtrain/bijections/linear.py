@@ -292,7 +292,8 @@ class InvertibleLinear(Bijection):
         return torch.addmm(self.permutation, self.permutation, self.lower.tril(-1)) @ upper
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.map_forward(z), -self.log_det(z)
+        # `map_forward` of a subclass may call `forward`
+        return InvertibleLinear.map_forward(self, z), -self.log_det(z)
 
     def map_forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         with full_precision(z.device):
@@ -316,7 +317,7 @@ class InvertibleLinear(Bijection):
         return found
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.map_inverse(x), self.log_det(x)
+        return InvertibleLinear.map_inverse(self, x), self.log_det(x)
 
     def map_inverse(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         # TF32 would add an error to z that the log-determinant does not contain

@@ -39,7 +39,8 @@ class ActNorm(Bijection):
         self.shift = nn.Parameter(torch.zeros(shape))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.map_forward(z), self.log_det(z)
+        # `map_forward` of a subclass may call `forward`
+        return ActNorm.map_forward(self, z), self.log_det(z)
 
     def map_forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         return torch.addcmul(self.over(self.shift, z), z, self.over(self.log_scale.exp(), z))

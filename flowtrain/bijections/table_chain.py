@@ -145,12 +145,13 @@ def _evaluated(
     columns: Tensor | None = None
     for bijection in bijections:
         kind = type(bijection)
-        found: tuple[Tensor, Tensor] | None = None
-        if kind in kinds:
+        parts: evaluation.Parts | None = None
+        # a layer may have changed the number of dimensions
+        if kind in kinds and x.dim() == 2:
+            parts = evaluation.parts_of(cast(Conditioned, bijection), x.dtype)
+        if parts is not None:
             columns = evaluation.own_columns(x) if columns is None else columns
-            found = evaluation.mapped_columns(cast(Conditioned, bijection), columns, to_base)
-        if found is not None:
-            columns, term = found
+            columns, term = evaluation.mapped_columns(parts, columns, to_base)
             log_det = term if log_det is None or not with_log_det else log_det + term
             continue
         x = x if columns is None else columns.T
@@ -160,7 +161,7 @@ def _evaluated(
             log_det, integrals = term if log_det is None else log_det + term, integrals + more
         else:
             x = (bijection.map_inverse if to_base else bijection.map_forward)(x, context)
-        if kind in LINEAR and x.T.is_contiguous():
+        if kinds and kind in LINEAR and x.dim() == 2 and x.T.is_contiguous():
             columns = x.T
     x = x if columns is None else columns.T
     return Pass(x, x.new_zeros(x.shape[0]) if log_det is None else log_det, integrals)

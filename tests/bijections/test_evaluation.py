@@ -6,16 +6,18 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from flowtrain.bijections import evaluation, sequential
 from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.base import Bijection, Chain
 from flowtrain.bijections.coupling import HalfCoupling, IndexCoupling, as_slice
 from flowtrain.bijections.linear import InvertibleLinear
+from flowtrain.bijections.scale import ActNorm
 from flowtrain.bijections.table_chain import TableChain
 from flowtrain.flow import Flow
 from flowtrain.models import glow, maf, nsf, realnvp
-from flowtrain.nn.conditioners import MLP
+from flowtrain.nn.conditioners import MLP, ConvNet
 from flowtrain.nn.residual_mlp import MaskedMLP
 
 # the number of rows is large enough for the functions and the products for many numbers
@@ -84,6 +86,20 @@ def test_arguments_are_not_overwritten(name: str, rows: int) -> None:
         flow.inverse(x)
     assert torch.equal(x, before)
     assert torch.equal(z, kept)
+
+
+@pytest.mark.parametrize("name", ["realnvp", "realnvp, bounded", "glow", "maf"])
+def test_operations_without_gradients_can_be_recorded(name: str) -> None:
+    flow = randomized(FLOWS[name]())
+    x, other = torch.randn(2, 5, *flow.event_shape)
+
+    def to_base(x: Tensor) -> tuple[Tensor, Tensor]:
+        return flow.bijection.inverse(x)
+
+    with torch.no_grad():
+        # the recorded tensors have no memory
+        graph = make_fx(to_base, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+        torch.testing.assert_close(graph(other), to_base(other))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -166,6 +182,22 @@ def test_hooks_of_a_conditioner_run_without_gradients() -> None:
     assert len(calls) == 2
 
 
+def test_columns_are_copied_only_for_layers_that_are_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[Tensor] = []
+
+    def copied(x: Tensor) -> Tensor:
+        copies.append(x.T.clone())
+        return copies[-1].contiguous()
+
+    monkeypatch.setattr(evaluation, "own_columns", copied)
+    for activation, n in (("relu", 1), ("tanh", 0)):
+        chain = TableChain(HalfCoupling(4, swap, MLP(2, [4], 4, activation)) for swap in (False, True))
+        copies.clear()
+        with torch.no_grad():
+            chain.inverse(torch.randn(3, 4))
+        assert len(copies) == n
+
+
 def test_the_parts_of_a_coupling_follow_its_buffers() -> None:
     coupling = IndexCoupling(torch.tensor([True, False, True]), MLP(2, [4], 2))
     assert coupling.column_parts() == (slice(0, 3, 2), slice(1, 2, 1))
@@ -229,6 +261,84 @@ def test_methods_of_a_subclass_are_used_without_gradients(name: str, rows: int) 
     with torch.no_grad():
         found = bijection.forward(x)[0], bijection.inverse(x)[0]
     torch.testing.assert_close(found, expected)
+
+
+class Moved:
+    """A mixin that adds 1 on the side of the data."""
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_det = super().forward(z, context)  # type: ignore[misc]
+        return x + 1, log_det
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = super().inverse(x - 1, context)  # type: ignore[misc]
+        return found
+
+
+class MovedNorm(Moved, ActNorm): ...
+
+
+class MovedLinear(Moved, InvertibleLinear): ...
+
+
+class MovedChain(Moved, TableChain): ...
+
+
+class LinearWithOwnInverse(InvertibleLinear):
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_det = super().forward(z, context)
+        return x + 1, log_det
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().inverse(x - 1, context)
+
+
+MOVED: dict[str, Callable[[], Bijection]] = {
+    "norm": lambda: MovedNorm(4),
+    "linear": lambda: MovedLinear(4),
+    "chain": lambda: MovedChain([ActNorm(4), HalfCoupling(4, False, MLP(2, [8], 4))]),
+    "without a mixin": lambda: LinearWithOwnInverse(4),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_maps_without_log_determinants_use_the_methods_of_a_subclass(name: str, with_gradients: bool) -> None:
+    bijection, x = MOVED[name](), torch.randn(3, 4)
+    with torch.set_grad_enabled(with_gradients):
+        torch.testing.assert_close(bijection.map_forward(x), bijection.forward(x)[0])
+        torch.testing.assert_close(bijection.map_inverse(x), bijection.inverse(x)[0])
+        torch.testing.assert_close(bijection.map_forward(bijection.map_inverse(x)), x)
+
+
+class Unflattened(Bijection):
+    """Maps vectors at the base (B, 8) to images (B, 2, 2, 2)."""
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z.view(-1, 2, 2, 2), z.new_zeros(len(z))
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x.reshape(-1, 8), x.new_zeros(len(x))
+
+
+# torch warns about the transpose of images
+@pytest.mark.filterwarnings("error")
+def test_layers_of_images_in_a_chain_of_vectors() -> None:
+    torch.manual_seed(0)
+    layers = [
+        HalfCoupling(8, False, MLP(4, [8], 8)),
+        Unflattened(),
+        ActNorm(2),
+        HalfCoupling(2, True, ConvNet(1, [4], 2)),
+    ]
+    chain, plain = TableChain(layers), Chain(layers)
+    for p in chain.parameters():
+        nn.init.normal_(p, std=0.3)
+    z = torch.randn(3, 8)
+    with torch.no_grad():
+        x = chain.forward(z)
+        torch.testing.assert_close(x, plain.forward(z))
+        torch.testing.assert_close(chain.inverse(x[0]), plain.inverse(x[0]))
 
 
 def test_the_steps_of_samples_follow_the_network() -> None:
