@@ -30,7 +30,7 @@ from flowtrain.training.update import average_gradients
 SETUPS = {
     "FFJORD, moons, 256 rows per rank": (["model=ffjord", "data=moons", "solver.rtol=1e-4"], 256),
     "RealNVP, MNIST, 16 images per rank": (["model=realnvp", "data=mnist"], 16),
-    "Glow, MNIST, 16 images per rank": (["model=glow", "data=mnist", "model.steps=4"], 16),
+    "Glow, MNIST, 16 images per rank": (["model=glow", "data=mnist", "model.coupling=affine"], 16),
 }
 WARM = 3
 

@@ -145,6 +145,17 @@ def test_array_images_get_a_small_model() -> None:
     assert sum(p.numel() for p in realnvp((1, 8, 8), **keys).parameters()) < 300_000
 
 
+def test_only_glow_is_trained_by_muon_on_images() -> None:
+    """Its networks have square 1x1 convolutions."""
+
+    def optimizer(model: str) -> str:
+        found: str = auto_settings.resolve_auto(composed(f"model={model}"), 3000, (1, 8, 8))["trainer"]["optimizer"]
+        return found
+
+    assert optimizer("glow") == "muon"
+    assert optimizer("realnvp") == "adam"
+
+
 def test_given_values_are_kept_and_unresolvable_auto_is_refused() -> None:
     config = auto_settings.resolve_auto(composed("model=realnvp", "model.layers=3", "trainer.lr=0.5"), 50, (4,))
     assert (config["model"]["layers"], config["trainer"]["lr"]) == (3, 0.5)
