@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from flowtrain.cli.config_files import add_working_directory_to_path, options, own_searchpath, split_config_dir
 from flowtrain.cli.error_messages import keys_of_choice, unknown_key
 from flowtrain.cli.output_files import GROUPS_WITH_PATHS, exists, is_path
-from flowtrain.runs.compose import default_choices
+from flowtrain.runs.compose import default_choices, with_quoted_types
 from flowtrain.training import checkpoint_files
 from flowtrain.training.old_checkpoints import RENAMED_KEYS, RENAMED_OVERRIDES, key_of, renamed_override
 from flowtrain.utils.arguments import choose, hint
@@ -128,6 +128,11 @@ def quoted(arguments: Sequence[str]) -> list[str]:
     return [_with_quoted_types(_quoted(argument)) for argument in arguments]
 
 
+def _with_quoted_types(argument: str) -> str:
+    key, equals, text = argument.partition("=")
+    return f"{key}{equals}{with_quoted_types(key.lstrip('+'), text)}"
+
+
 def _quoted(argument: str) -> str:
     start, equals, text = argument.partition("=")
     key = start.lstrip("+")
@@ -154,23 +159,6 @@ def _quoted(argument: str) -> str:
         return f"{start}={','.join(_quoted(f'{key}={part.strip()}').partition('=')[2] for part in text.split(','))}"
     # a value that begins with a quote, but cannot be parsed, is not changed, so that Hydra reports it
     return argument if value is None and text[0] in "'\"" else f"{start}={in_quotes(text)}"
-
-
-# types of columns with bounds, which Hydra would read as calls of functions
-_BOUNDED_TYPE = re.compile(r"\b(interval|circular|integer)\s*\(([^()'\"]*)\)")
-
-
-def _with_quoted_types(argument: str) -> str:
-    """Quotes the types with bounds in a value of data.types.
-
-    Example:
-        >>> _with_quoted_types("data.types={p: interval(0,1), n: integer}")
-        "data.types={p: 'interval(0,1)', n: integer}"
-    """
-    key, equals, text = argument.partition("=")
-    if not equals or not re.match(r"data\.types($|\.)", key.lstrip("+")) or re.search(r"['\"]", text):
-        return argument
-    return f"{key}={_BOUNDED_TYPE.sub(lambda found: in_quotes(found[0]), text)}"
 
 
 def parsed(argument: str) -> tuple[Any, bool]:
