@@ -35,7 +35,9 @@ OUTPUTS = "outputs"
 # the longest name of a directory, in bytes, on common file systems
 LONGEST_NAME = 255
 # keys whose values are the names of columns or arrays in a file
-QUOTED_NAMES = ("data.label", "data.id", "data.key", "data.anomaly_label")
+QUOTED_NAMES = ("data.label", "data.id", "data.key", "data.anomaly_label", "data.context", "data.weights")
+# the option of flowsample for the values of context columns
+CONTEXT = "context"
 
 
 def rename_old_keys(arguments: Sequence[str]) -> list[str]:
@@ -138,6 +140,9 @@ def _quoted(argument: str) -> str:
     key = start.lstrip("+")
     group, _, name = key.partition(".")
     read = key in READ_PATHS or (group in GROUPS_WITH_PATHS and is_path(name))
+    if key == CONTEXT and text[:1] not in ("", "'", '"') and (exists(text) or parsed(argument)[0] is None):
+        # a file, or names of columns with special characters. `flowsample` parses the text of a mapping as YAML
+        return f"{start}={in_quotes(text)}"
     if not equals or not text or text.lower() == "null" or not (read or key in (*WRITTEN_PATHS, *QUOTED_NAMES)):
         return argument
     if key == "ckpt" and text[0] == "[" and text[-1] == "]" and not re.search(r"['\"$]", text) and not exists(text):
