@@ -295,3 +295,16 @@ def test_from_refuses_keys_of_a_target_for_a_run_without_one(run: Run, tmp_path:
     code, _, err = run("flowtrain", f"from={tmp_path / 'outputs/first'}", "target.std=3.0")
     assert code == 2
     assert "target=funnel" in err
+
+
+def test_initial_distribution_that_is_infinite_is_refused() -> None:
+    with pytest.raises(NonFiniteError, match=r"target\.loc"):
+        small_fit(banana, 2, types=["positive", "real"], loc=1e5)
+
+
+def test_module_in_the_working_directory_needs_trust(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "module_of_a_user.py").write_text("def log_density(x):\n    return -x.square().sum(1)\n")
+    keys = ["target=custom", "target._target_=module_of_a_user.log_density", "target.dim=2", "trainer.steps=1"]
+    code, _, err = run("flowtrain", *keys)
+    assert code == 2
+    assert "trust=[module_of_a_user]" in err
