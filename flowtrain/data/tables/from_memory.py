@@ -54,24 +54,27 @@ def columns_of(frame: Any, columns: Sequence[str], name: str = "x", na: Collecti
     Raises:
         DataError: a column is missing, occurs twice, or has values that are not real numbers.
     """
-    if hasattr(frame, "__getitem__"):
-        return as_array(_part_of(frame, columns, name), name)
-    names = column_names(frame)
-    _check_names(names, columns, name)
-    return as_array(np.asarray(frame.to_numpy())[:, [names.index(column) for column in columns]], name)
+    part = _part_of(frame, columns, name)
+    names = column_names(part)
+    if names == tuple(columns):
+        return as_array(part, name)
+    return as_array(np.asarray(part.to_numpy())[:, [names.index(column) for column in columns]], name)
 
 
 def _part_of(frame: Any, columns: Sequence[str], name: str) -> Any:
     """Returns these columns of a data frame as a data frame, so that the values of the others are not read.
 
-    A frame that cannot be indexed is returned with all columns.
+    A frame that cannot be indexed by a list of names is returned with all columns.
 
     Raises:
         DataError: a column is missing or occurs twice.
     """
     names, keys = column_names(frame), list(frame.columns)
     _check_names(names, columns, name)
-    return frame[[keys[names.index(column)] for column in columns]] if hasattr(frame, "__getitem__") else frame
+    try:
+        return frame[[keys[names.index(column)] for column in columns]]
+    except (TypeError, LookupError):
+        return frame
 
 
 def _check_names(names: Sequence[str], columns: Sequence[str], name: str) -> None:
