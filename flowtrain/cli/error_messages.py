@@ -123,10 +123,11 @@ def explain(error: Exception) -> str:
         return f"{given}: several values make a sweep; add -m, or give one value or a list in brackets"
     if written and not re.fullmatch(r"[+~]{0,2}[A-Za-z_][\w/@-]*(\.[\w-]+)*", written.partition("=")[0], re.ASCII):
         return f"{written}: not a key; keys look like trainer.lr"
-    if written and re.search(r"""[{,]\s*(["']).*?\1\s*:""", written):
+    if written and written.partition("=")[2].startswith("{"):
         return (
             f"{written}: {_unparsed(message)}; names in braces have no quotes, as in data.types={{age: positive}}. If "
-            "the name of a column has special characters, give its position, counted from 0"
+            "the name of a column has special characters, give its position, counted from 0. Values with special "
+            "characters need quotes"
         )
     if written:
         return f"{written}: {_unparsed(message)}; values with special characters need quotes: {_in_quotes(written)}"
@@ -140,9 +141,26 @@ def _unparsed(message: str) -> str:
 
 
 def _in_quotes(override: str) -> str:
-    """Returns the override with its value in Hydra's quotes, quoted once more for the shell."""
+    """Returns the override with its value, or each item of a list, in Hydra's quotes, quoted once more for the shell.
+
+    Example:
+        >>> print(_in_quotes("data.columns=[age,t (s)]"))
+        'data.columns=[age,"t (s)"]'
+    """
     key, _, value = override.partition("=")
-    return shlex.quote(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
+    if value[:1] == "[" and value[-1:] == "]":
+        items = (item.strip() for item in re.split(_COMMA_OUTSIDE_BRACKETS, value[1:-1]))
+        quoted = ",".join(item if re.fullmatch(r"\w*|([\"']).*\1", item, re.ASCII) else _quote(item) for item in items)
+        return shlex.quote(f"{key}=[{quoted}]")
+    return shlex.quote(f"{key}={_quote(value)}")
+
+
+# units such as (m, s) may contain commas
+_COMMA_OUTSIDE_BRACKETS = re.compile(r",(?![^(\[]*[)\]])")
+
+
+def _quote(text: str) -> str:
+    return QuotedString(text, Quote.double).with_quotes()
 
 
 def _config_without(key: str) -> tuple[dict[str, Any], str]:

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from flowtrain.cli.config_files import add_working_directory_to_path, options, own_searchpath, split_config_dir
 from flowtrain.cli.error_messages import keys_of_choice, unknown_key
 from flowtrain.cli.output_files import GROUPS_WITH_PATHS, exists, is_path
-from flowtrain.runs.compose import default_choices
+from flowtrain.runs.compose import default_choices, with_quoted_types
 from flowtrain.training import checkpoint_files
 from flowtrain.training.old_checkpoints import RENAMED_KEYS, RENAMED_OVERRIDES, key_of, renamed_override
 from flowtrain.utils.arguments import choose, hint
@@ -35,7 +35,9 @@ OUTPUTS = "outputs"
 # the longest name of a directory, in bytes, on common file systems
 LONGEST_NAME = 255
 # keys whose values are the names of columns or arrays in a file
-QUOTED_NAMES = ("data.label", "data.id", "data.key", "data.anomaly_label")
+QUOTED_NAMES = ("data.label", "data.id", "data.key", "data.anomaly_label", "data.context", "data.weights")
+# the option of flowsample for the values of context columns
+CONTEXT = "context"
 
 
 def rename_old_keys(arguments: Sequence[str]) -> list[str]:
@@ -128,11 +130,19 @@ def quoted(arguments: Sequence[str]) -> list[str]:
     return [_with_quoted_types(_quoted(argument)) for argument in arguments]
 
 
+def _with_quoted_types(argument: str) -> str:
+    key, equals, text = argument.partition("=")
+    return f"{key}{equals}{with_quoted_types(key.lstrip('+'), text)}"
+
+
 def _quoted(argument: str) -> str:
     start, equals, text = argument.partition("=")
     key = start.lstrip("+")
     group, _, name = key.partition(".")
     read = key in READ_PATHS or (group in GROUPS_WITH_PATHS and is_path(name))
+    if key == CONTEXT and text[:1] not in ("", "'", '"') and (exists(text) or parsed(argument)[0] is None):
+        # a file, or names of columns with special characters. `flowsample` parses the text of a mapping as YAML
+        return f"{start}={in_quotes(text)}"
     if not equals or not text or text.lower() == "null" or not (read or key in (*WRITTEN_PATHS, *QUOTED_NAMES)):
         return argument
     if key == "ckpt" and text[0] == "[" and text[-1] == "]" and not re.search(r"['\"$]", text) and not exists(text):
@@ -154,23 +164,6 @@ def _quoted(argument: str) -> str:
         return f"{start}={','.join(_quoted(f'{key}={part.strip()}').partition('=')[2] for part in text.split(','))}"
     # a value that begins with a quote, but cannot be parsed, is not changed, so that Hydra reports it
     return argument if value is None and text[0] in "'\"" else f"{start}={in_quotes(text)}"
-
-
-# types of columns with bounds, which Hydra would read as calls of functions
-_BOUNDED_TYPE = re.compile(r"\b(interval|circular|integer)\s*\(([^()'\"]*)\)")
-
-
-def _with_quoted_types(argument: str) -> str:
-    """Quotes the types with bounds in a value of data.types.
-
-    Example:
-        >>> _with_quoted_types("data.types={p: interval(0,1), n: integer}")
-        "data.types={p: 'interval(0,1)', n: integer}"
-    """
-    key, equals, text = argument.partition("=")
-    if not equals or not re.match(r"data\.types($|\.)", key.lstrip("+")) or re.search(r"['\"]", text):
-        return argument
-    return f"{key}={_BOUNDED_TYPE.sub(lambda found: in_quotes(found[0]), text)}"
 
 
 def parsed(argument: str) -> tuple[Any, bool]:

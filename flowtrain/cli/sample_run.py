@@ -27,6 +27,7 @@ from flowtrain.plotting.evaluation_figures import Distances, draw_quality
 from flowtrain.plotting.pictures import draw
 from flowtrain.plotting.target_pictures import as_data
 from flowtrain.plotting.transport_pictures import animate, check_animated
+from flowtrain.runs.compose import read_yaml
 from flowtrain.utils.arguments import flag, number, shortened, whole
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.files import write_json, write_npy
@@ -158,6 +159,7 @@ def run(own: dict[str, Any], overrides: Sequence[str]) -> int:
         own: the values of the options of the command.
         overrides: overrides of the saved config.
     """
+    own = {**own, "context": _as_mapping(own["context"])}
     seed = whole("seed", own["seed"], least=0)
     temperature = number("temperature", own["temperature"], inclusive=True)
     log_scale, animate = flag("log_scale", own["log_scale"]), flag("animate", own["animate"])
@@ -321,6 +323,12 @@ def contexts_of(flow: Density, given: Any, label: int | None = None) -> Tensor |
     if isinstance(given, list):
         raise ConfigError(f"context={shortened(given)}: give a file, or one context by names, as in {example}")
     return context_values(flow.context, given, 1)
+
+
+def _as_mapping(context: Any) -> Any:
+    """Returns the option `context`, parsed as YAML if it is the text of a mapping, see `overrides.quoted`."""
+    is_text = isinstance(context, str) and context.startswith("{") and not Path(context).exists()
+    return read_yaml(context) if is_text else context
 
 
 def _listed(paths: Sequence[Path]) -> str:

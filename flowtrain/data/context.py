@@ -150,7 +150,8 @@ def context_values(columns: Sequence[ContextColumn], given: Any, n: int, checked
     if values.dim() != 2 or values.shape[1] != k or len(values) not in (1, n):
         names = ", ".join(column.name for column in columns)
         raise DataError(
-            f"context has shape {tuple(values.shape)}, but this flow needs ({n}, {k}), with the columns {names}"
+            f"context has shape {tuple(values.shape)}, but this flow needs one context ({k},), or one for each row "
+            f"({n}, {k}), with the columns {names}"
         )
     # the values are float64, because float32 does not resolve columns such as times in seconds
     values = values.double().expand(n, k)

@@ -137,12 +137,19 @@ def gauss_nodes(tableau: Tableau, steps: Sequence[tuple[float, float]], noisy: b
     return Nodes(times, weights, rows, tails, spectral=True, last_used=[bool(each[:, -1].any()) for each in rows])
 
 
-def panels(lengths: Sequence[float]) -> list[np.ndarray]:
+def panels(lengths: Sequence[float]) -> list[range]:
     """Groups the steps into panels of at most PANEL neighbours of similar length. Returns the indices of each panel."""
-    h = np.abs(lengths)
-    contrast = np.maximum(h[1:], h[:-1]) / np.minimum(h[1:], h[:-1])
-    runs = np.split(np.arange(len(h)), np.flatnonzero(contrast > CONTRAST) + 1)
-    return [panel for run in runs for panel in np.array_split(run, math.ceil(len(run) / PANEL))]
+    # without NumPy, whose operations torch.compile would trace
+    h = [abs(length) for length in lengths]
+    starts = [0, *(k for k in range(1, len(h)) if max(h[k - 1 : k + 1]) / min(h[k - 1 : k + 1]) > CONTRAST)]
+    found = []
+    for first, end in zip(starts, [*starts[1:], len(h)], strict=True):
+        count = math.ceil((end - first) / PANEL)
+        size, larger = divmod(end - first, count)
+        for i in range(count):
+            begin = first + i * size + min(i, larger)
+            found.append(range(begin, begin + size + (i < larger)))
+    return found
 
 
 @cache

@@ -8,6 +8,7 @@ from typing import Any
 from flowtrain.data.tables.columns import default_names, pick
 from flowtrain.utils.arguments import choose, flag, one_of
 from flowtrain.utils.errors import ConfigError
+from flowtrain.utils.formatting import shown
 
 FORMATS = ("png", "pdf", "svg")
 # the defaults; configs of earlier versions lack some of these keys
@@ -44,7 +45,7 @@ class PlotOptions:
         given = config.get("plots", {})
         if not isinstance(given, Mapping):
             keys = ", ".join(f"plots.{key}" for key in DEFAULTS)
-            raise ConfigError(f"plots={given}: plots is a group of keys; set {keys}")
+            raise ConfigError(f"plots={shown(given)}: plots is a group of keys; set {keys}")
         for key in given:
             if key not in DEFAULTS:
                 raise ConfigError(f"plots: unknown key {key}; {choose(key, DEFAULTS, 'the keys are')}")

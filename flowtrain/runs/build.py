@@ -361,7 +361,10 @@ def _object(target: str, group: str) -> Any:
     try:
         found = resolve_name(target)
     except Exception as e:  # importing by name can raise any exception
-        raise ConfigError(f"{group}: {target} cannot be imported here: {first_line(e)}") from e
+        root = target.partition(".")[0]
+        is_missing = isinstance(e, ModuleNotFoundError) and e.name == root
+        advice = f". Install it, or if it is in the working directory, give trust=[{root}]" if is_missing else ""
+        raise ConfigError(f"{group}: {target} cannot be imported here: {first_line(e)}{advice}") from e
     try:
         inspect.signature(found)
     except (TypeError, ValueError) as e:

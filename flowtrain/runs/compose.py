@@ -103,6 +103,22 @@ def read_yaml(text: str) -> Any:
         raise ConfigError(f"{text!r} is not valid YAML ({' '.join(str(e).split())})") from e
 
 
+# types of columns with bounds, whose commas and parentheses YAML and Hydra would read in another way
+_BOUNDED_TYPE = re.compile(r"\b(?:interval|circular|integer)\s*\([^()'\"]*\)")
+
+
+def with_quoted_types(key: str, text: str) -> str:
+    """Quotes the types with bounds in the text of data.types or target.types. Other text is not changed.
+
+    Example:
+        >>> with_quoted_types("data.types", "{p: interval(0,1), n: integer}")
+        "{p: 'interval(0,1)', n: integer}"
+    """
+    if not re.match(r"(data|target)\.types($|\.)", key) or re.search(r"['\"]", text):
+        return text
+    return _BOUNDED_TYPE.sub(r"'\g<0>'", text)
+
+
 @dataclass(frozen=True)
 class Composed:
     """A composed config.

@@ -57,6 +57,8 @@ log = logging.getLogger("flowtrain")
 TABLES = {"path": "data/train.npz", "val_path": "data/val.npz", "test_path": "data/test.npz"}
 # further files that a fit writes in its run directory
 FILES = (".hydra/*.yaml", "flowtrain.log", "checkpoints/*.pt", "plots/*.png", "plots/*.pdf", "plots/*.svg")
+# keys of target=custom that are arguments of `fit_target`
+TARGET_KEYS = ("dim", "types", "columns", "loc", "scale", "log_z")
 # models whose trainer settings are used for a flow of an unknown model: for a flow that solves ODEs, and for others
 CONTINUOUS, DISCRETE = "ffjord", "realnvp"
 
@@ -369,6 +371,10 @@ def fit_target(
             types = flow.types
     about: dict[str, Any] = {"dim": dim, "types": types, "columns": columns, "loc": loc, "scale": scale, "log_z": log_z}
     about = {key: value for key, value in about.items() if value is not None}
+    if not isinstance(log_density, Target | str):
+        # messages name these keys, which the config of a function in memory does not have
+        overrides = as_mapping(overrides)
+        about |= {key: overrides.pop(f"target.{key}") for key in TARGET_KEYS if f"target.{key}" in overrides}
     for key in about.keys() & {"dim", "loc", "scale", "log_z"}:
         about[key] = about[key].tolist() if hasattr(about[key], "tolist") else about[key]
     found = _target_settings(log_density, about)

@@ -10,10 +10,18 @@ from typing import Any
 import numpy as np
 
 from flowtrain.data.base import Dataset
-from flowtrain.data.tables.from_memory import column_names, event_shape_of, is_frame, table_of, with_columns
+from flowtrain.data.tables.from_memory import (
+    column_names,
+    date_columns,
+    event_shape_of,
+    is_frame,
+    table_of,
+    table_with,
+    with_columns,
+)
 from flowtrain.data.tables.missing import missing_of
 from flowtrain.data.tables.table_reader import Table
-from flowtrain.runs.compose import options, read_yaml, values_of
+from flowtrain.runs.compose import options, read_yaml, values_of, with_quoted_types
 from flowtrain.utils.arguments import choose, path_of, shortened
 from flowtrain.utils.errors import ConfigError, DataError
 from flowtrain.utils.files import config_dir
@@ -56,7 +64,7 @@ def source_of(
     test: Any = None,
     overrides: Mapping[str, Any] | Sequence[str] | None = None,
 ) -> Source:
-    """Converts the data arguments of `fit`. `data.na` is the only override that is used.
+    """Converts the data arguments of `fit`. Only the overrides `data.na` and `data.columns` are used.
 
     Args:
         roles: the arguments label, context and weights.
@@ -71,8 +79,9 @@ def source_of(
             "label and context exclude each other: give one of them. A label can be a categorical column of the context"
         )
     if not isinstance(x, str | Path | Dataset):
-        na = missing_of(None, flattened(as_mapping(overrides)).get("data.na")).texts
-        return _in_memory(x, roles, val, test, na)
+        keys = flattened(as_mapping(overrides))
+        na = missing_of(None, keys.get("data.na")).texts
+        return _in_memory(x, roles, val, test, na, picked=keys.get("data.columns") is not None)
     for name, given in (("val", val), ("test", test)):
         if given is not None:
             raise ConfigError(f"{name}: only for rows in memory; {_by_overrides(x, name)}")
@@ -116,10 +125,18 @@ def _settings_of(data: Dataset) -> dict[str, Any]:
     return {"data": found} if (found := next(named, None)) else endless if data.n_train is None else {"data": "array"}
 
 
-def _in_memory(x: Any, roles: Mapping[str, Any], val: Any, test: Any, na: Collection[str]) -> Source:
-    """Converts rows in memory to tables that replace the files of data=array. `na` is text that counts as missing."""
+def _in_memory(
+    x: Any, roles: Mapping[str, Any], val: Any, test: Any, na: Collection[str], picked: bool = False
+) -> Source:
+    """Converts rows in memory to tables that replace the files of data=array.
+
+    Args:
+        na: text that counts as missing.
+        picked: whether data.columns selects columns. The others may then contain dates.
+    """
     settings: dict[str, Any] = {"data": "array"}
-    rows = extended = table_of(x, "x", na)
+    dates = date_columns(x) if picked and is_frame(x) else {}
+    rows = extended = table_of(x, "x", na, dates_as_text=picked)
     layout: dict[str, tuple[str, ...]] = {}
     for role in ROLES:
         given = roles.get(role)
@@ -128,6 +145,7 @@ def _in_memory(x: Any, roles: Mapping[str, Any], val: Any, test: Any, na: Collec
         if isinstance(given, bool):
             raise ConfigError(f"{role}={given}: for rows in memory, give an array, or the name or position of a column")
         if _is_column(given) or (role == "context" and _is_columns(given) and len(given) != len(rows.values)):
+            _check_no_dates(role, given, dates)
             settings[f"data.{role}"] = _in_frame(given, x)
             continue
         if isinstance(given, Mapping) and not is_frame(given):
@@ -152,13 +170,22 @@ def _in_memory(x: Any, roles: Mapping[str, Any], val: Any, test: Any, na: Collec
             settings[f"data.{key}_fraction"] = given
         elif given is not None:
             parts, arrays = _parts(key, given, list(layout))
-            held = _held_out(key, parts, rows, event_shape, is_frame(x), na)
+            held = _held_out(key, parts, rows, event_shape, is_frame(x), na, picked)
             for role, columns in layout.items():
                 held = with_columns(held, arrays[role], f"{role} of {key}", columns, na)
             # the data set refuses another number of columns
             alike = len(held.columns) == len(extended.columns)
             tables[f"{key}_path"] = replace(held, indices=extended.indices) if alike else held
     return Source(settings, tables, labelled="label" in roles)
+
+
+def _check_no_dates(role: str, given: Any, dates: Mapping[str, str]) -> None:
+    """Refuses columns of dates of a data frame. `dates` are their dtypes by name."""
+    for column in given if isinstance(given, list | tuple) else [given]:
+        if column in dates:
+            raise DataError(
+                f"{role}: column {column!r} has dtype {dates[column]}; convert it to numbers or leave it out"
+            )
 
 
 def _is_column(given: Any) -> bool:
@@ -230,7 +257,13 @@ def _parts(key: str, given: Any, roles: Sequence[str]) -> tuple[Any, dict[str, A
 
 
 def _held_out(
-    key: str, rows: Any, table: Table, event_shape: list[int] | None, is_named: bool, na: Collection[str]
+    key: str,
+    rows: Any,
+    table: Table,
+    event_shape: list[int] | None,
+    is_named: bool,
+    na: Collection[str],
+    picked: bool,
 ) -> Table:
     """Returns the table of a held-out set, with the columns of the table of x.
 
@@ -241,16 +274,14 @@ def _held_out(
         event_shape: the shape of the images of x; None for vectors.
         is_named: whether x is a data frame.
         na: text that counts as missing.
+        picked: whether data.columns selects columns. The others may then contain dates.
     """
-    held = table_of(rows, key, na)
+    if is_frame(rows) and is_named and column_names(rows) != table.columns:
+        return table_with(rows, table.columns, key, na, picked)
+    held = table_of(rows, key, na, picked)
     shape = event_shape_of(rows)
     if shape not in (None, event_shape):
         raise DataError(f"{key} has images of shape {shape}, but x has {event_shape or 'vectors'}")
-    if is_frame(rows) and is_named:
-        missing = [name for name in table.columns if name not in held.columns]
-        if missing:
-            raise DataError(f"{key} has no column {missing[0]!r}; it needs the columns of x")
-        return held.only([held.columns.index(name) for name in table.columns])
     if is_named and len(held.columns) == len(table.columns):
         return replace(held, columns=table.columns)
     return held
@@ -278,5 +309,5 @@ def as_mapping(overrides: Mapping[str, Any] | Sequence[str] | None) -> dict[str,
         key, equals, value = str(override).partition("=")
         if not equals:
             raise ConfigError(f"overrides: {override!r}: give KEY=VALUE")
-        found[key] = read_yaml(value)
+        found[key] = read_yaml(with_quoted_types(key, value))
     return found

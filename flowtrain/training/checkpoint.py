@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 import pickle
+import re
 from collections.abc import Callable
 from copy import copy
 from pathlib import Path
@@ -135,20 +136,32 @@ def load(path: Path) -> dict[str, Any]:
         return content
 
 
+_BY_SAVE = "Files for flowtrain.load are written by Flow.save, not by torch.save."
+
+
+def _object_in(error: pickle.UnpicklingError) -> str:
+    """Returns words on the object that torch refuses to load; empty if torch does not name one.
+
+    The rest of torch's message advises to load the file without a check.
+    """
+    found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+    return f" (it contains {found[1]})" if found else ""
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise CheckpointError(
-            f"{path}: refused, because it is not a flowtrain checkpoint, or would run code ({first_line(e)})."
+            f"{path}: refused, because it is not a flowtrain checkpoint, or would run code{_object_in(e)}. {_BY_SAVE}"
         ) from e
     except Exception as e:  # a file of another format can raise any exception
         raise CheckpointError(f"{path}: cannot be read as a checkpoint; is it complete? ({first_line(e)}).") from e
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("config", {}), dict):
-        raise CheckpointError(f"{path}: not a flowtrain checkpoint.")
+        raise CheckpointError(f"{path}: not a flowtrain checkpoint. {_BY_SAVE}")
     missing = [key for key in KEYS if key not in checkpoint]
     if missing:
-        raise CheckpointError(f"{path}: not a flowtrain checkpoint (it lacks {', '.join(missing)}).")
+        raise CheckpointError(f"{path}: not a flowtrain checkpoint (it lacks {', '.join(missing)}). {_BY_SAVE}")
     if checkpoint["format"] not in (1, FORMAT):
         raise CheckpointError(
             f"{path}: checkpoint format {checkpoint['format']}; this flowtrain reads formats 1 and {FORMAT}."

@@ -8,6 +8,7 @@ import torch
 from flowtrain.bases import Base
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.scale import Standardize
+from flowtrain.data.targets.base import TargetData
 from flowtrain.flow import Flow
 from flowtrain.nn.velocity_field import Field
 from flowtrain.objectives.base import Objective
@@ -93,6 +94,11 @@ def initialize(flow: Flow, batches: Batches, time_budget: TimeBudget | None = No
         rows = min(rows, batches.data.n_train)
     x, context, weights = batches.draw(0, rows, slice(None))
     if not bool(torch.isfinite(x).all()):
+        if isinstance(batches.data, TargetData):
+            raise NonFiniteError(
+                "the initial distribution has samples that are NaN or infinite: change target.loc and target.scale. "
+                "They are mean and standard deviation before the type of a column maps the real line to its range"
+            )
         raise NonFiniteError("the training data contain NaN or infinite values: remove these rows")
     features = flow.features(flow.context_of(context, x))
     if weights is None:

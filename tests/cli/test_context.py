@@ -254,3 +254,18 @@ def test_categories_are_given_by_name(run: Run, tmp_path: Path) -> None:
         assert "pink" in refused(run, "flowsample", "ckpt=r", option)
     (tmp_path / "new.csv").write_text("a,kind,b,c\n1,pink,2,3\n")
     assert "pink" in refused(run, "floweval", "ckpt=r", "data.path=new.csv")
+
+
+def test_names_and_files_with_special_characters(run: Run, tmp_path: Path) -> None:
+    x, context = rows(100)
+    path = write(tmp_path / "t.csv", ["a", "E (GeV)"], np.column_stack([x[:, 0], context[:, 0]]))
+    keys = ["data=array", f"data.path={path}", "data.context=E (GeV)", "trainer.steps=5", "hydra.run.dir=r"]
+    code, _, err = run("flowtrain", "model=affine", *keys)
+    assert code == 0, err
+    write(tmp_path / "energies (1), a.csv", ["E (GeV)"], np.array([[5.5]]))
+    for given in ("{E (GeV): 5.5}", '{"E (GeV)": 5.5}', "energies (1), a.csv"):
+        code, _, err = run("flowsample", "ckpt=r", f"context={given}", "n=2", "out=s.csv")
+        assert code == 0, err
+        assert np.genfromtxt("s.csv", delimiter=",", skip_header=1)[:, 0].tolist() == [5.5, 5.5]
+    assert "E (GeV)" in refused(run, "flowsample", "ckpt=r", "context={E (MeV): 5.5}")
+    assert "YAML" in refused(run, "flowsample", "ckpt=r", "context={E (GeV): 5.5")

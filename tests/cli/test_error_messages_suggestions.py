@@ -1,10 +1,14 @@
 """Messages about unknown names begin with the nearest valid name."""
 
+import shlex
+
 import pytest
 from helpers import Run
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 
 from flowtrain.cli.config_files import compose_defaults
-from flowtrain.cli.error_messages import unknown_key
+from flowtrain.cli.error_messages import explain, unknown_key
 from flowtrain.utils.arguments import nearest, one_of
 from flowtrain.utils.errors import ConfigError
 
@@ -50,3 +54,18 @@ def test_command_line_suggests_nearest_names(run: Run, argument: str, meant: str
     code, out, err = run("flowtrain", argument)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert f"did you mean {meant}" in err
+
+
+@pytest.mark.parametrize(
+    ("value", "items"),
+    [
+        ("[Region,Anzahl (Stück),Umsatz [€]]", ["Region", "Anzahl (Stück)", "Umsatz [€]"]),
+        ("[3,'a (1)',x (m, s)]", [3, "a (1)", "x (m, s)"]),
+        ("my (1)", "my (1)"),
+    ],
+)
+def test_suggested_quotes_give_the_intended_value(value: str, items: list[str] | str) -> None:
+    with pytest.raises(OverrideParseException) as e:
+        OverridesParser.create().parse_overrides([f"data.columns={value}"])
+    (suggested,) = shlex.split(explain(e.value).rpartition("need quotes: ")[2])
+    assert OverridesParser.create().parse_overrides([suggested])[0].value() == items

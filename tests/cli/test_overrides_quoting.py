@@ -47,6 +47,8 @@ def test_hydra_syntax_is_not_quoted() -> None:
     ]  # fmt: skip
     assert quoted(left) == left
     assert quoted(["data.path=a (1).npy,b.npy"]) == ["data.path='a (1).npy',b.npy"]
+    for key in ("data.types", "target.types"):
+        assert value_of(f"{key}=[interval(0,1), circular(6)]") == "['interval(0,1)', 'circular(6)']"
     assert quoted(["data.label=Größe (cm)"]) == ["data.label='Größe (cm)'"]
 
 

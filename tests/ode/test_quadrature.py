@@ -92,7 +92,7 @@ def test_noisy_integrands_use_fewer_nodes() -> None:
 
 
 def test_panels_split_where_the_step_size_jumps() -> None:
-    found = [p.tolist() for p in panels([0.3, 0.3, -0.01, 0.02, 0.02, 0.4])]
+    found = [list(p) for p in panels([0.3, 0.3, -0.01, 0.02, 0.02, 0.4])]
     assert found == [[0, 1], [2, 3, 4], [5]]
     assert [len(p) for p in panels([0.1] * 7)] == [4, 3]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from helpers import Run
@@ -499,6 +500,34 @@ def test_date_columns_are_refused(x: np.ndarray) -> None:
 
     with pytest.raises(DataError, match="'when'"):
         fit_small(Dated(x, ["a", "when", "b"]))
+
+
+def test_dates_in_columns_that_are_not_used_are_ignored(x: np.ndarray) -> None:
+    colours = np.array(["red", "green"])[np.arange(300) % 2]
+    frame = pl.DataFrame({"a": x[:, 0], "c": colours, "when": np.arange(300).astype("M8[D]"), "b": x[:, 1]})
+    used = ["a", "c", "b"]
+    overrides: dict[str, Any] = {"data.types": {"c": "categorical"}}
+    plain = fit_small(frame[used], val=frame[used][:50], overrides=overrides)
+    picked = fit_small(frame, val=frame[:50], overrides={**overrides, "data.columns": used})
+    assert equal_weights(plain, picked)
+    assert equal_weights(plain, fit_small(frame[used], val=frame[:50], overrides=overrides))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        log_p = plain.log_prob(frame[used])
+        torch.manual_seed(0)
+        assert np.array_equal(plain.log_prob(frame), log_p)
+    for bad in ({"context": "when"}, {"context": frame[["when"]]}, {"weights": "when"}):
+        with pytest.raises(DataError, match="'when'"):
+            fit_small(frame, overrides={**overrides, "data.columns": used}, **bad)
+    with pytest.raises(DataError, match="'when'"):
+        fit_small(frame, overrides={**overrides, "data.columns": [*used, "when"]})
+
+
+def test_types_with_bounds_in_a_list_of_overrides() -> None:
+    x = np.random.default_rng(0).uniform(0, 2, (100, 2))
+    for overrides in (["data.types={0: interval(-1,2), 1: real}"], ["data.types.0=interval(-1,2)"]):
+        flow = fit(x, model="affine", steps=2, progress=False, overrides=overrides)
+        assert [str(each) for each in flow.types] == ["interval(-1,2)", "real"]
 
 
 def test_error_messages_do_not_print_whole_objects(x: np.ndarray) -> None:

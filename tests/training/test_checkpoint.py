@@ -65,7 +65,7 @@ def test_truncated_and_foreign_files_are_refused(tmp_path: Path, best: Path) -> 
     for bad, words in ((torn, "complete"), (foreign, "lacks"), (pickled, "refused"), (tmp_path / "no.pt", "no such")):
         with pytest.raises(CheckpointError, match=words) as caught:
             load(bad)
-        assert "\n" not in str(caught.value)
+        assert str(caught.value).isprintable()
 
 
 def test_failed_save_keeps_the_old_checkpoint(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,6 +220,19 @@ def test_fit_target_with_types_by_name_and_arrays(tmp_path: Path) -> None:
     assert bool((small_fit(KnownBanana(), flow=started).sample(100) < 0).any())
 
 
+def test_overrides_set_the_keys_of_a_function() -> None:
+    overrides = ["target.loc=1000", "target.scale=0.1", "target.types=[real, interval(-1,2)]"]
+    flow = flowtrain.fit_target(lambda x: banana(x), 2, steps=2, progress=False, overrides=overrides)
+    same = flowtrain.fit_target(
+        lambda x: banana(x), 2, steps=2, progress=False, loc=1000, scale=0.1, types=["real", "interval(-1,2)"]
+    )
+    assert all(torch.equal(a, b) for a, b in zip(flow.parameters(), same.parameters(), strict=True))
+    assert flow.types == same.types
+    assert abs(flow.sample(50)[:, 0].mean() - 1000) < 1
+    with pytest.raises(ConfigError, match=r"target\.lok"):
+        flowtrain.fit_target(lambda x: banana(x), 2, steps=2, progress=False, overrides={"target.lok": 1})
+
+
 def test_changed_table_of_a_regression_is_refused(run: Run, tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(50, 2))
     table = tmp_path / "t.csv"
@@ -282,3 +295,16 @@ def test_from_refuses_keys_of_a_target_for_a_run_without_one(run: Run, tmp_path:
     code, _, err = run("flowtrain", f"from={tmp_path / 'outputs/first'}", "target.std=3.0")
     assert code == 2
     assert "target=funnel" in err
+
+
+def test_initial_distribution_that_is_infinite_is_refused() -> None:
+    with pytest.raises(NonFiniteError, match=r"target\.loc"):
+        small_fit(banana, 2, types=["positive", "real"], loc=1e5)
+
+
+def test_module_in_the_working_directory_needs_trust(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "module_of_a_user.py").write_text("def log_density(x):\n    return -x.square().sum(1)\n")
+    keys = ["target=custom", "target._target_=module_of_a_user.log_density", "target.dim=2", "trainer.steps=1"]
+    code, _, err = run("flowtrain", *keys)
+    assert code == 2
+    assert "trust=[module_of_a_user]" in err

@@ -54,12 +54,27 @@ def columns_of(frame: Any, columns: Sequence[str], name: str = "x", na: Collecti
     Raises:
         DataError: a column is missing, occurs twice, or has values that are not real numbers.
     """
-    names = column_names(frame)
+    part = _part_of(frame, columns, name)
+    names = column_names(part)
+    if names == tuple(columns):
+        return as_array(part, name)
+    return as_array(np.asarray(part.to_numpy())[:, [names.index(column) for column in columns]], name)
+
+
+def _part_of(frame: Any, columns: Sequence[str], name: str) -> Any:
+    """Returns these columns of a data frame as a data frame, so that the values of the others are not read.
+
+    A frame that cannot be indexed by a list of names is returned with all columns.
+
+    Raises:
+        DataError: a column is missing or occurs twice.
+    """
+    names, keys = column_names(frame), list(frame.columns)
     _check_names(names, columns, name)
-    keys, positions = list(frame.columns), [names.index(column) for column in columns]
-    if hasattr(frame, "__getitem__"):
-        return as_array(frame[[keys[i] for i in positions]], name)
-    return as_array(np.asarray(frame.to_numpy())[:, positions], name)
+    try:
+        return frame[[keys[names.index(column)] for column in columns]]
+    except (TypeError, LookupError):
+        return frame
 
 
 def _check_names(names: Sequence[str], columns: Sequence[str], name: str) -> None:
@@ -108,10 +123,7 @@ def rows_and_labels(
         label = columns_of(x, [label], name).reshape(-1)
     by_name = columns and len(set(columns)) == len(columns)
     if categories:
-        table = table_of(x, name)
-        if by_name:
-            _check_names(column_names(x), columns, name)
-            table = table.only([table.columns.index(column) for column in columns])
+        table = table_with(x, columns, name) if by_name else table_of(x, name)
         for i, each in categories.items():
             table = with_codes(table, i, each)
         refuse_text(table, range(len(table.columns)), needed=dict.fromkeys(table.indices, ""))
@@ -259,12 +271,23 @@ def _array_of_tensor(x: Tensor, name: str) -> NDArray[Any]:
     return found
 
 
+def date_columns(frame: Any) -> dict[str, str]:
+    """Returns the dtypes of the columns of dates and durations, by the names of the columns."""
+    dtypes = [str(dtype).lower() for dtype in getattr(frame, "dtypes", ())]
+    pairs = zip(column_names(frame), dtypes, strict=False)
+    return {column: dtype for column, dtype in pairs if dtype.startswith(("date", "time", "duration"))}
+
+
 def _refuse_dates(frame: Any, name: str) -> None:
     """Raises DataError for dates and durations, because some data frames convert them to numbers of an unknown unit."""
-    dtypes = [str(dtype).lower() for dtype in getattr(frame, "dtypes", ())]
-    for column, dtype in zip(column_names(frame), dtypes, strict=False):
-        if dtype.startswith(("date", "time", "duration")):
-            raise DataError(f"{name}: column {column!r} has dtype {dtype}; convert it to numbers or leave it out")
+    for column, dtype in date_columns(frame).items():
+        raise DataError(f"{name}: column {column!r} has dtype {dtype}; convert it to numbers or leave it out")
+
+
+def _as_text(cells: NDArray[Any]) -> NDArray[Any]:
+    """Returns the text of cells. Missing values are not changed."""
+    absent = [cell is None or type(cell).__name__ == "NAType" or cell != cell for cell in cells.tolist()]
+    return np.array([c if lost else str(c) for c, lost in zip(cells.tolist(), absent, strict=True)], dtype=object)
 
 
 def _first_text(array: NDArray[Any]) -> str:
@@ -278,13 +301,14 @@ def _first_text(array: NDArray[Any]) -> str:
     return "a value"
 
 
-def table_of(x: Rows, name: str = "x", na: Collection[str] = ()) -> Table:
+def table_of(x: Rows, name: str = "x", na: Collection[str] = (), dates_as_text: bool = False) -> Table:
     """Converts rows in memory to a table.
 
     Args:
         x: (n, d), (n,) for one column, or (n, C, H, W) for images, whose elements become columns.
         name: the name of x in messages.
         na: text that counts as missing. Missing values become NaN; `read_table` refuses them or leaves out their rows.
+        dates_as_text: whether the columns of dates of a data frame are read as text. False means that they are refused.
 
     The text of a column is stored in `Table.labels`. `read_table` refuses it unless the column is categorical.
 
@@ -292,6 +316,8 @@ def table_of(x: Rows, name: str = "x", na: Collection[str] = ()) -> Table:
         DataError: an array of another rank, without rows, or with values that are not real numbers.
     """
     names = column_names(x) if is_frame(x) else ()
+    if is_frame(x) and not dates_as_text:
+        _refuse_dates(x, name)
     array, labels = _with_codes(x, name, na)
     if array.ndim not in (1, 2, 4) or not array.size:
         raise DataError(f"{name} has shape {array.shape}; give rows (n, d), or images (n, C, H, W), with n > 0")
@@ -300,15 +326,30 @@ def table_of(x: Rows, name: str = "x", na: Collection[str] = ()) -> Table:
     return Table(values, names or default_names(indices), indices, name, labels=labels)
 
 
+def table_with(
+    frame: Any, columns: Sequence[str], name: str = "x", na: Collection[str] = (), dates_as_text: bool = False
+) -> Table:
+    """Converts these columns of a data frame to a table, see `table_of`. The other columns are not read.
+
+    Raises:
+        DataError: a column is missing or occurs twice, or values are not real numbers.
+    """
+    table = table_of(_part_of(frame, columns, name), name, na, dates_as_text)
+    return table.only([table.columns.index(column) for column in columns])
+
+
 def _with_codes(x: Rows, name: str, na: Collection[str]) -> tuple[NDArray[Any], dict[int, tuple[str, ...]]]:
     """Returns the values of rows, (n, d), and the distinct texts of their columns with text, by position.
 
     The values of a column with text are positions of texts.
     """
     array: NDArray[Any] | None
+    dates: Collection[str] = ()
     if is_frame(x):
-        _refuse_dates(x, name)
-        array, names = np.asarray(x.to_numpy()), column_names(x)
+        array, names, dates = np.asarray(x.to_numpy()), column_names(x), date_columns(x)
+        if array.dtype.kind in "mM":
+            absent, array = np.isnat(array), array.astype(str).astype(object)
+            array[absent] = None
     else:
         array = _object_array(x)
         names = () if array is None else default_names(range(array.shape[-1]))
@@ -317,7 +358,7 @@ def _with_codes(x: Rows, name: str, na: Collection[str]) -> tuple[NDArray[Any], 
     array = array.reshape(len(array), -1)
     columns, labels = [], {}
     for i in range(array.shape[1]):
-        texts = _texts_of(array[:, i], na)
+        texts = _texts_of(_as_text(array[:, i]) if names[i] in dates else array[:, i], na)
         if texts is None:
             columns.append(as_array(array[:, i], f"{name}, column {names[i]!r}", na).astype(np.float64))
         else:
@@ -367,12 +408,11 @@ def with_columns(
         DataError: another number of rows or columns, a name that the table has already, or values that are not real
             numbers.
     """
-    other = table_of(given, name, na)
     if is_frame(given):
-        columns = other.columns if columns is None else columns
-        if missing := [column for column in columns if column not in other.columns]:
-            raise DataError(f"{name} lacks the columns {listed(missing)}; it has {listed(other.columns, most=50)}")
-        other = other.only([other.columns.index(column) for column in columns])
+        columns = column_names(given) if columns is None else columns
+        other = table_with(given, columns, name, na)
+    else:
+        other = table_of(given, name, na)
     columns = tuple(columns or ())
     n, k = len(table.values), len(columns)
     if other.values.shape != (n, k):
