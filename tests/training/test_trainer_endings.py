@@ -77,10 +77,12 @@ def test_sighup_saves_unless_it_is_ignored(run: Run, tmp_path: Path, monkeypatch
         return step(self)
 
     monkeypatch.setattr(Trainer, "train_step", signalled)
-    assert run("flowtrain", *KEYS, f"hydra.run.dir={tmp_path}/a")[0] == 129
-    assert checkpoint.load(tmp_path / "a/checkpoints/last.pt")["step"] == 1
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # under nohup, the signal is ignored from the start
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
+        assert run("flowtrain", *KEYS, f"hydra.run.dir={tmp_path}/a")[0] == 129
+        assert checkpoint.load(tmp_path / "a/checkpoints/last.pt")["step"] == 1
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         assert run("flowtrain", *KEYS, f"hydra.run.dir={tmp_path}/b")[0] == 0
     finally:
         signal.signal(signal.SIGHUP, before)
