@@ -603,7 +603,7 @@ class GaussianMixture(_Mixture):
         if lower is None and len(x) == 1:
             # a single row needs fewer operations
             e = (x - means).div_(log_scale.exp())
-            # its last element is the logarithm of the sum. `logsumexp` takes three times as long
+            # the last element of `logcumsumexp` is `logsumexp`, which takes three times as long for few components
             log_p = (log_w - torch.addcmul(log_scale, e, e, value=0.5).sum(1)).logcumsumexp(0)[-1:]
         else:
             constant = log_w - log_scale.sum(1)

@@ -850,8 +850,7 @@ class Flow(Density):
             given = self.features(self.context_of(context, x))
             z, log_det, integrals = self.bijection.pass_inverse(x, given, options)
             # for float64 samples, log_det is float64 too
-            log_det = log_det if log_det.dtype == z.dtype else log_det.to(z.dtype)
-            log_p = self.base_log_prob(z, given) + log_det
+            log_p = self.base_log_prob(z, given) + log_det.to(z.dtype)
             return DensityPass(log_p if self.training else _without_overflow(log_p, x), z, integrals)
 
     def sample_pass(self, z: Tensor, context: Context = None, options: SolveOptions = AS_CONFIGURED) -> "SamplePass":

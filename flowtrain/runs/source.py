@@ -15,6 +15,7 @@ from flowtrain.data.tables.from_memory import (
     date_columns,
     event_shape_of,
     is_frame,
+    refuse_dates,
     table_of,
     table_with,
     with_columns,
@@ -145,7 +146,8 @@ def _in_memory(
         if isinstance(given, bool):
             raise ConfigError(f"{role}={given}: for rows in memory, give an array, or the name or position of a column")
         if _is_column(given) or (role == "context" and _is_columns(given) and len(given) != len(rows.values)):
-            _check_no_dates(role, given, dates)
+            chosen = given if isinstance(given, list | tuple) else [given]
+            refuse_dates({column: dates[column] for column in chosen if column in dates}, role)
             settings[f"data.{role}"] = _in_frame(given, x)
             continue
         if isinstance(given, Mapping) and not is_frame(given):
@@ -177,15 +179,6 @@ def _in_memory(
             alike = len(held.columns) == len(extended.columns)
             tables[f"{key}_path"] = replace(held, indices=extended.indices) if alike else held
     return Source(settings, tables, labelled="label" in roles)
-
-
-def _check_no_dates(role: str, given: Any, dates: Mapping[str, str]) -> None:
-    """Refuses columns of dates of a data frame. `dates` are their dtypes by name."""
-    for column in given if isinstance(given, list | tuple) else [given]:
-        if column in dates:
-            raise DataError(
-                f"{role}: column {column!r} has dtype {dates[column]}; convert it to numbers or leave it out"
-            )
 
 
 def _is_column(given: Any) -> bool:

@@ -32,15 +32,10 @@ def first_floating(module: nn.Module) -> Tensor | None:
         >>> first_floating(nn.Linear(1, 2)).shape
         torch.Size([2, 1])
     """
-    # a generator would take twice as long
-    stack = [module]
-    while stack:
-        part = stack.pop()
+    for part in submodules(module):
         for parameter in part._parameters.values():
             if parameter is not None and parameter.is_floating_point():
                 return parameter
-        if part._modules:
-            stack.extend(m for m in reversed(part._modules.values()) if m is not None)
     for part in submodules(module):
         for buffer in part._buffers.values():
             if buffer is not None and buffer.is_floating_point():

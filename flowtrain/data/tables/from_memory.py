@@ -204,7 +204,7 @@ def as_array(x: Rows, name: str = "x", na: Collection[str] | None = None) -> NDA
     if isinstance(x, Tensor):
         x = _array_of_tensor(x, name)
     elif is_frame(x):
-        _refuse_dates(x, name)
+        refuse_dates(date_columns(x), name)
         x, names = x.to_numpy(), column_names(x)
     if np.ma.is_masked(x):
         if na is None or x.dtype.kind not in "biuf":
@@ -278,16 +278,24 @@ def date_columns(frame: Any) -> dict[str, str]:
     return {column: dtype for column, dtype in pairs if dtype.startswith(("date", "time", "duration"))}
 
 
-def _refuse_dates(frame: Any, name: str) -> None:
-    """Raises DataError for dates and durations, because some data frames convert them to numbers of an unknown unit."""
-    for column, dtype in date_columns(frame).items():
+def refuse_dates(dates: Mapping[str, str], name: str) -> None:
+    """Raises DataError for the first of `date_columns`, if there is one.
+
+    Some data frames convert dates and durations to numbers of an unknown unit.
+    """
+    for column, dtype in dates.items():
         raise DataError(f"{name}: column {column!r} has dtype {dtype}; convert it to numbers or leave it out")
 
 
 def _as_text(cells: NDArray[Any]) -> NDArray[Any]:
     """Returns the text of cells. Missing values are not changed."""
-    absent = [cell is None or type(cell).__name__ == "NAType" or cell != cell for cell in cells.tolist()]
-    return np.array([c if lost else str(c) for c, lost in zip(cells.tolist(), absent, strict=True)], dtype=object)
+    return np.array([cell if _is_absent(cell) else str(cell) for cell in cells.tolist()], dtype=object)
+
+
+def _is_absent(cell: Any) -> bool:
+    """Whether a cell is None, NaN, NaT or pandas.NA."""
+    # pandas.NA has the type NAType, and its comparisons have no truth value
+    return cell is None or type(cell).__name__ == "NAType" or bool(cell != cell)
 
 
 def _first_text(array: NDArray[Any]) -> str:
@@ -317,7 +325,7 @@ def table_of(x: Rows, name: str = "x", na: Collection[str] = (), dates_as_text: 
     """
     names = column_names(x) if is_frame(x) else ()
     if is_frame(x) and not dates_as_text:
-        _refuse_dates(x, name)
+        refuse_dates(date_columns(x), name)
     array, labels = _with_codes(x, name, na)
     if array.ndim not in (1, 2, 4) or not array.size:
         raise DataError(f"{name} has shape {array.shape}; give rows (n, d), or images (n, C, H, W), with n > 0")
@@ -384,7 +392,7 @@ def _object_array(x: Rows) -> NDArray[Any] | None:
 def _texts_of(column: NDArray[Any], na: Collection[str]) -> list[str | None] | None:
     """Returns the cells of a column that contains text, with None for missing values; None for other columns."""
     cells = column.tolist()
-    absent = [cell is None or type(cell).__name__ == "NAType" or cell != cell for cell in cells]
+    absent = [_is_absent(cell) for cell in cells]
     present = [cell for cell, lost in zip(cells, absent, strict=True) if not lost]
     if not any(isinstance(cell, str) for cell in present) or _with_nan(column, na) is not None:
         return None
