@@ -52,7 +52,7 @@ class Bijection(Recorded, nn.Module, ABC):
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Resets `pass_forward` and `map_forward` if a subclass overrides only `forward`, and likewise for `inverse`."""
+        """Resets `pass_forward` and `map_forward` if a subclass overrides only `forward`, also for `inverse`."""
         super().__init_subclass__(**kwargs)
         for name in ("forward", "inverse"):
             for other in (f"pass_{name}", f"map_{name}"):
